@@ -1,0 +1,116 @@
+"""Checks of arguments: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """A short description of a value for an error message.
+
+    >>> describe(torch.zeros(2, 3))
+    'Tensor of shape (2, 3), torch.float32, cpu'
+    >>> describe("a")
+    "str 'a'"
+    """
+    if isinstance(value, Tensor):
+        return f"Tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def check_tensor(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {describe(value)}")
+    # Sharded tensors would be read as if their local part were everything.
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, which is not supported: call .full_tensor() or .to_local()"
+        )
+
+
+def check_floating(value: Any, name: str) -> None:
+    check_tensor(value, name)
+    if not value.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} must be floating point (float64, float32, bfloat16 or float16), "
+            f"got {value.dtype}"
+        )
+
+
+def check_int64(value: Any, name: str) -> None:
+    check_tensor(value, name)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}")
+
+
+def check_rank(
+    value: Tensor, name: str, *, exactly: int | None = None, minimum: int | None = None
+) -> None:
+    if exactly is not None and value.ndim != exactly:
+        raise ValueError(f"{name} must have {exactly} dimensions, got shape {tuple(value.shape)}")
+    if minimum is not None and value.ndim < minimum:
+        raise ValueError(
+            f"{name} must have at least {minimum} dimensions, got shape {tuple(value.shape)}"
+        )
+
+
+def check_shape(value: Any, name: str, letters: str, sizes: Sequence[int]) -> None:
+    """Check `value.shape` against sizes named by letters, e.g. "B,D"."""
+    expected = tuple(sizes)
+    if tuple(value.shape) != expected:
+        raise ValueError(
+            f"{name} must have shape ({letters}) = {expected}, got {tuple(value.shape)}"
+        )
+
+
+def check_same_device(value: Any, name: str, other: Any, other_name: str) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name} ({other.device}), got {value.device}"
+        )
+
+
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def check_values(condition: Tensor, message: str, values: Tensor | None = None) -> None:
+    """Check that every element of a boolean tensor holds.
+
+    On the CPU a failure raises ValueError at once, with the first offending value. On a GPU the
+    check is queued as a device-side assertion, which costs no host sync; a failure surfaces as a
+    RuntimeError carrying the message at the next synchronising call.
+    """
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(condition.all()):
+            detail = ""
+            if values is not None:
+                index = tuple(int(i) for i in (~condition).nonzero()[0])
+                detail = f", got {values[index].item()} at index {index}"
+            raise ValueError(message + detail)
+    elif condition.device.type != "meta":
+        torch._assert_async(condition.all(), message)
+
+
+def check_token_range(tokens: Tensor, name: str, vocabulary: int) -> None:
+    check_values(
+        (tokens >= 0) & (tokens < vocabulary),
+        f"{name} must hold token ids in [0, {vocabulary})",
+        tokens,
+    )
+
+
+def check_number(value: Any, name: str, *, minimum: float = -math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if math.isnan(value) or math.isinf(value) or value < minimum:
+        bound = "" if minimum == -math.inf else f" and at least {minimum:g}"
+        raise ValueError(f"{name} must be finite{bound}, got {value}")

@@ -1,0 +1,300 @@
+"""The distillation loss of Di4C and the likelihoods of a mixture of products."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._checks import check_choice
+from .heads import HeadLike
+from .inputs import (
+    LossTerms,
+    check_targets_allowed,
+    prepare_active,
+    prepare_inputs,
+    prepare_log_weights,
+    prepare_mask_id,
+    prepare_student,
+    prepare_tokens,
+)
+
+__all__ = ["LossTerms", "correlation", "loss", "mixture_log_prob"]
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+Reduction = Literal["mean", "sum", "none"]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@overload
+def loss(
+    student: HeadLike,
+    teacher: HeadLike,
+    x0: Tensor,
+    *,
+    consistency: HeadLike | None = ...,
+    consistency_x: Tensor | None = ...,
+    xt: Tensor | None = ...,
+    xu: Tensor | None = ...,
+    mask_id: int | None = ...,
+    valid: Tensor | None = ...,
+    log_weights: Tensor | None = ...,
+    data_weight: float | Tensor = ...,
+    teacher_weight: float | Tensor = ...,
+    consistency_weight: float | Tensor = ...,
+    component_weight: float | Tensor = ...,
+    control_variate: bool = ...,
+    reduction: Reduction = ...,
+    generator: torch.Generator | None = ...,
+    backend: Backend = ...,
+    return_terms: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def loss(
+    student: HeadLike,
+    teacher: HeadLike,
+    x0: Tensor,
+    *,
+    consistency: HeadLike | None = ...,
+    consistency_x: Tensor | None = ...,
+    xt: Tensor | None = ...,
+    xu: Tensor | None = ...,
+    mask_id: int | None = ...,
+    valid: Tensor | None = ...,
+    log_weights: Tensor | None = ...,
+    data_weight: float | Tensor = ...,
+    teacher_weight: float | Tensor = ...,
+    consistency_weight: float | Tensor = ...,
+    component_weight: float | Tensor = ...,
+    control_variate: bool = ...,
+    reduction: Reduction = ...,
+    generator: torch.Generator | None = ...,
+    backend: Backend = ...,
+    return_terms: Literal[True],
+) -> tuple[Tensor, LossTerms]: ...
+
+
+def loss(
+    student: HeadLike,
+    teacher: HeadLike,
+    x0: Tensor,
+    *,
+    consistency: HeadLike | None = None,
+    consistency_x: Tensor | None = None,
+    xt: Tensor | None = None,
+    xu: Tensor | None = None,
+    mask_id: int | None = None,
+    valid: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    data_weight: float | Tensor = 1.0,
+    teacher_weight: float | Tensor = 1.0,
+    consistency_weight: float | Tensor = 1.0,
+    component_weight: float | Tensor = 0.0,
+    control_variate: bool = True,
+    reduction: Reduction = "mean",
+    generator: torch.Generator | None = None,
+    backend: Backend = "auto",
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, LossTerms]:
+    """The Di4C distillation loss of a mixture-of-products student, in nats.
+
+    With l = log_softmax(student), p = exp l, a = log_softmax(log_weights), the marginal
+    m[d,v] = logsumexp_n(a_n + l[n,d,v]), and cor(x) = -logsumexp_n(a_n + sum_d (l[n,d,x_d] -
+    m[d,x_d])), the loss of one example is
+
+        data_weight          * cor(x0)
+        + teacher_weight     * sum_d KL(q_T[d] || m[d])
+        + consistency_weight * (mean_k cor(x^k) + sum_d KL(q_u[d] || m[d]))
+        + component_weight   * sum_n e^{a_n} sum_d KL(q_T[d] || p[n,d])
+
+    where q_T is the mean over M of softmax(teacher) and q_u the mean over K of
+    softmax(consistency). Equivalent PyTorch, without masks and for one example (B = 1):
+
+        l = student[0].log_softmax(-1)                             # (N, D, V)
+        m = l.logsumexp(0) - math.log(N)                           # (D, V)
+        def cor(x):                                                # x (D,)
+            i = x[None, :, None].expand(N, -1, 1)
+            joint = l.gather(-1, i).squeeze(-1) - m.gather(-1, x[:, None]).squeeze(-1)
+            return math.log(N) - joint.sum(-1).logsumexp(0)
+        def kl(q):                                                 # q (D, V)
+            return (q.xlogy(q) - q * m).sum()
+        q_t, q_u = teacher[0].softmax(-1), consistency[0].softmax(-1).mean(0)
+        loss = (data_weight * cor(x0[0]) + teacher_weight * kl(q_t)
+                + consistency_weight * (torch.stack([cor(x) for x in consistency_x[0]]).mean()
+                                        + kl(q_u)))
+
+    Shapes: B examples, N components of the student, M components of the teacher, K consistency
+    draws, D positions, V classes.
+
+    Args:
+        student: logits (B, N, D, V), a tensor or a head. fp64, fp32, bf16 or fp16.
+        teacher: logits (B, D, V) or (B, M, D, V), a tensor or a head.
+        x0: (B, D) int64, the data.
+        consistency: logits (B, K, D, V) of the student at x_u, a tensor or a head; None leaves
+            the consistency terms out.
+        consistency_x: (B, K, D) int64, row k drawn from component k of `consistency`; None draws
+            it here. The tokens are a function of one seed taken from `generator`.
+        xt: (B, D) int64, the noisy tokens; needs `mask_id`. Positions where xt != mask_id
+            contribute no loss, no gradient and no work.
+        xu: (B, K, D) int64, the tokens of the consistency draws; needs `mask_id`. Where draw k
+            has revealed a token, that token takes the place of its softmax and of its draw.
+        mask_id: the id of the mask token, excluded from every softmax; None if there is none.
+        valid: (B, D) bool; False (padding, prompt) contributes no loss, no gradient, no work.
+        log_weights: (B, N) log-weights of the components, normalised here; None for uniform.
+        data_weight, teacher_weight, consistency_weight, component_weight: finite and not
+            negative, a float or a tensor (B,). A term of weight 0 is left out, even if infinite.
+        control_variate: False replaces cor(x) by -log sum_n e^{a_n} prod_d p[n,d,x_d] and drops
+            both KL terms to the marginal.
+        reduction: "mean" or "sum" over the batch, or "none".
+        generator: source of the seed of the draws; None for the default generator.
+        backend: "triton" (GPU kernels), "torch" (streams over positions, any device),
+            "reference" (dense, autograd), or "auto".
+        return_terms: also return the unweighted terms.
+
+    Returns:
+        The loss, a scalar or (B,), in fp32 (fp64 for fp64 logits); with `return_terms` a tuple
+        of the loss and `LossTerms`. An empty batch and a batch without any active position
+        give 0.
+
+    Differentiable with respect to the tensors behind `student` and to `log_weights`; `teacher`
+    and `consistency` are detached. Gradients have the dtype of their tensor. The torch and
+    triton backends raise RuntimeError on double backward.
+
+    Raises:
+        TypeError, ValueError: before any work, naming the argument, what was expected and what
+            came. Values of tensors (token ranges, weights) are checked with ValueError on the CPU;
+            on a GPU by a device-side assertion without a host sync, which surfaces as a
+            RuntimeError at the next synchronising call.
+        RuntimeError: `backend="triton"` where Triton cannot run.
+
+    Source: Di4C (arXiv 2410.08709), sections 3.2 (losses), 3.4 (control variates) and the
+    published training code of its three systems, whose losses and gradients it reproduces.
+    """
+    check_choice(reduction, "reduction", REDUCTIONS)
+    check_choice(backend, "backend", backends.LOSS_BACKENDS)
+    inputs = prepare_inputs(
+        student,
+        teacher,
+        x0,
+        consistency=consistency,
+        consistency_x=consistency_x,
+        xt=xt,
+        xu=xu,
+        mask_id=mask_id,
+        valid=valid,
+        log_weights=log_weights,
+        data_weight=data_weight,
+        teacher_weight=teacher_weight,
+        consistency_weight=consistency_weight,
+        component_weight=component_weight,
+        control_variate=control_variate,
+        generator=generator,
+        return_terms=return_terms,
+    )
+    # The mean is folded into the weights: a backend that computes gradients in its forward pass
+    # then need not scale them again.
+    scale = None
+    if reduction != "none":
+        scale = 1.0 / inputs.batch if reduction == "mean" and inputs.batch > 0 else 1.0
+    implementation = backends.loss_backend(backend, inputs.student)
+    per_example, terms = implementation.loss_per_example(inputs, scale)
+    value = per_example if reduction == "none" else per_example.sum()
+    return (value, terms) if return_terms else value
+
+
+def mixture_log_prob(
+    student: HeadLike,
+    x: Tensor,
+    *,
+    xt: Tensor | None = None,
+    mask_id: int | None = None,
+    valid: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Joint log-likelihood of token rows under a mixture of products, in nats.
+
+    Equivalent PyTorch, without masks:
+
+        l = student.log_softmax(-1)                                    # (B, N, D, V)
+        i = x.transpose(1, 2).unsqueeze(1).expand(-1, N, -1, -1)       # (B, N, D, K)
+        a = log_weights.log_softmax(-1)                                # (B, N)
+        (l.gather(-1, i).sum(2) + a.unsqueeze(-1)).logsumexp(1)        # (B, K)
+
+    Args:
+        student: logits (B, N, D, V), a tensor or a head.
+        x: (B, K, D) int64, or (B, D) for one row per example.
+        xt, mask_id, valid, log_weights, backend: as in `loss`; only active positions count.
+
+    Returns:
+        (B, K), or (B,) for x (B, D); fp32 (fp64 for fp64 logits). -inf for impossible rows.
+
+    Differentiable with respect to the tensors behind `student` and to `log_weights`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `loss`.
+
+    Source: Di4C (arXiv 2410.08709), equation (6); `loss` uses it when `control_variate` is off.
+    """
+    return _token_rows(student, x, xt, mask_id, valid, log_weights, backend, correlation=False)
+
+
+def correlation(
+    student: HeadLike,
+    x: Tensor,
+    *,
+    xt: Tensor | None = None,
+    mask_id: int | None = None,
+    valid: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Dimensional correlation term cor(x) of token rows under a mixture, in nats.
+
+    The sum of the marginal log-likelihoods of the positions minus the joint log-likelihood:
+
+        sum_d log_marginal(x_d) - mixture_log_prob(student, x)
+
+    computed without the cancellation of the two sums. Exactly 0 for one component, negative
+    where the mixture finds the tokens more likely together than apart.
+
+    Args, Returns, Raises: as `mixture_log_prob`.
+
+    Differentiable with respect to the tensors behind `student` and to `log_weights`.
+
+    Source: Di4C (arXiv 2410.08709), section 3.4.
+    """
+    return _token_rows(student, x, xt, mask_id, valid, log_weights, backend, correlation=True)
+
+
+def _token_rows(
+    student: HeadLike,
+    x: Tensor,
+    xt: Tensor | None,
+    mask_id: int | None,
+    valid: Tensor | None,
+    log_weights: Tensor | None,
+    backend: Backend,
+    correlation: bool,
+) -> Tensor:
+    check_choice(backend, "backend", backends.LOSS_BACKENDS)
+    head = prepare_student(student)
+    batch, _, positions, vocabulary = head.shape
+    mask_id = prepare_mask_id(mask_id, vocabulary)
+    active = prepare_active(xt, valid, mask_id, head)
+    single = isinstance(x, Tensor) and x.ndim == 2
+    if single:
+        targets = prepare_tokens(x, "x", "B, D", (batch, positions), head).unsqueeze(1)
+    else:
+        rows = x.shape[1] if isinstance(x, Tensor) and x.ndim == 3 else -1
+        targets = prepare_tokens(x, "x", "B, K, D", (batch, rows, positions), head)
+    check_targets_allowed(targets, "x", mask_id, active)
+    normalised = prepare_log_weights(log_weights, head)
+    implementation = backends.loss_backend(backend, head)
+    result = implementation.token_rows(head, targets, normalised, active, mask_id, correlation)
+    return result.squeeze(1) if single else result

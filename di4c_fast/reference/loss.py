@@ -1,0 +1,215 @@
+"""The loss, dense and literal: the truth that every other backend is held to.
+
+Shapes: B batch, N student components, M teacher components, K draws, D positions, V vocabulary,
+J target rows. Everything is in nats. Works in fp64 for fp64 logits, in fp32 otherwise, and is
+differentiable by autograd. Impossible events are carried as boolean masks next to the values,
+so that -inf columns and excluded rows give finite gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..heads import Head
+from ..inputs import LossInputs, LossTerms
+
+NEG_INF = float("-inf")
+
+
+def masked_logsumexp(values: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """logsumexp over the entries where `mask` holds, and whether there are any.
+
+    -inf where there are none. Entries outside the mask receive exactly zero gradient, whatever
+    their value.
+    """
+    any_left = mask.any(dim)
+    peak = values.detach().masked_fill(~mask, NEG_INF).amax(dim, keepdim=True)
+    peak = peak.masked_fill(~any_left.unsqueeze(dim), 0.0)
+    shifted = torch.where(mask, values - peak, torch.zeros_like(values))
+    total = torch.where(mask, shifted.exp(), torch.zeros_like(values)).sum(dim)
+    safe = torch.where(any_left, total, torch.ones_like(total))
+    result = safe.log() + peak.squeeze(dim)
+    return result.masked_fill(~any_left, NEG_INF), any_left
+
+
+def log_softmax_ref(logits: Tensor, mask_id: int | None = None) -> Tensor:
+    """log_softmax over the last dimension without the mask column; all -inf in excluded rows."""
+    allowed = logits > NEG_INF
+    if mask_id is not None:
+        column = torch.arange(logits.shape[-1], device=logits.device) == mask_id
+        allowed = allowed & ~column
+    finite = torch.where(allowed, logits, torch.zeros_like(logits))
+    lse, alive = masked_logsumexp(finite, allowed, -1)
+    lse = torch.where(alive, lse, torch.zeros_like(lse))
+    return (finite - lse.unsqueeze(-1)).masked_fill(~allowed, NEG_INF)
+
+
+def marginal_log_prob(log_prob: Tensor, log_weights: Tensor) -> Tensor:
+    """m[b,d,v] = logsumexp_n(a[b,n] + l[b,n,d,v]); -inf where no component has probability."""
+    weighted = log_prob + log_weights[:, :, None, None]
+    return masked_logsumexp(weighted, weighted > NEG_INF, 1)[0]
+
+
+def kl_divergence(target: Tensor, log_prob: Tensor) -> Tensor:
+    """Sum over v of q log(q / p) with 0 log 0 = 0; +inf where q > 0 = p. (..., V) -> (...)"""
+    possible = log_prob > NEG_INF
+    needed = target > 0
+    finite = torch.where(possible, log_prob, torch.zeros_like(log_prob))
+    divergence = (torch.xlogy(target, target) - target * finite).sum(-1)
+    impossible = (needed & ~possible).any(-1)
+    return torch.where(impossible, torch.full_like(divergence, float("inf")), divergence)
+
+
+def target_log_probs(log_prob: Tensor, targets: Tensor) -> Tensor:
+    """l[b,n,d,x[b,j,d]] for targets (B, J, D): (B, N, D, J)."""
+    components = log_prob.shape[1]
+    index = targets.transpose(1, 2).unsqueeze(1).expand(-1, components, -1, -1)
+    return log_prob.gather(-1, index)
+
+
+def joint_logsumexp(
+    log_prob_targets: Tensor, offset: Tensor, log_weights: Tensor, counted: Tensor
+) -> Tensor:
+    """logsumexp_n(a_n + sum over counted d of (l[n,d,x_d] - offset[d])).
+
+    log_prob_targets (B, N, D, J), offset and counted (B, D, J), log_weights (B, N) -> (B, J).
+    """
+    keep = counted.unsqueeze(1)  # [B, 1, D, J]
+    finite = log_prob_targets > NEG_INF
+    zeros = torch.zeros_like(log_prob_targets)
+    values = torch.where(finite, log_prob_targets, zeros) - offset.unsqueeze(1)
+    weighted = torch.where(keep, values, zeros).sum(2) + log_weights.unsqueeze(-1)  # [B, N, J]
+    possible = (finite | ~keep).all(2) & (weighted > NEG_INF)
+    return masked_logsumexp(weighted, possible, 1)[0]
+
+
+def joint_log_prob(log_prob_targets: Tensor, log_weights: Tensor, active: Tensor) -> Tensor:
+    """log sum_n e^{a_n} prod_d p[n,d,x_d] over active positions: (B, J)."""
+    counted = active.unsqueeze(-1).expand(-1, -1, log_prob_targets.shape[-1])
+    offset = torch.zeros_like(log_prob_targets[:, 0])
+    return joint_logsumexp(log_prob_targets, offset, log_weights, counted)
+
+
+def dimensional_correlation(
+    log_prob_targets: Tensor, log_weights: Tensor, active: Tensor
+) -> Tensor:
+    """cor(x) = -logsumexp_n(a_n + sum_d (l[n,d,x_d] - m[d,x_d])): (B, J).
+
+    A position whose target no component can produce is left out of the sum.
+    """
+    weighted = log_prob_targets + log_weights[:, :, None, None]
+    marginal, possible = masked_logsumexp(weighted, weighted > NEG_INF, 1)  # [B, D, J]
+    marginal = torch.where(possible, marginal, torch.zeros_like(marginal))
+    return -joint_logsumexp(
+        log_prob_targets, marginal, log_weights, active.unsqueeze(-1) & possible
+    )
+
+
+def head_log_prob(head: Head, dtype: torch.dtype, mask_id: int | None) -> Tensor:
+    return log_softmax_ref(head.logits().to(dtype), mask_id)
+
+
+def alive_positions(log_prob: Tensor, active: Tensor | None) -> Tensor:
+    """Active positions at which some component allows some class: (B, D)."""
+    alive = (log_prob > NEG_INF).any(-1).any(1)
+    return alive if active is None else alive & active
+
+
+def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, LossTerms]:
+    """The loss of every example (B,) times `scale`, and its unweighted terms, dense.
+
+    Equivalent mathematics: design section "The loss"; arXiv 2410.08709, sections 3.2 to 3.4.
+    """
+    dtype, mask_id = inputs.dtype, inputs.mask_id
+    log_weights = inputs.log_weights
+    log_prob = head_log_prob(inputs.student, dtype, mask_id)  # [B, N, D, V]
+    active = alive_positions(log_prob, inputs.active)  # [B, D]
+    marginal = marginal_log_prob(log_prob, log_weights)  # [B, D, V]
+
+    teacher = head_log_prob(inputs.teacher, dtype, mask_id).exp()
+    if teacher.ndim == 4:
+        teacher = teacher.mean(1)  # [B, D, V]
+
+    def over_active(values: Tensor) -> Tensor:
+        return torch.where(active, values, torch.zeros_like(values)).sum(-1)
+
+    def correlations(targets: Tensor) -> Tensor:
+        gathered = target_log_probs(log_prob, targets)
+        if inputs.control_variate:
+            return dimensional_correlation(gathered, log_weights, active)
+        return -joint_log_prob(gathered, log_weights, active)
+
+    zero = torch.zeros(inputs.batch, dtype=dtype, device=inputs.student.device)
+    data = correlations(inputs.x0.unsqueeze(1)).squeeze(1)
+    teacher_marginal = over_active(kl_divergence(teacher, marginal))
+    consistency, consistency_marginal = zero, zero
+    if inputs.consistency is not None:
+        mixture, draws = consistency_targets(inputs)
+        consistency = correlations(draws).mean(1)
+        consistency_marginal = over_active(kl_divergence(mixture, marginal))
+    per_component = kl_divergence(teacher.unsqueeze(1), log_prob)  # [B, N, D]
+    per_component = torch.where(
+        active.unsqueeze(1), per_component, torch.zeros_like(per_component)
+    ).sum(-1)
+    component = (log_weights.exp() * per_component).sum(1)
+    if not inputs.control_variate:
+        teacher_marginal, consistency_marginal = zero, zero
+
+    terms = LossTerms(data, teacher_marginal, consistency, consistency_marginal, component)
+    weights = (
+        inputs.data_weight,
+        inputs.teacher_weight,
+        inputs.consistency_weight,
+        inputs.consistency_weight,
+        inputs.component_weight,
+    )
+    # Without an active position a correlation is 0 to the last bit, not a rounded logsumexp.
+    # A term of weight 0 is left out rather than multiplied, so that an infinite one cannot turn
+    # the sum into NaN.
+    total = zero
+    for term, weight in zip(terms, weights, strict=True):
+        total = total + torch.where(weight > 0, term, zero) * weight
+    total = total if scale is None else total * scale
+    return total, LossTerms(*(term.detach() for term in terms))
+
+
+def consistency_targets(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """q_u (B, D, V), the mean over draws of the student at x_u, and the draws x^k (B, K, D).
+
+    A position that draw k has revealed counts as a one-hot at its token.
+    """
+    assert inputs.consistency is not None
+    with torch.no_grad():
+        log_prob = head_log_prob(inputs.consistency, inputs.dtype, inputs.mask_id)
+        prob = log_prob.exp()  # [B, K, D, V]
+        draws = inputs.consistency_x
+        if draws is None:
+            assert inputs.seed is not None
+            from .sample import draw_ref
+
+            draws = draw_ref(log_prob, inputs.seed)
+        if inputs.xu is not None:
+            revealed = inputs.xu != inputs.mask_id
+            one_hot = F.one_hot(inputs.xu, inputs.vocabulary).to(prob.dtype)
+            prob = torch.where(revealed.unsqueeze(-1), one_hot, prob)
+            draws = torch.where(revealed, inputs.xu, draws)
+        return prob.mean(1), draws
+
+
+def token_rows(
+    student: Head,
+    targets: Tensor,
+    log_weights: Tensor,
+    active: Tensor | None,
+    mask_id: int | None,
+    correlation: bool,
+) -> Tensor:
+    """Joint log-likelihood, or the correlation term, of token rows (B, J, D): (B, J)."""
+    log_prob = head_log_prob(student, log_weights.dtype, mask_id)
+    counted = alive_positions(log_prob, active)
+    gathered = target_log_probs(log_prob, targets)
+    if correlation:
+        return dimensional_correlation(gathered, log_weights, counted)
+    return joint_log_prob(gathered, log_weights, counted)
