@@ -1,0 +1,292 @@
+"""Chunks of logits for the torch backend: where they are read and where their gradients go.
+
+Shapes: B batch, N components, D positions, V vocabulary, P positions of a chunk, C hidden width.
+A chunk holds all N components of P positions (b, d), which may belong to several examples.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .heads import Head, LinearHead, TensorHead
+
+# Bytes of fp32 logits in a chunk. On the CPU a chunk and its scratch space should stay in the
+# second-level caches; on an accelerator it should be large enough to fill the device.
+CPU_CHUNK_BYTES = 2 << 20
+CPU_LINEAR_CHUNK_BYTES = 16 << 20
+ACCELERATOR_CHUNK_BYTES = 128 << 20
+# A matrix product of fewer rows than this runs far below its peak rate.
+LINEAR_MIN_ROWS = 64
+# From this many classes on, copying row by row is faster than one indexed gather.
+COPY_ROWS_FROM = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """P positions: example `b` and position `d` of each, both (P,) int64."""
+
+    index: int
+    b: Tensor
+    d: Tensor
+    start: int  # offset into the list of all active positions
+
+    @property
+    def size(self) -> int:
+        return self.b.shape[0]
+
+    def rows(self, components: int, positions: int) -> Tensor:
+        """Row numbers (P, components) of a head (B, components, D, V)."""
+        component = torch.arange(components, device=self.b.device)
+        return (self.b[:, None] * components + component) * positions + self.d[:, None]
+
+
+def chunks(b: Tensor, d: Tensor, size: int) -> Iterator[Chunk]:
+    for index, start in enumerate(range(0, b.shape[0], size)):
+        stop = min(start + size, b.shape[0])
+        yield Chunk(index, b[start:stop], d[start:stop], start)
+
+
+class Source(abc.ABC):
+    """Logits of a head (B, N, D, V) by chunk, and the gradients of the tensors behind it.
+
+    Args:
+        head: shape (B, N, D, V), or (B, D, V) for N = 1.
+        dtype: of the chunks.
+        needs_grad: for each tensor of `head.tensors()`, whether its gradient is asked for.
+    """
+
+    def __init__(self, head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()):
+        self.head = head.detach()
+        self.dtype = dtype
+        self.components = head.shape[1] if len(head.shape) == 4 else 1
+        self.positions, self.vocabulary = head.shape[-2:]
+        self.needs_grad = needs_grad or (False,) * len(head.tensors())
+        self._kept: dict[int, Tensor] = {}
+        self._keep_bytes = self.chunk_bytes
+
+    @property
+    def wants_gradient(self) -> bool:
+        return any(self.needs_grad)
+
+    @property
+    def chunk_bytes(self) -> int:
+        if self.head.device.type != "cpu":
+            return ACCELERATOR_CHUNK_BYTES
+        return CPU_CHUNK_BYTES
+
+    @property
+    def min_positions(self) -> int:
+        return 1
+
+    def chunk_size(self) -> int:
+        """Positions in a chunk."""
+        item = torch.empty((), dtype=self.dtype).element_size()
+        per_position = max(1, self.components * self.vocabulary * item)
+        return max(self.min_positions, self.chunk_bytes // per_position)
+
+    @abc.abstractmethod
+    def load(self, chunk: Chunk) -> Tensor:
+        """Logits (P, N, V) of the chunk, a fresh tensor that the caller may overwrite."""
+
+    @abc.abstractmethod
+    def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
+        """Add dL/dlogits (P, N, V) of the chunk to the gradients. `gradient` may be overwritten."""
+
+    @abc.abstractmethod
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Gradients of `head.tensors()`, None where none was asked for."""
+
+    def keep(self, chunk: Chunk, values: Tensor) -> None:
+        """Keep (P, N, V) values of a chunk for a later sweep if there is room."""
+        size = values.numel() * values.element_size()
+        if size <= self._keep_bytes:
+            self._keep_bytes -= size
+            self._kept[chunk.index] = values
+
+    def kept(self, chunk: Chunk) -> Tensor | None:
+        """The values kept for a chunk, which the caller may overwrite, or None."""
+        values = self._kept.pop(chunk.index, None)
+        if values is not None:
+            self._keep_bytes += values.numel() * values.element_size()
+        return values
+
+
+def make_source(head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()) -> Source:
+    if isinstance(head, TensorHead):
+        return TensorSource(head, dtype, needs_grad)
+    if isinstance(head, LinearHead):
+        return LinearSource(head, dtype, needs_grad)
+    return AutogradSource(head, dtype, needs_grad)
+
+
+class TensorSource(Source):
+    """Logits that exist. Their gradient tensor doubles as the place where values are kept."""
+
+    def __init__(self, head: TensorHead, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()):
+        super().__init__(head, dtype, needs_grad)
+        logits = self.head.logits()
+        self.logits = logits if logits.ndim == 4 else logits.unsqueeze(1)
+        self.gradient: Tensor | None = None
+        if self.wants_gradient:
+            # Not empty_like: the gradient of an expanded tensor needs memory of its own.
+            self.gradient = torch.zeros(
+                self.logits.shape, dtype=self.logits.dtype, device=self.logits.device
+            )
+
+    def load(self, chunk: Chunk) -> Tensor:
+        return self._gather(self.logits, chunk).to(self.dtype)
+
+    def keep(self, chunk: Chunk, values: Tensor) -> None:
+        if self.gradient is not None and self.gradient.dtype == self.dtype:
+            self._scatter(self.gradient, chunk, values)
+        else:
+            super().keep(chunk, values)
+
+    def kept(self, chunk: Chunk) -> Tensor | None:
+        if self.gradient is not None and self.gradient.dtype == self.dtype:
+            return self._gather(self.gradient, chunk)
+        return super().kept(chunk)
+
+    def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
+        assert self.gradient is not None
+        self._scatter(self.gradient, chunk, gradient)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        if self.gradient is None:
+            return (None,)
+        return (self.gradient.view(self.head.shape),)
+
+    def _gather(self, tensor: Tensor, chunk: Chunk) -> Tensor:
+        if not self._by_row(tensor):
+            return tensor[chunk.b, :, chunk.d]
+        values = tensor.new_empty(chunk.size, self.components, self.vocabulary)
+        for i, (b, d) in enumerate(_pairs(chunk)):
+            values[i].copy_(tensor[b, :, d])
+        return values
+
+    def _scatter(self, tensor: Tensor, chunk: Chunk, values: Tensor) -> None:
+        if not self._by_row(tensor):
+            tensor[chunk.b, :, chunk.d] = values.to(tensor.dtype)
+            return
+        for i, (b, d) in enumerate(_pairs(chunk)):
+            tensor[b, :, d].copy_(values[i])
+
+    def _by_row(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and self.vocabulary >= COPY_ROWS_FROM
+
+
+def _pairs(chunk: Chunk) -> Iterator[tuple[int, int]]:
+    return zip(chunk.b.tolist(), chunk.d.tolist(), strict=True)
+
+
+class LinearSource(Source):
+    """Logits of a linear layer, multiplied chunk by chunk; dW is summed in the compute dtype."""
+
+    head: LinearHead
+
+    def __init__(self, head: LinearHead, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()):
+        super().__init__(head, dtype, needs_grad)
+        hidden, weight, bias = self.head.hidden, self.head.weight, self.head.bias
+        self.weight = weight.to(hidden.dtype)
+        self.grad_hidden: Tensor | None = None
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
+        needs_hidden, needs_weight, needs_bias = self.needs_grad
+        if needs_hidden:
+            rows = hidden.shape[:-1].numel()
+            self.grad_hidden = hidden.new_zeros(rows, hidden.shape[-1])
+        if needs_weight:
+            self.grad_weight = torch.zeros_like(weight, dtype=dtype)
+        if needs_bias:
+            assert bias is not None
+            self.grad_bias = torch.zeros_like(bias, dtype=dtype)
+
+    @property
+    def chunk_bytes(self) -> int:
+        if self.head.budget_bytes is not None:
+            # The chunk, its scratch space, its gradient and what is kept share the budget.
+            return self.head.budget_bytes // 4
+        return max(super().chunk_bytes, CPU_LINEAR_CHUNK_BYTES)
+
+    @property
+    def min_positions(self) -> int:
+        return -(-LINEAR_MIN_ROWS // self.components)
+
+    def load(self, chunk: Chunk) -> Tensor:
+        rows = chunk.rows(self.components, self.positions)
+        return (
+            self.head.with_tensors((self.head.hidden, self.weight, self.head.bias))
+            .take(rows)
+            .logits()
+            .to(self.dtype)
+        )
+
+    def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
+        rows = chunk.rows(self.components, self.positions).flatten()
+        by_row = gradient.flatten(0, 1)  # [P * N, V]
+        if self.grad_bias is not None:
+            if self.grad_bias.ndim == 1:
+                self.grad_bias += by_row.sum(0)
+            else:
+                self.grad_bias.index_add_(0, self.head.positions(rows), by_row)
+        product = by_row.to(self.weight.dtype)
+        if self.grad_hidden is not None:
+            self.grad_hidden[rows] = product @ self.weight
+        if self.grad_weight is not None:
+            hidden = self.head.take(rows).hidden
+            if self.grad_weight.dtype == product.dtype:
+                self.grad_weight.addmm_(product.t(), hidden)
+            else:
+                self.grad_weight += product.t() @ hidden
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = self.head.tensors()
+        assert hidden is not None
+        assert weight is not None
+        return (
+            None if self.grad_hidden is None else self.grad_hidden.view(hidden.shape),
+            None if self.grad_weight is None else self.grad_weight.to(weight.dtype),
+            None if self.grad_bias is None or bias is None else self.grad_bias.to(bias.dtype),
+        )
+
+
+class AutogradSource(Source):
+    """Any other head: its own `logits()`, differentiated chunk by chunk by autograd."""
+
+    def __init__(self, head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()):
+        super().__init__(head, dtype, needs_grad)
+        self.totals = [
+            torch.zeros_like(tensor, dtype=dtype) if needed and tensor is not None else None
+            for tensor, needed in zip(self.head.tensors(), self.needs_grad, strict=True)
+        ]
+
+    def load(self, chunk: Chunk) -> Tensor:
+        rows = chunk.rows(self.components, self.positions)
+        return self.head.take(rows).logits().to(self.dtype)
+
+    def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
+        rows = chunk.rows(self.components, self.positions)
+        wanted = [i for i, total in enumerate(self.totals) if total is not None]
+        with torch.enable_grad():
+            leaves = [
+                None if tensor is None else tensor.detach().requires_grad_(i in wanted)
+                for i, tensor in enumerate(self.head.tensors())
+            ]
+            logits = self.head.with_tensors(leaves).take(rows).logits()
+        targets = [leaf for i, leaf in enumerate(leaves) if i in wanted and leaf is not None]
+        partial = torch.autograd.grad(logits, targets, gradient.to(logits.dtype), allow_unused=True)
+        for i, value in zip(wanted, partial, strict=True):
+            total = self.totals[i]
+            if value is not None and total is not None:
+                total += value
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        return tuple(
+            None if total is None or tensor is None else total.to(tensor.dtype)
+            for tensor, total in zip(self.head.tensors(), self.totals, strict=True)
+        )
