@@ -261,7 +261,10 @@ class LogisticHead(Head):
     scale `exp(log_scale - 2)`. Computed in fp32 (fp64 for fp64 input), as
 
         left, right = (edge - mu) * exp(2 - log_scale)
-        logit = logsigmoid(right) + log1p(eps - exp(logsigmoid(left) - logsigmoid(right)))
+        logit = logsigmoid(right) + log(sigmoid(-left) * (1 - exp(left - right)) + eps)
+
+    which equals `logsigmoid(right) + log1p(eps - exp(logsigmoid(left) - logsigmoid(right)))`, the
+    form of the sources, without its cancellation.
 
     Source: D3PM (arXiv 2107.03006, appendix B) and the CIFAR-10 model of tauLDR.
 
@@ -271,7 +274,8 @@ class LogisticHead(Head):
         num_classes: V, the number of bins, at least 2.
         eps: keeps the logarithm finite in bins without mass.
         clamp: "left" uses the form above; "min" takes the minimum with the same form of the
-            upper tail (`logsigmoid(-left) + log1p(eps - exp(...))`), which is right in both tails.
+            upper tail, `logsigmoid(-left) + log(sigmoid(right) * (1 - exp(left - right)) + eps)`,
+            which is right in both tails.
 
     Differentiable with respect to `mu` and `log_scale`.
 
@@ -334,13 +338,13 @@ class LogisticHead(Head):
         edges = torch.linspace(-1.0, 1.0, self.num_classes + 1, device=self.device, dtype=work)
         inverse_scale = torch.exp(2.0 - self.log_scale.to(work)).unsqueeze(-1)
         scaled = (edges - self.mu.to(work).unsqueeze(-1)) * inverse_scale
-        lower = F.logsigmoid(scaled)
-        logits = _log_difference(lower[..., 1:], lower[..., :-1], self.eps)
+        left, right = scaled[..., :-1], scaled[..., 1:]
+        # 1 - F(left)/F(right) = F(-left) (1 - e^(left - right)): the product has no cancellation.
+        width = -torch.expm1(inverse_scale * (-2.0 / self.num_classes))
+        logits = F.logsigmoid(right) + torch.log(torch.sigmoid(-left) * width + self.eps)
         if self.clamp == "min":
-            upper = F.logsigmoid(-scaled)
-            logits = torch.minimum(
-                logits, _log_difference(upper[..., :-1], upper[..., 1:], self.eps)
-            )
+            upper = F.logsigmoid(-left) + torch.log(torch.sigmoid(right) * width + self.eps)
+            logits = torch.minimum(logits, upper)
         return logits
 
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -351,8 +355,3 @@ class LogisticHead(Head):
         assert mu is not None
         assert log_scale is not None
         return LogisticHead(mu, log_scale, self.num_classes, self.eps, self.clamp)
-
-
-def _log_difference(larger: Tensor, smaller: Tensor, eps: float) -> Tensor:
-    """log(exp(larger) - exp(smaller)), kept finite by eps."""
-    return larger + torch.log1p(eps - torch.exp(smaller - larger))

@@ -86,6 +86,7 @@ class _Evaluation:
         self.b, self.d = active_positions(
             inputs.active, inputs.batch, inputs.positions, self.device
         )
+        self.student.start(self.b, self.d)
         self.weights = inputs.log_weights.exp()  # [B, N]
         self.wants_marginals = inputs.control_variate and (
             self._asked("teacher_weight") or self.consistency is not None
@@ -417,6 +418,7 @@ class _TokenRows(torch.autograd.Function):
 def _row_statistics(source: Source, problem: _Rows, keep: bool) -> Statistics:
     batch, _, positions = problem.targets.shape
     b, d = active_positions(problem.active, batch, positions, problem.targets.device)
+    source.start(b, d)
     return first_sweep(source, b, d, problem.targets, problem.mask_id, keep, source.chunk_size())
 
 

@@ -89,6 +89,9 @@ class Source(abc.ABC):
         per_position = max(1, self.components * self.vocabulary * item)
         return max(self.min_positions, self.chunk_bytes // per_position)
 
+    def start(self, b: Tensor, d: Tensor) -> None:  # noqa: B027 - most sources need none
+        """Learn the active positions, both (A,), before the first chunk."""
+
     @abc.abstractmethod
     def load(self, chunk: Chunk) -> Tensor:
         """Logits (P, N, V) of the chunk, a fresh tensor that the caller may overwrite."""
@@ -134,9 +137,21 @@ class TensorSource(Source):
         self.gradient: Tensor | None = None
         if self.wants_gradient:
             # Not empty_like: the gradient of an expanded tensor needs memory of its own.
-            self.gradient = torch.zeros(
+            self.gradient = torch.empty(
                 self.logits.shape, dtype=self.logits.dtype, device=self.logits.device
             )
+
+    def start(self, b: Tensor, d: Tensor) -> None:
+        if self.gradient is None:
+            return
+        # Chunks overwrite the active positions; a pass of zeros over those would be wasted.
+        idle = torch.ones(self.logits.shape[0], self.positions, dtype=torch.bool, device=b.device)
+        idle[b, d] = False
+        if not self._by_row(self.gradient):
+            self.gradient.masked_fill_(idle[:, None, :, None], 0.0)
+            return
+        for example, position in idle.nonzero().tolist():
+            self.gradient[example, :, position] = 0.0
 
     def load(self, chunk: Chunk) -> Tensor:
         return self._gather(self.logits, chunk).to(self.dtype)
@@ -256,7 +271,11 @@ class LinearSource(Source):
 
 
 class AutogradSource(Source):
-    """Any other head: its own `logits()`, differentiated chunk by chunk by autograd."""
+    """Any other head: its own `logits()`, differentiated chunk by chunk by autograd.
+
+    A tensor whose leading dimensions are those of the head is taken to hold one entry per row,
+    which `take` selects; any other is taken to be shared by all rows.
+    """
 
     def __init__(self, head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()):
         super().__init__(head, dtype, needs_grad)
@@ -271,19 +290,28 @@ class AutogradSource(Source):
 
     def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
         rows = chunk.rows(self.components, self.positions)
+        part = self.head.take(rows).detach()
         wanted = [i for i, total in enumerate(self.totals) if total is not None]
         with torch.enable_grad():
             leaves = [
-                None if tensor is None else tensor.detach().requires_grad_(i in wanted)
-                for i, tensor in enumerate(self.head.tensors())
+                tensor if tensor is None or i not in wanted else tensor.requires_grad_()
+                for i, tensor in enumerate(part.tensors())
             ]
-            logits = self.head.with_tensors(leaves).take(rows).logits()
+            logits = part.with_tensors(leaves).logits()
         targets = [leaf for i, leaf in enumerate(leaves) if i in wanted and leaf is not None]
         partial = torch.autograd.grad(logits, targets, gradient.to(logits.dtype), allow_unused=True)
         for i, value in zip(wanted, partial, strict=True):
-            total = self.totals[i]
-            if value is not None and total is not None:
-                total += value
+            self._add(i, rows, value)
+
+    def _add(self, index: int, rows: Tensor, value: Tensor | None) -> None:
+        total, leading = self.totals[index], self.head.shape[:-1]
+        if total is None or value is None:
+            return
+        if value.shape[: rows.ndim] == rows.shape and total.shape[: len(leading)] == leading:
+            by_row = total.view(leading.numel(), *total.shape[len(leading) :])
+            by_row.index_add_(0, rows.flatten(), value.flatten(0, rows.ndim - 1).to(total.dtype))
+        else:  # a tensor that all rows share
+            total += value
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return tuple(
