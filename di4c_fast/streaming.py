@@ -3,15 +3,19 @@
 Shapes: B batch, N components, M teacher components, K draws, D positions, V vocabulary,
 J target rows (x0 and the K draws), A active positions, P positions of a chunk.
 
-Two sweeps over the active positions. The first reads the student's logits z and leaves, per row,
-the log-probabilities l of the targets; these give the joint weights of the components. The second
-forms, per position, with p = exp l, w_n = e^{a_n}, s_v = sum_n w_n p_nv (so m = log s), the wanted
-distribution q = teacher_weight q_T + consistency_weight q_u and r_nv = w_n p_nv / s_v,
+With p = softmax(z), w_n = e^{a_n}, s_v = sum_n w_n p_nv (so the marginal is m = log s), the wanted
+distribution q = teacher_weight q_T + consistency_weight q_u and r_nv = w_n p_nv / s_v, the gradient
+at a position is
 
     R_n     = sum_v q_v r_nv
     kappa_j = alpha_j (rho_jnd - joint weight_jn)          rho_jnd = r[n,d,x^j_d]
-    dL/dz   = p_nv (w_n (-q_v / s_v + component_weight) + R_n - sum_j kappa_jn)
+    dL/dz   = p_nv (R_n + component_weight w_n - sum_j kappa_jn - w_n q_v / s_v)
               - component_weight w_n q_T,v + sum_j kappa_jn [v = x^j_d]
+
+The joint weights couple all positions, so there are two sweeps over them. The first reads z once
+and leaves everything local: log-probabilities of the targets, R_n, the divergences, q/s, and, where
+there is room (such as in the gradient tensor), e^{z - max}. The second, once the joint weights are
+known, multiplies these with a matrix of rank 2 per position and adds the sparse part.
 
 Gradients are computed in the forward pass, times the scale of the reduction, and handed over by
 the first backward; a second backward computes them again.
@@ -28,23 +32,43 @@ from torch.autograd.function import once_differentiable
 
 from .heads import Head
 from .inputs import LossInputs, LossTerms
-from .streaming_sample import draw_from_probs
-from .streaming_sources import Chunk, Source, chunks, make_source
+from .streaming_sample import (
+    SAMPLE_BLOCK,
+    block_sums,
+    block_uniforms,
+    blocks_of,
+    choose_block,
+    run_race,
+    take_block,
+    token_uniforms,
+)
+from .streaming_sources import (
+    Chunk,
+    GradientUpdate,
+    Source,
+    chunks,
+    make_source,
+    without_tensors,
+)
 from .streaming_terms import (
     NEG_INF,
-    Marginal,
     Statistics,
     active_positions,
-    first_sweep,
+    exponentials_,
+    finite_or_zero,
     joint_grad_log_weights,
     joint_terms,
     kappa_coefficients,
     kl_divergence,
     load_logits,
     marginal_from_logs,
-    marginal_from_probs,
-    softmax_and_lse,
+    marginal_from_values,
+    shares,
+    target_index,
 )
+
+# Random numbers made at once for the draws; each takes about 20 bytes of scratch space.
+DRAW_NUMBERS = 1 << 19
 
 
 def loss_per_example(inputs: LossInputs, scale: float) -> tuple[Tensor, LossTerms]:
@@ -73,85 +97,71 @@ class _Evaluation:
     def __init__(self, inputs: LossInputs, scale: Tensor, needs_grad: tuple[bool, ...]):
         """scale: (B,), multiplies loss and gradients; needs_grad: one flag per student tensor
         and a last one for the component log-weights."""
-        self.inputs, self.scale = inputs, scale
+        self.inputs = inputs
         self.dtype, self.device = inputs.dtype, inputs.student.device
-        self.wants_gradient = any(needs_grad)
         self.student = make_source(inputs.student, self.dtype, needs_grad[:-1])
         self.teacher = make_source(inputs.teacher, self.dtype)
         self.consistency = None
         if inputs.consistency is not None and self._asked("consistency_weight"):
             self.consistency = make_source(inputs.consistency, self.dtype)
+        self.wants_component = self._asked("component_weight")
+        self.wants_marginals = inputs.control_variate and (
+            self._asked("teacher_weight") or self.consistency is not None
+        )
         sources = [s for s in (self.student, self.teacher, self.consistency) if s is not None]
-        self.chunk_size = min(source.chunk_size() for source in sources)
+        size = min(source.chunk_size() for source in sources)
         self.b, self.d = active_positions(
             inputs.active, inputs.batch, inputs.positions, self.device
         )
         self.student.start(self.b, self.d)
+        self.chunks = list(chunks(self.b, self.d, size))
+        # All (B,), times the scale.
+        self.teacher_weight = inputs.teacher_weight * scale
+        self.consistency_weight = inputs.consistency_weight * scale
+        self.component_weight = inputs.component_weight * scale
+        self.data_weight = inputs.data_weight * scale
+        self.scale = scale
         self.weights = inputs.log_weights.exp()  # [B, N]
-        self.wants_marginals = inputs.control_variate and (
-            self._asked("teacher_weight") or self.consistency is not None
-        )
-        self.wants_component = self._asked("component_weight")
 
     def _asked(self, weight: str) -> bool:
         return self.inputs.return_terms or weight not in self.inputs.static_zero
 
     def run(self) -> None:
         inputs = self.inputs
-        targets = self._targets()  # [B, J, D]
-        second = self.wants_marginals or self.wants_component
-        keep = second or self.student.wants_gradient
-        stats = self._first_sweep(targets, keep)
-        self.alive = (stats.lse > NEG_INF).any(1)  # [A]
-        joint = joint_terms(stats, inputs.log_weights, inputs.control_variate)
-        # Without an active position the value is 0 to the last bit, not a rounded logsumexp.
-        values = torch.where(_occupied(stats, joint.value), joint.value, 0.0)  # [B, J]
+        self.targets = self._targets()  # [B, J, D]
+        draws = self.targets.shape[1] - 1
+        self._forward_sweep()
+        joint = joint_terms(self.stats, inputs.log_weights, inputs.control_variate)
+        alpha = self.data_weight.unsqueeze(-1)  # [B, J]
+        if draws:
+            per_draw = (self.consistency_weight / draws).unsqueeze(-1).expand(-1, draws)
+            alpha = torch.cat([alpha, per_draw], dim=-1)
+        self.grad_log_weights += joint_grad_log_weights(joint, self.b, alpha)
+        if self.student.wants_gradient:
+            self._backward_sweep(kappa_coefficients(joint, self.b, alpha))
 
-        draws = max(inputs.draws, 1)
-        alpha = torch.cat(
-            [
-                (inputs.data_weight * self.scale).unsqueeze(-1),
-                (inputs.consistency_weight * self.scale / draws)
-                .unsqueeze(-1)
-                .expand(-1, targets.shape[1] - 1),
-            ],
-            dim=-1,
-        )  # [B, J]
         zeros = torch.zeros(inputs.batch, dtype=self.dtype, device=self.device)
-        self.sums = {
-            name: zeros.clone() for name in ("teacher", "consistency", "component")
-        }  # each [B]
-        self.grad_log_weights = zeros.unsqueeze(-1).expand(-1, inputs.components).clone()
-        if self.wants_gradient:
-            self.grad_log_weights += joint_grad_log_weights(joint, self.b, alpha)
-        if keep:
-            kappa = (
-                kappa_coefficients(joint, self.b, alpha) if self.student.wants_gradient else None
-            )
-            self._second_sweep(stats, kappa, targets)
-        consistency = values[:, 1:].mean(1) if targets.shape[1] > 1 else zeros
         self.terms = LossTerms(
-            values[:, 0],
-            self.sums["teacher"],
-            consistency,
-            self.sums["consistency"],
-            self.sums["component"],
+            data_correlation=joint.value[:, 0],
+            teacher_marginal=self.teacher_sum,
+            consistency_correlation=joint.value[:, 1:].mean(1) if draws else zeros,
+            consistency_marginal=self.consistency_sum,
+            component=self.component_sum,
         )
-        self.per_example = zeros
-        for term, weight in zip(
-            self.terms,
-            (
-                inputs.data_weight,
-                inputs.teacher_weight,
-                inputs.consistency_weight,
-                inputs.consistency_weight,
-                inputs.component_weight,
-            ),
-            strict=True,
-        ):
+        weights = (
+            inputs.data_weight,
+            inputs.teacher_weight,
+            inputs.consistency_weight,
+            inputs.consistency_weight,
+            inputs.component_weight,
+        )
+        total = zeros
+        for term, weight in zip(self.terms, weights, strict=True):
             # Left out rather than multiplied with 0: an infinite term must not give NaN.
-            self.per_example = self.per_example + torch.where(weight > 0, term, 0.0) * weight
-        self.per_example = self.per_example * self.scale
+            total = total + torch.where(weight > 0, term, 0.0) * weight
+        self.per_example = total * self.scale
+
+    # The sweep over the consistency logits ------------------------------------------------
 
     def _targets(self) -> Tensor:
         """x0 and the consistency draws, (B, J, D)."""
@@ -171,132 +181,192 @@ class _Evaluation:
 
     def _draw(self, source: Source) -> Tensor:
         """One token per component and active position (B, K, D), keeping q_u where it fits."""
-        inputs = self.inputs
+        inputs, vocabulary = self.inputs, self.inputs.vocabulary
         draws = torch.zeros(
             inputs.batch, inputs.draws, inputs.positions, dtype=torch.int64, device=self.device
         )
+        if not self.chunks:
+            return draws
         assert inputs.seed is not None
-        for chunk in chunks(self.b, self.d, self.chunk_size):
-            prob = self._probs(source, chunk)
-            keys = chunk.rows(inputs.draws, inputs.positions).flatten()
-            draws[chunk.b, :, chunk.d] = draw_from_probs(prob, inputs.seed, row_keys=keys)
-            if self.wants_marginals:
-                source.keep(chunk, self._mixture(prob, chunk))
+        # Random numbers are made for many chunks at once: Philox is a hundred small operations.
+        numbers = self.chunks[0].size * inputs.draws * (blocks_of(vocabulary) + SAMPLE_BLOCK)
+        group_size = max(1, DRAW_NUMBERS // numbers)
+        for begin in range(0, len(self.chunks), group_size):
+            group = self.chunks[begin : begin + group_size]
+            rows = [chunk.size * inputs.draws for chunk in group]
+            keys = torch.cat([c.rows(inputs.draws, inputs.positions).flatten() for c in group])
+            uniforms = block_uniforms(inputs.seed, 0, keys, vocabulary, self.dtype)
+            parts = []
+            for chunk, numbers_of_chunk in zip(group, uniforms.split(rows), strict=True):
+                values, inverse = self._exponentials(source, chunk)
+                by_row = values.flatten(0, 1)
+                chosen = choose_block(block_sums(by_row), numbers_of_chunk)
+                parts.append((chosen, take_block(by_row, chosen)))
+                if self.wants_marginals:
+                    source.keep(chunk, self._mean_draw(values, inverse, chunk))
+            chosen = torch.cat([block for block, _ in parts])
+            race = token_uniforms(inputs.seed, 0, keys, chosen, self.dtype)
+            winner = run_race(torch.cat([candidates for _, candidates in parts]), race)
+            tokens = chosen * SAMPLE_BLOCK + winner
+            for chunk, drawn in zip(group, tokens.split(rows), strict=True):
+                draws[chunk.b, :, chunk.d] = drawn.view(chunk.size, inputs.draws)
         return draws
 
-    def _probs(self, source: Source, chunk: Chunk) -> Tensor:
-        return softmax_and_lse(load_logits(source, chunk, self.inputs.mask_id))[0]
+    def _exponentials(self, source: Source, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        values, inverse, _ = exponentials_(load_logits(source, chunk, self.inputs.mask_id))
+        return values, inverse
 
-    def _mixture(self, prob: Tensor, chunk: Chunk) -> Tensor:
+    def _mean_draw(self, values: Tensor, inverse: Tensor, chunk: Chunk) -> Tensor:
         """q_u (P, V): the mean over draws, one-hot where a draw has revealed the token."""
-        xu = self.inputs.xu
-        if xu is not None:
-            tokens = xu[chunk.b, :, chunk.d]  # [P, K]
-            revealed = self._revealed(tokens)
-            prob.masked_fill_(revealed.unsqueeze(-1), 0.0)
-            prob.scatter_add_(-1, tokens.unsqueeze(-1), revealed.to(prob.dtype).unsqueeze(-1))
-        return prob.mean(1)
+        share = inverse / inverse.shape[1]
+        if self.inputs.xu is None:
+            return torch.bmm(share.unsqueeze(1), values).squeeze(1)
+        tokens = self.inputs.xu[chunk.b, :, chunk.d]  # [P, K]
+        revealed = self._revealed(tokens)
+        mean = torch.bmm(share.masked_fill(revealed, 0.0).unsqueeze(1), values).squeeze(1)
+        return mean.scatter_add_(-1, tokens, revealed.to(mean.dtype) / inverse.shape[1])
 
-    def _first_sweep(self, targets: Tensor, keep: bool) -> Statistics:
-        return first_sweep(
-            self.student, self.b, self.d, targets, self.inputs.mask_id, keep, self.chunk_size
+    # The distributions that the marginal is pulled towards ----------------------------------
+
+    def _distributions(self, chunk: Chunk, alive: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """q_T, q_u and their weighted sum q, each (P, V); zero at positions that are not alive."""
+        values, inverse = self._exponentials(self.teacher, chunk)
+        share = inverse / inverse.shape[1] * alive.unsqueeze(-1)
+        teacher = torch.bmm(share.unsqueeze(1), values).squeeze(1)
+        mean_draw = None
+        if self.consistency is not None and self.wants_marginals:
+            mean_draw = self.consistency.kept(chunk)
+            if mean_draw is None:
+                mean_draw = self._mean_draw(*self._exponentials(self.consistency, chunk), chunk)
+            mean_draw = mean_draw * alive.unsqueeze(-1)
+        if not self.wants_marginals:
+            return teacher, None, torch.zeros_like(teacher)
+        wanted = teacher * self.teacher_weight[chunk.b].unsqueeze(-1)
+        if mean_draw is not None:
+            factor = self.consistency_weight[chunk.b].unsqueeze(-1)
+            wanted = torch.addcmul(wanted, mean_draw, factor)
+        return teacher, mean_draw, wanted
+
+    # The first sweep over the student's logits -----------------------------------------------
+
+    def _forward_sweep(self) -> None:
+        inputs, count = self.inputs, self.b.shape[0]
+        self.stats = Statistics.empty(
+            self.b, self.d, inputs.components, self.targets.shape[1], self.dtype
         )
+        self.mass = torch.zeros(count, inputs.components, dtype=self.dtype, device=self.device)
+        self.inverse = torch.zeros_like(self.mass)
+        self.grad_log_weights = torch.zeros(
+            inputs.batch, inputs.components, dtype=self.dtype, device=self.device
+        )
+        zeros = torch.zeros(inputs.batch, dtype=self.dtype, device=self.device)
+        self.teacher_sum, self.consistency_sum, self.component_sum = zeros, zeros, zeros
+        self.ratios: dict[int, Tensor] = {}
+        for chunk in self.chunks:
+            self._forward_chunk(chunk)
 
-    def _second_sweep(self, stats: Statistics, kappa: Tensor | None, targets: Tensor) -> None:
-        inputs = self.inputs
-        for chunk in chunks(self.b, self.d, self.chunk_size):
-            part = slice(chunk.start, chunk.start + chunk.size)
-            row_term = None if kappa is None else -kappa[part].sum(-1)  # [P, N]
-            gradient = self._chunk(chunk, stats.lse[part], self.alive[part], row_term)
-            if kappa is not None:
-                assert gradient is not None
-                index = targets[chunk.b, :, chunk.d].unsqueeze(1)
-                index = index.expand(-1, inputs.components, -1)
-                gradient.scatter_add_(-1, index, kappa[part])
-                self.student.store_gradient(chunk, gradient)
+    def _forward_chunk(self, chunk: Chunk) -> None:
+        logits = load_logits(self.student, chunk, self.inputs.mask_id)
+        picked = logits.gather(-1, target_index(self.targets, chunk, self.student.components))
+        values, inverse, lse = exponentials_(logits)
+        self.stats.put(chunk, picked, lse)
+        self.inverse[chunk.part] = inverse
+        if self.wants_marginals or self.wants_component:
+            self._forward_marginal(chunk, values, inverse, lse)
+        if self.student.wants_gradient:
+            self.student.keep(chunk, values)
 
-    def _chunk(
-        self, chunk: Chunk, lse: Tensor, alive: Tensor, row_term: Tensor | None
-    ) -> Tensor | None:
-        """Add the chunk's marginal terms; dL/dz (P, N, V) but for its one-hot part."""
-        inputs, b = self.inputs, chunk.b
-        prob = self.student.kept(chunk)
-        if not (self.wants_marginals or self.wants_component):
-            assert row_term is not None
-            prob = self._probs(self.student, chunk) if prob is None else prob
-            return prob.mul_(row_term.unsqueeze(-1))
-
-        live = alive.to(self.dtype).unsqueeze(-1)
-        teacher = self._probs(self.teacher, chunk).mean(1) * live  # q_T, [P, V]
-        mixture = self._consistency_mixture(chunk, live)  # q_u
-        wanted = torch.zeros_like(teacher)
-        if self.wants_marginals:
-            wanted += teacher * (inputs.teacher_weight * self.scale)[b].unsqueeze(-1)
-            if mixture is not None:
-                wanted += mixture * (inputs.consistency_weight * self.scale)[b].unsqueeze(-1)
-        component_weight = None
-        if self.wants_component:
-            component_weight = (inputs.component_weight * self.scale)[b].unsqueeze(-1)  # [P, 1]
-            if row_term is not None:
-                row_term = row_term + component_weight * self.weights[b]
-
+    def _forward_marginal(self, chunk: Chunk, values: Tensor, inverse: Tensor, lse: Tensor) -> None:
+        alive = (lse > NEG_INF).any(1).to(self.dtype)  # [P]
+        teacher, mean_draw, wanted = self._distributions(chunk, alive)
         result = None
-        if self.device.type == "cpu":  # elsewhere its checks would wait for the device
-            prob = self._probs(self.student, chunk) if prob is None else prob
-            result = marginal_from_probs(
-                prob,
-                self.weights[b],
-                wanted,
-                teacher,
-                row_term,
-                component_weight,
-                self.wants_component,
+        if self._from_values:
+            result = marginal_from_values(
+                values, inverse, self.weights[chunk.b], wanted, teacher, self.wants_component
             )
         if result is None:
-            log_prob = load_logits(self.student, chunk, inputs.mask_id)
-            log_prob -= torch.where(lse > NEG_INF, lse, 0.0).unsqueeze(-1)
             result = marginal_from_logs(
-                log_prob,
-                inputs.log_weights[b],
+                self._log_prob(chunk, lse),
+                self.inputs.log_weights[chunk.b],
                 wanted,
                 teacher,
-                row_term,
-                component_weight,
                 self.wants_component,
             )
-        self._add_terms(chunk, result, teacher, mixture, live)
-        return result.gradient
-
-    def _consistency_mixture(self, chunk: Chunk, live: Tensor) -> Tensor | None:
-        if self.consistency is None or not self.wants_marginals:
-            return None
-        mixture = self.consistency.kept(chunk)
-        if mixture is None:
-            mixture = self._mixture(self._probs(self.consistency, chunk), chunk)
-        return mixture * live
-
-    def _add_terms(
-        self,
-        chunk: Chunk,
-        result: Marginal,
-        teacher: Tensor,
-        mixture: Tensor | None,
-        live: Tensor,
-    ) -> None:
+        elif self.student.wants_gradient:
+            assert result.ratio is not None
+            self.ratios[chunk.index] = result.ratio
+        self.mass[chunk.part] = result.mass
         b = chunk.b
         if self.wants_marginals:
-            self.sums["teacher"].index_add_(0, b, kl_divergence(teacher, result.log_marginal))
-            if mixture is not None:
-                self.sums["consistency"].index_add_(
-                    0, b, kl_divergence(mixture, result.log_marginal)
-                )
             self.grad_log_weights.index_add_(0, b, result.mass, alpha=-1.0)
+            divergence = kl_divergence(teacher, result.log_marginal)
+            self.teacher_sum = self.teacher_sum.index_add(0, b, divergence)
+            if mean_draw is not None:
+                divergence = kl_divergence(mean_draw, result.log_marginal)
+                self.consistency_sum = self.consistency_sum.index_add(0, b, divergence)
         if self.wants_component:
             assert result.divergence is not None
-            weighted = self.weights[b] * torch.where(live > 0, result.divergence, 0.0)
-            self.sums["component"].index_add_(0, b, weighted.sum(-1))
-            factor = (self.inputs.component_weight * self.scale)[b].unsqueeze(-1)
+            alive_divergence = torch.where(alive.unsqueeze(-1) > 0, result.divergence, 0.0)
+            weighted = self.weights[b] * alive_divergence
+            self.component_sum = self.component_sum.index_add(0, b, weighted.sum(-1))
+            factor = self.component_weight[b].unsqueeze(-1)
             self.grad_log_weights.index_add_(0, b, torch.where(factor > 0, weighted, 0.0) * factor)
+
+    @property
+    def _from_values(self) -> bool:
+        """Whether exponentials may be used: their underflow check waits for the device."""
+        return self.device.type == "cpu"
+
+    def _log_prob(self, chunk: Chunk, lse: Tensor) -> Tensor:
+        logits = load_logits(self.student, chunk, self.inputs.mask_id)
+        return logits.sub_(finite_or_zero(lse).unsqueeze(-1))
+
+    # The second sweep over the student's logits ----------------------------------------------
+
+    def _backward_sweep(self, kappa: Tensor) -> None:
+        for chunk in self.chunks:
+            row = self.mass[chunk.part] - kappa[chunk.part].sum(-1)  # [P, N]
+            teacher_factor = None
+            if self.wants_component:
+                teacher_factor = self.component_weight[chunk.b].unsqueeze(-1)
+                teacher_factor = teacher_factor * self.weights[chunk.b]
+                row = row + teacher_factor
+            index = target_index(self.targets, chunk, self.student.components)
+            update = GradientUpdate(index, kappa[chunk.part])
+            if teacher_factor is not None:
+                alive = self.stats.alive[chunk.part].to(self.dtype)
+                update.teacher = self._distributions(chunk, alive)[0]
+                update.teacher_factor = teacher_factor
+            if self.wants_marginals and chunk.index not in self.ratios:
+                gradient = self._gradient_from_logs(chunk, row)
+                self.student.store_gradient(chunk, update.add_to_(gradient))
+                continue
+            factor = self._value_factor(chunk, row)
+            if not self.student.update_kept(chunk, factor, update):
+                values = self.student.kept(chunk)
+                if values is None:
+                    values, _ = self._exponentials(self.student, chunk)
+                self.student.store_gradient(chunk, update.add_to_(values.mul_(factor)))
+
+    def _value_factor(self, chunk: Chunk, row: Tensor) -> Tensor:
+        """What the kept exponentials are multiplied with to give the dense part of dL/dz."""
+        inverse = self.inverse[chunk.part]
+        scaled_row = (row * inverse).unsqueeze(-1)  # [P, N, 1]
+        ratio = self.ratios.pop(chunk.index, None)
+        if ratio is None:
+            return scaled_row
+        # row_n - w_n ratio_v as a product of rank 2: one pass, whatever the weights.
+        rows = torch.cat([scaled_row, -(self.weights[chunk.b] * inverse).unsqueeze(-1)], dim=-1)
+        columns = torch.stack([torch.ones_like(ratio), ratio], dim=1)  # [P, 2, V]
+        return torch.bmm(rows, columns)
+
+    def _gradient_from_logs(self, chunk: Chunk, row: Tensor) -> Tensor:
+        log_prob = self._log_prob(chunk, self.stats.lse[chunk.part])
+        alive = self.stats.alive[chunk.part].to(self.dtype)
+        wanted = self._distributions(chunk, alive)[2]
+        _, share = shares(log_prob, self.inputs.log_weights[chunk.b])
+        gradient = log_prob.exp_().mul_(row.unsqueeze(-1))
+        return gradient.sub_(share.mul_(wanted.unsqueeze(1)))
 
 
 class _Loss(torch.autograd.Function):
@@ -373,18 +443,21 @@ class _Rows:
     mask_id: int | None
     correlation: bool
 
+    def without_tensors(self) -> _Rows:
+        return dataclasses.replace(self, head=without_tensors(self.head))
+
 
 class _TokenRows(torch.autograd.Function):
     """Joint log-likelihood, or correlation, of token rows (B, J)."""
 
     @staticmethod
     def forward(ctx: Any, problem: _Rows, log_weights: Tensor, *tensors: Tensor | None):
-        ctx.problem = problem
+        ctx.problem = problem.without_tensors()
         ctx.save_for_backward(log_weights, *tensors)
         source = make_source(problem.head.with_tensors(tensors), log_weights.dtype)
-        stats = _row_statistics(source, problem, keep=False)
-        value = joint_terms(stats, log_weights, problem.correlation).value
-        value = torch.where(_occupied(stats, value), value, 0.0)
+        value = joint_terms(
+            _row_statistics(source, problem), log_weights, problem.correlation
+        ).value
         return value if problem.correlation else -value
 
     @staticmethod
@@ -392,38 +465,33 @@ class _TokenRows(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor):
         problem: _Rows = ctx.problem
         log_weights, *tensors = ctx.saved_tensors
-        source = make_source(
-            problem.head.with_tensors(tensors), log_weights.dtype, ctx.needs_input_grad[2:]
-        )
-        stats = _row_statistics(source, problem, keep=source.wants_gradient)
+        head = problem.head.with_tensors(tensors)
+        source = make_source(head, log_weights.dtype, ctx.needs_input_grad[2:])
+        stats = _row_statistics(source, problem)
         joint = joint_terms(stats, log_weights, problem.correlation)
         alpha = upstream if problem.correlation else -upstream
         if source.wants_gradient:
+            source.start(stats.b, stats.d)
             kappa = kappa_coefficients(joint, stats.b, alpha)
             for chunk in chunks(stats.b, stats.d, source.chunk_size()):
-                part = slice(chunk.start, chunk.start + chunk.size)
-                gradient = source.kept(chunk)
-                if gradient is None:
-                    gradient = softmax_and_lse(load_logits(source, chunk, problem.mask_id))[0]
-                gradient *= -kappa[part].sum(-1, keepdim=True)
-                index = problem.targets[chunk.b, :, chunk.d].unsqueeze(1)
-                index = index.expand(-1, source.components, -1)
-                source.store_gradient(chunk, gradient.scatter_add_(-1, index, kappa[part]))
+                values, inverse, _ = exponentials_(load_logits(source, chunk, problem.mask_id))
+                factor = -kappa[chunk.part].sum(-1) * inverse
+                index = target_index(problem.targets, chunk, source.components)
+                update = GradientUpdate(index, kappa[chunk.part])
+                source.store_gradient(chunk, update.add_to_(values.mul_(factor.unsqueeze(-1))))
         grad_log_weights = None
         if ctx.needs_input_grad[1]:
             grad_log_weights = joint_grad_log_weights(joint, stats.b, alpha)
         return (None, grad_log_weights, *source.gradients())
 
 
-def _row_statistics(source: Source, problem: _Rows, keep: bool) -> Statistics:
-    batch, _, positions = problem.targets.shape
+def _row_statistics(source: Source, problem: _Rows) -> Statistics:
+    """Log-probabilities of the targets and logsumexps of every active row."""
+    batch, rows, positions = problem.targets.shape
     b, d = active_positions(problem.active, batch, positions, problem.targets.device)
-    source.start(b, d)
-    return first_sweep(source, b, d, problem.targets, problem.mask_id, keep, source.chunk_size())
-
-
-def _occupied(stats: Statistics, value: Tensor) -> Tensor:
-    """Which examples have a position that counts: (B, 1)."""
-    alive = (stats.lse > NEG_INF).any(1).to(value.dtype)
-    counts = value.new_zeros(value.shape[0]).index_add_(0, stats.b, alive)
-    return (counts > 0).unsqueeze(-1)
+    stats = Statistics.empty(b, d, source.components, rows, source.dtype)
+    for chunk in chunks(b, d, source.chunk_size()):
+        logits = load_logits(source, chunk, problem.mask_id)
+        picked = logits.gather(-1, target_index(problem.targets, chunk, source.components))
+        stats.put(chunk, picked, exponentials_(logits)[2])
+    return stats

@@ -17,7 +17,7 @@ from .heads import Head, LinearHead, TensorHead
 
 # Bytes of fp32 logits in a chunk. On the CPU a chunk and its scratch space should stay in the
 # second-level caches; on an accelerator it should be large enough to fill the device.
-CPU_CHUNK_BYTES = 2 << 20
+CPU_CHUNK_BYTES = 4 << 20
 CPU_LINEAR_CHUNK_BYTES = 16 << 20
 ACCELERATOR_CHUNK_BYTES = 128 << 20
 # A matrix product of fewer rows than this runs far below its peak rate.
@@ -39,10 +39,47 @@ class Chunk:
     def size(self) -> int:
         return self.b.shape[0]
 
+    @property
+    def part(self) -> slice:
+        """Where the chunk stands in the list of all active positions."""
+        return slice(self.start, self.start + self.size)
+
     def rows(self, components: int, positions: int) -> Tensor:
         """Row numbers (P, components) of a head (B, components, D, V)."""
         component = torch.arange(components, device=self.b.device)
         return (self.b[:, None] * components + component) * positions + self.d[:, None]
+
+
+@dataclasses.dataclass
+class GradientUpdate:
+    """The part of dL/dz of a chunk that is not a multiple of the probabilities."""
+
+    index: Tensor  # [P, N, J] target tokens
+    kappa: Tensor  # [P, N, J]
+    teacher: Tensor | None = None  # [P, V] q_T
+    teacher_factor: Tensor | None = None  # [P, N] component_weight * w_n
+
+    def add_to_(self, gradient: Tensor) -> Tensor:
+        """Add it to the gradient (P, N, V) of the chunk, in place."""
+        if self.teacher is not None:
+            assert self.teacher_factor is not None
+            factor = self.teacher_factor.unsqueeze(-1)
+            gradient.addcmul_(factor, self.teacher.unsqueeze(1), value=-1.0)
+        return gradient.scatter_add_(-1, self.index, self.kappa)
+
+    def position(self, i: int) -> GradientUpdate:
+        """The update of one position of the chunk."""
+        one = slice(i, i + 1)
+        if self.teacher is None or self.teacher_factor is None:
+            return GradientUpdate(self.index[one], self.kappa[one])
+        return GradientUpdate(
+            self.index[one], self.kappa[one], self.teacher[one], self.teacher_factor[one]
+        )
+
+
+def without_tensors(head: Head) -> Head:
+    """The head with empty tensors in place of its own: what a graph may hold beside them."""
+    return head.with_tensors([None if t is None else t.new_empty(0) for t in head.tensors()])
 
 
 def chunks(b: Tensor, d: Tensor, size: int) -> Iterator[Chunk]:
@@ -112,11 +149,16 @@ class Source(abc.ABC):
             self._kept[chunk.index] = values
 
     def kept(self, chunk: Chunk) -> Tensor | None:
-        """The values kept for a chunk, which the caller may overwrite, or None."""
-        values = self._kept.pop(chunk.index, None)
-        if values is not None:
-            self._keep_bytes += values.numel() * values.element_size()
-        return values
+        """The values kept for a chunk, or None."""
+        return self._kept.get(chunk.index)
+
+    def update_kept(self, chunk: Chunk, factor: Tensor, update: GradientUpdate) -> bool:
+        """Turn values kept in the gradient tensor into the gradient where they stand.
+
+        They are multiplied with `factor`, which broadcasts to (P, N, V), and get `update` added.
+        Returns False, having done nothing, where they are not kept there.
+        """
+        return False
 
 
 def make_source(head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()) -> Source:
@@ -166,6 +208,16 @@ class TensorSource(Source):
         if self.gradient is not None and self.gradient.dtype == self.dtype:
             return self._gather(self.gradient, chunk)
         return super().kept(chunk)
+
+    def update_kept(self, chunk: Chunk, factor: Tensor, update: GradientUpdate) -> bool:
+        if self.gradient is None or self.gradient.dtype != self.dtype:
+            return False
+        if not self._by_row(self.gradient):
+            return False
+        for i, (b, d) in enumerate(_pairs(chunk)):
+            gradient = self.gradient[b, :, d].unsqueeze(0)  # a view, [1, N, V]
+            update.position(i).add_to_(gradient.mul_(factor[i]))
+        return True
 
     def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
         assert self.gradient is not None

@@ -1,4 +1,4 @@
-"""The pieces of the torch backend's two sweeps: row statistics, joint terms, marginal terms.
+"""The pieces of the torch backend's sweeps: row statistics, joint terms, marginal terms.
 
 Shapes: B batch, N components, D positions, V vocabulary, J target rows, A active positions,
 P positions of a chunk. Everything is in nats. The equations stand in `streaming.py`.
@@ -11,22 +11,53 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .streaming_sources import Chunk, Source, chunks
+from .streaming_sources import Chunk, Source
 
 NEG_INF = float("-inf")
 
 
 @dataclasses.dataclass
 class Statistics:
-    """What the first sweep leaves of the student."""
+    """What the first sweep leaves of the student's active rows."""
 
     b: Tensor  # [A] example of each active position
     d: Tensor  # [A]
     log_prob: Tensor  # [A, N, J] of the targets, -inf where impossible
-    lse: Tensor  # [A, N]
+    lse: Tensor  # [A, N], -inf for a row without a class
+
+    @classmethod
+    def empty(cls, b: Tensor, d: Tensor, components: int, targets: int, dtype: torch.dtype):
+        rows, device = b.shape[0], b.device
+        return cls(
+            b,
+            d,
+            torch.empty(rows, components, targets, dtype=dtype, device=device),
+            torch.empty(rows, components, dtype=dtype, device=device),
+        )
+
+    def put(self, chunk: Chunk, picked: Tensor, lse: Tensor) -> None:
+        """Record the target logits (P, N, J) and logsumexps (P, N) of a chunk."""
+        self.lse[chunk.part] = lse
+        self.log_prob[chunk.part] = picked - finite_or_zero(lse).unsqueeze(-1)
+
+    @property
+    def alive(self) -> Tensor:
+        """Positions at which some component allows some class: (A,)."""
+        return (self.lse > NEG_INF).any(1)
+
+    def occupied(self, batch: int) -> Tensor:
+        """Examples with a position that counts: (B,)."""
+        counts = self.lse.new_zeros(batch).index_add_(0, self.b, self.alive.to(self.lse.dtype))
+        return counts > 0
 
 
-def active_positions(active: Tensor | None, batch: int, positions: int, device: torch.device):
+def finite_or_zero(values: Tensor) -> Tensor:
+    return torch.where(values == NEG_INF, 0.0, values)
+
+
+def active_positions(
+    active: Tensor | None, batch: int, positions: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Example and position of every active position, both (A,). Reads `active` on the host."""
     if active is None:
         index = torch.arange(batch * positions, device=device)
@@ -42,51 +73,27 @@ def load_logits(source: Source, chunk: Chunk, mask_id: int | None) -> Tensor:
     return logits
 
 
-def softmax_and_lse(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax and logsumexp over the last dimension; 0 and -inf for rows without a class."""
-    prob = torch.softmax(logits, -1)
-    peak = logits.amax(-1)
-    # The probability of the largest logit is at least 1/V, so its logarithm is exact enough.
-    lse = peak - prob.amax(-1).log()
-    dead = peak == NEG_INF
-    if dead.device.type != "cpu" or bool(dead.any()):  # a look is cheaper than a pass
-        prob.masked_fill_(dead.unsqueeze(-1), 0.0)
-    return prob, torch.where(dead, peak, lse)
+def target_index(targets: Tensor, chunk: Chunk, components: int) -> Tensor:
+    """Targets (B, J, D) as an index (P, N, J) into the chunk's logits."""
+    return targets[chunk.b, :, chunk.d].unsqueeze(1).expand(-1, components, -1)
 
 
-def first_sweep(
-    source: Source,
-    b: Tensor,
-    d: Tensor,
-    targets: Tensor,
-    mask_id: int | None,
-    keep: bool,
-    chunk_size: int,
-) -> Statistics:
-    """Read every active row once. targets: (B, J, D)."""
-    rows, components = b.shape[0], source.components
-    log_prob = torch.empty(rows, components, targets.shape[1], dtype=source.dtype, device=b.device)
-    lse = torch.empty(rows, components, dtype=source.dtype, device=b.device)
-    for chunk in chunks(b, d, chunk_size):
-        part = slice(chunk.start, chunk.start + chunk.size)
-        logits = load_logits(source, chunk, mask_id)
-        index = targets[chunk.b, :, chunk.d].unsqueeze(1).expand(-1, components, -1)
-        picked = logits.gather(-1, index)
-        if keep:
-            prob, lse[part] = softmax_and_lse(logits)
-            source.keep(chunk, prob)
-        else:
-            lse[part] = torch.logsumexp(logits, -1)
-        alive = lse[part] > NEG_INF
-        picked -= torch.where(alive, lse[part], 0.0).unsqueeze(-1)
-        log_prob[part] = picked
-    return Statistics(b, d, log_prob, lse)
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrite logits (..., V) with exp(logits - peak).
+
+    Returns these, 1 / their sum (0 for a row without a class) and the logsumexp, so that
+    softmax(logits) is the first times the second.
+    """
+    peak = finite_or_zero(logits.amax(-1))
+    values = logits.sub_(peak.unsqueeze(-1)).exp_()
+    total = values.sum(-1)
+    inverse = torch.where(total > 0, 1.0 / total, 0.0)
+    return values, inverse, peak + total.log()
 
 
 def masked_logsumexp(values: Tensor, dim: int) -> Tensor:
     """logsumexp that is -inf, not NaN, where every entry is -inf."""
-    peak = values.amax(dim, keepdim=True)
-    peak = torch.where(peak == NEG_INF, 0.0, peak)
+    peak = finite_or_zero(values.amax(dim, keepdim=True))
     return (values - peak).exp().sum(dim).log() + peak.squeeze(dim)
 
 
@@ -103,7 +110,7 @@ class Joint:
 def joint_terms(stats: Statistics, log_weights: Tensor, correlation: bool) -> Joint:
     batch = log_weights.shape[0]
     log_prob = stats.log_prob
-    alive = (stats.lse > NEG_INF).any(1, keepdim=True)  # [A, 1]
+    alive = stats.alive.unsqueeze(-1)  # [A, 1]
     if correlation:
         weighted = log_prob + log_weights[stats.b].unsqueeze(-1)  # [A, N, J]
         marginal = masked_logsumexp(weighted, 1)  # [A, J]
@@ -119,8 +126,10 @@ def joint_terms(stats: Statistics, log_weights: Tensor, correlation: bool) -> Jo
     joint = summand.new_zeros(batch, *summand.shape[1:]).index_add_(0, stats.b, summand)
     joint = joint + log_weights.unsqueeze(-1)  # [B, N, J]
     total = masked_logsumexp(joint, 1)  # [B, J]
-    finite = torch.where(total == NEG_INF, 0.0, total)
-    return Joint(-total, (joint - finite.unsqueeze(1)).exp(), local, counted)
+    weights = (joint - finite_or_zero(total).unsqueeze(1)).exp()
+    # Without an active position the value is 0 to the last bit, not a rounded logsumexp.
+    value = torch.where(stats.occupied(batch).unsqueeze(-1), -total, 0.0)
+    return Joint(value, weights, local, counted)
 
 
 def kappa_coefficients(joint: Joint, b: Tensor, alpha: Tensor) -> Tensor:
@@ -141,81 +150,71 @@ def joint_grad_log_weights(joint: Joint, b: Tensor, alpha: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Marginal:
-    """What one chunk yields for given distributions q_T and q = weighted sum of q_T and q_u."""
+    """What the marginal terms need of one chunk, for the distributions q_T and q of `Wanted`."""
 
-    log_marginal: Tensor  # [P, V]
+    log_marginal: Tensor  # [P, V] m, at least where q or q_T is positive
     mass: Tensor  # [P, N] R_n
     divergence: Tensor | None  # [P, N] KL(q_T || p_n), where the component term is asked for
-    gradient: Tensor | None  # [P, N, V] everything but the one-hot part of dL/dz
+    ratio: Tensor | None  # [P, V] q / exp(m); None if it was computed from logs
 
 
-def marginal_from_probs(
-    prob: Tensor,
+def marginal_from_values(
+    values: Tensor,
+    inverse: Tensor,
     weights: Tensor,
     wanted: Tensor,
     teacher: Tensor,
-    row_term: Tensor | None,
-    component_weight: Tensor | None,
     want_component: bool,
 ) -> Marginal | None:
-    """The chunk from probabilities (P, N, V); None where they underflow and logs are needed.
+    """The chunk from exponentials (P, N, V); None where they underflow and logs are needed.
 
-    `row_term` (P, N) is what every p_nv is multiplied with beside R_n; None: no gradient.
+    inverse (P, N) normalises the exponentials; weights (P, N) are those of the components.
     """
-    tiny = torch.finfo(prob.dtype).tiny / torch.finfo(prob.dtype).eps
-    mixture = torch.bmm(weights.unsqueeze(1), prob).squeeze(1)  # [P, V]
-    if bool(((mixture < tiny) & ((wanted > 0) | (teacher > 0))).any()):
+    tiny = torch.finfo(values.dtype).tiny / torch.finfo(values.dtype).eps
+    scaled = weights * inverse
+    mixture = torch.bmm(scaled.unsqueeze(1), values).squeeze(1)  # e^m, [P, V]
+    needed = wanted + teacher if want_component else wanted
+    if bool(((mixture < tiny) & (needed > 0)).any()):
         return None
-    ratio = wanted / mixture.clamp_min(tiny)
-    mass = torch.bmm(prob, ratio.unsqueeze(-1)).squeeze(-1) * weights
+    mixture.clamp_min_(tiny)
+    ratio = wanted / mixture
+    mass = torch.bmm(values, ratio.unsqueeze(-1)).squeeze(-1) * scaled
     divergence = None
     if want_component:
-        divergence = -torch.xlogy(teacher.unsqueeze(1), prob).sum(-1)
+        cross = torch.xlogy(teacher.unsqueeze(1), values).sum(-1)  # the peak has value 1
+        divergence = negative_entropy(teacher).unsqueeze(-1) - cross
+        divergence -= teacher.sum(-1, keepdim=True) * torch.where(inverse > 0, inverse.log(), 0.0)
         if not bool(torch.isfinite(divergence).all()):
             return None
-        divergence += torch.xlogy(teacher, teacher).sum(-1, keepdim=True)
-    gradient = None
-    if row_term is not None:
-        # row_n - w_n ratio_v as a product of rank 2: one pass, whatever the weights.
-        rows = torch.stack([mass + row_term, -weights], dim=-1)  # [P, N, 2]
-        columns = torch.stack([torch.ones_like(ratio), ratio], dim=1)  # [P, 2, V]
-        gradient = torch.bmm(rows, columns).mul_(prob)
-        if component_weight is not None:
-            factor = (component_weight * weights).unsqueeze(-1)
-            gradient.addcmul_(factor, teacher.unsqueeze(1), value=-1.0)
-    return Marginal(mixture.log(), mass, divergence, gradient)
+    return Marginal(mixture.log(), mass, divergence, ratio)
 
 
 def marginal_from_logs(
-    log_prob: Tensor,
-    log_weights: Tensor,
-    wanted: Tensor,
-    teacher: Tensor,
-    row_term: Tensor | None,
-    component_weight: Tensor | None,
-    want_component: bool,
+    log_prob: Tensor, log_weights: Tensor, wanted: Tensor, teacher: Tensor, want_component: bool
 ) -> Marginal:
     """The chunk from log-probabilities (P, N, V), for every range of values."""
-    weights = log_weights.exp()
-    weighted = log_prob + log_weights.unsqueeze(-1)
-    marginal = masked_logsumexp(weighted, 1)  # [P, V]
-    finite = torch.where(marginal == NEG_INF, 0.0, marginal)
-    share = (weighted - finite.unsqueeze(1)).exp()  # r, [P, N, V]
+    log_marginal, share = shares(log_prob, log_weights)
     mass = torch.bmm(share, wanted.unsqueeze(-1)).squeeze(-1)
     divergence = None
     if want_component:
         divergence = kl_divergence(teacher.unsqueeze(1), log_prob)
-    gradient = None
-    if row_term is not None:
-        gradient = log_prob.exp() * (mass + row_term).unsqueeze(-1)
-        gradient -= share.mul_(wanted.unsqueeze(1))
-        if component_weight is not None:
-            factor = (component_weight * weights).unsqueeze(-1)
-            gradient.addcmul_(factor, teacher.unsqueeze(1), value=-1.0)
-    return Marginal(marginal, mass, divergence, gradient)
+    return Marginal(log_marginal, mass, divergence, None)
+
+
+def shares(log_prob: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The marginal m (P, V) and the responsibilities r (P, N, V)."""
+    weighted = log_prob + log_weights.unsqueeze(-1)
+    log_marginal = masked_logsumexp(weighted, 1)
+    share = weighted.sub_(finite_or_zero(log_marginal).unsqueeze(1)).exp_()
+    return log_marginal, share
+
+
+def negative_entropy(prob: Tensor) -> Tensor:
+    """sum_v q log q, (..., V) -> (...), with 0 log 0 = 0."""
+    return (prob * prob.clamp_min(torch.finfo(prob.dtype).tiny).log()).sum(-1)
 
 
 def kl_divergence(target: Tensor, log_prob: Tensor) -> Tensor:
     """sum_v q (log q - log p), (..., V) -> (...), with 0 log 0 = 0; +inf where q > 0 = p."""
-    cross = torch.where(target > 0, target * log_prob, 0.0)
-    return (torch.xlogy(target, target) - cross).sum(-1)
+    cross = torch.where(target > 0, target * log_prob, 0.0).sum(-1)
+    return negative_entropy(target) - cross

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..heads import Head
 from ..inputs import LossInputs, LossTerms
+from .sample import draw_ref
 
 NEG_INF = float("-inf")
 
@@ -24,14 +25,20 @@ def masked_logsumexp(values: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Te
     -inf where there are none. Entries outside the mask receive exactly zero gradient, whatever
     their value.
     """
+    log_total, peak, any_left = _log_total(values, mask, dim)
+    result = log_total + peak.squeeze(dim)
+    return result.masked_fill(~any_left, NEG_INF), any_left
+
+
+def _log_total(values: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The logarithm of the sum of exp(values - peak) over the mask, the peak (with `dim` of size
+    1), and whether the mask holds anywhere; 0 and 0 where it does not."""
     any_left = mask.any(dim)
     peak = values.detach().masked_fill(~mask, NEG_INF).amax(dim, keepdim=True)
     peak = peak.masked_fill(~any_left.unsqueeze(dim), 0.0)
     shifted = torch.where(mask, values - peak, torch.zeros_like(values))
     total = torch.where(mask, shifted.exp(), torch.zeros_like(values)).sum(dim)
-    safe = torch.where(any_left, total, torch.ones_like(total))
-    result = safe.log() + peak.squeeze(dim)
-    return result.masked_fill(~any_left, NEG_INF), any_left
+    return torch.where(any_left, total, torch.ones_like(total)).log(), peak, any_left
 
 
 def log_softmax_ref(logits: Tensor, mask_id: int | None = None) -> Tensor:
@@ -41,9 +48,9 @@ def log_softmax_ref(logits: Tensor, mask_id: int | None = None) -> Tensor:
         column = torch.arange(logits.shape[-1], device=logits.device) == mask_id
         allowed = allowed & ~column
     finite = torch.where(allowed, logits, torch.zeros_like(logits))
-    lse, alive = masked_logsumexp(finite, allowed, -1)
-    lse = torch.where(alive, lse, torch.zeros_like(lse))
-    return (finite - lse.unsqueeze(-1)).masked_fill(~allowed, NEG_INF)
+    # The peak first: a logsumexp of large logits would carry the rounding of their size.
+    log_total, peak, _ = _log_total(finite, allowed, -1)
+    return (finite - peak - log_total.unsqueeze(-1)).masked_fill(~allowed, NEG_INF)
 
 
 def marginal_log_prob(log_prob: Tensor, log_weights: Tensor) -> Tensor:
@@ -107,6 +114,19 @@ def dimensional_correlation(
     )
 
 
+def row_values(
+    log_prob: Tensor, targets: Tensor, log_weights: Tensor, active: Tensor, correlation: bool
+) -> Tensor:
+    """cor(x) or the joint log-likelihood of targets (B, J, D): (B, J).
+
+    Without an active position it is 0 to the last bit, not the rounded logsumexp of the weights.
+    """
+    gathered = target_log_probs(log_prob, targets)
+    score = dimensional_correlation if correlation else joint_log_prob
+    value = score(gathered, log_weights, active)
+    return torch.where(active.any(-1, keepdim=True), value, torch.zeros_like(value))
+
+
 def head_log_prob(head: Head, dtype: torch.dtype, mask_id: int | None) -> Tensor:
     return log_softmax_ref(head.logits().to(dtype), mask_id)
 
@@ -136,10 +156,8 @@ def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, L
         return torch.where(active, values, torch.zeros_like(values)).sum(-1)
 
     def correlations(targets: Tensor) -> Tensor:
-        gathered = target_log_probs(log_prob, targets)
-        if inputs.control_variate:
-            return dimensional_correlation(gathered, log_weights, active)
-        return -joint_log_prob(gathered, log_weights, active)
+        value = row_values(log_prob, targets, log_weights, active, inputs.control_variate)
+        return value if inputs.control_variate else -value
 
     zero = torch.zeros(inputs.batch, dtype=dtype, device=inputs.student.device)
     data = correlations(inputs.x0.unsqueeze(1)).squeeze(1)
@@ -153,6 +171,9 @@ def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, L
     per_component = torch.where(
         active.unsqueeze(1), per_component, torch.zeros_like(per_component)
     ).sum(-1)
+    # A component of weight 0 is as good as absent, even where its divergence is infinite.
+    present = log_weights > NEG_INF
+    per_component = torch.where(present, per_component, torch.zeros_like(per_component))
     component = (log_weights.exp() * per_component).sum(1)
     if not inputs.control_variate:
         teacher_marginal, consistency_marginal = zero, zero
@@ -165,7 +186,6 @@ def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, L
         inputs.consistency_weight,
         inputs.component_weight,
     )
-    # Without an active position a correlation is 0 to the last bit, not a rounded logsumexp.
     # A term of weight 0 is left out rather than multiplied, so that an infinite one cannot turn
     # the sum into NaN.
     total = zero
@@ -187,8 +207,6 @@ def consistency_targets(inputs: LossInputs) -> tuple[Tensor, Tensor]:
         draws = inputs.consistency_x
         if draws is None:
             assert inputs.seed is not None
-            from .sample import draw_ref
-
             draws = draw_ref(log_prob, inputs.seed)
         if inputs.xu is not None:
             revealed = inputs.xu != inputs.mask_id
@@ -209,7 +227,4 @@ def token_rows(
     """Joint log-likelihood, or the correlation term, of token rows (B, J, D): (B, J)."""
     log_prob = head_log_prob(student, log_weights.dtype, mask_id)
     counted = alive_positions(log_prob, active)
-    gathered = target_log_probs(log_prob, targets)
-    if correlation:
-        return dimensional_correlation(gathered, log_weights, counted)
-    return joint_log_prob(gathered, log_weights, counted)
+    return row_values(log_prob, targets, log_weights, counted, correlation)

@@ -1,4 +1,8 @@
-"""Row draws, dense and literal: the truth that the other backends of `sample` are held to."""
+"""Row draws, dense and literal: the truth that the other backends of `sample` are held to.
+
+Computed in fp64 for fp64 logits, in fp32 otherwise. Every row holds several tensors of V numbers
+and one random number per token, so this is for tests and small problems.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ..rng import BLOCKS, TOKENS, Integer, uniform
+from ..sample_inputs import SampleInputs
 from ..streaming_sample import SAMPLE_BLOCK
+
+NEG_INF = float("-inf")
 
 
 def draw_ref(
@@ -22,8 +29,8 @@ def draw_ref(
         int64 of the leading shape; 0 for a row that is -inf throughout.
     """
     vocabulary = log_prob.shape[-1]
-    rows = log_prob.detach().reshape(-1, vocabulary)
-    dtype = torch.promote_types(rows.dtype, torch.float32)
+    dtype = torch.promote_types(log_prob.dtype, torch.float32)
+    rows = log_prob.detach().reshape(-1, vocabulary).to(dtype)
     if row_keys is None:
         row_keys = torch.arange(rows.shape[0], device=rows.device)
     row_keys = row_keys.reshape(-1)
@@ -31,8 +38,8 @@ def draw_ref(
     block_u = uniform(seed, step, row_keys, len(blocks), stream=BLOCKS, dtype=dtype)
     token_u = uniform(seed, step, row_keys, vocabulary, stream=TOKENS, dtype=dtype)
 
-    peak = rows.to(dtype).amax(-1, keepdim=True)
-    weights = (rows - peak.clamp_min(torch.finfo(dtype).min)).exp()
+    peak = rows.amax(-1, keepdim=True)
+    weights = (rows - peak.masked_fill(peak == NEG_INF, 0.0)).exp()
     race = rows - torch.log(-torch.log1p(-token_u))
     total = torch.zeros_like(peak[:, 0])
     token = torch.zeros_like(row_keys)
@@ -42,3 +49,124 @@ def draw_ref(
         winner = begin + race[:, begin : begin + SAMPLE_BLOCK].argmax(-1)
         token = torch.where(block_u[:, index] * total < mass, winner, token)
     return token.view(log_prob.shape[:-1])
+
+
+def transformed_logits_ref(
+    logits: Tensor,
+    *,
+    unconditional: Tensor | None = None,
+    guidance_scale: float | Tensor = 0.0,
+    mask_id: int | None = None,
+    temperature: float | Tensor = 1.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """The logits whose softmax is the drawn distribution, (R, V), in the dtype of `logits`.
+
+    guidance -> mask_id -> temperature -> top-p -> top-k; per-row scales and temperatures are (R,).
+    """
+    if unconditional is not None:
+        scale = _column(guidance_scale, logits.dtype)
+        guided = unconditional + (scale + 1) * (logits - unconditional)
+        logits = torch.where(logits == NEG_INF, logits, guided)
+    if mask_id is not None:
+        excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_id
+        logits = logits.masked_fill(excluded, NEG_INF)
+    temperature = _column(temperature, logits.dtype)
+    if isinstance(temperature, Tensor):
+        logits = logits / torch.where(temperature == 0, 1, temperature)
+    elif temperature != 0:
+        logits = logits / temperature
+    if top_p is not None:
+        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+        reached = ordered.softmax(-1).cumsum(-1)
+        # A token stays while those before it have not yet passed top_p.
+        before = torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], -1)
+        logits = logits.masked_fill((before > top_p).gather(1, ids.argsort(-1)), NEG_INF)
+    if top_k is not None:
+        smallest = logits.sort(-1, descending=True).values[:, min(top_k, logits.shape[-1]) - 1]
+        logits = logits.masked_fill(logits < smallest.unsqueeze(-1), NEG_INF)
+    return logits
+
+
+def _column(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return value.to(dtype).unsqueeze(-1) if isinstance(value, Tensor) else value
+
+
+def sample_rows(inputs: SampleInputs) -> dict[str, Tensor]:
+    """The reference backend of `sample`: the token and the wanted fields, each (R,)."""
+    work = inputs.confidence_dtype or inputs.dtype
+    shape = (inputs.rows, inputs.vocabulary)
+    given = inputs.head.logits().detach().reshape(shape)
+    uncond = None
+    if inputs.unconditional is not None:
+        uncond = inputs.unconditional.logits().detach().reshape(shape)
+    _check_rows(inputs, given, uncond)
+
+    def transformed(logits: Tensor, dtype: torch.dtype, drawn: bool) -> Tensor:
+        return transformed_logits_ref(
+            logits.to(dtype),
+            mask_id=inputs.mask_id,
+            temperature=inputs.temperature if drawn else 1.0,
+            top_p=inputs.top_p if drawn else None,
+            top_k=inputs.top_k if drawn else None,
+        )
+
+    guided = given
+    if uncond is not None:
+        guided = transformed_logits_ref(
+            given.to(work), unconditional=uncond.to(work), guidance_scale=inputs.guidance_scale
+        )
+    literal = transformed(guided, work, drawn=True)
+    logits = literal
+    if inputs.confidence_dtype is not None:
+        # Only the set of tokens that the filters leave comes from the other dtype.
+        unfiltered = transformed_logits_ref(
+            guided.to(inputs.dtype), mask_id=inputs.mask_id, temperature=inputs.temperature
+        )
+        logits = unfiltered.masked_fill(literal == NEG_INF, NEG_INF)
+
+    log_prob = logits.log_softmax(-1)
+    argmax = (logits == logits.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
+    token = argmax
+    if not inputs.greedy:
+        token = draw_ref(log_prob, inputs.seed, step=inputs.step, row_keys=inputs.row_keys)
+        if isinstance(inputs.temperature, Tensor):
+            token = torch.where(inputs.temperature == 0, argmax, token)
+    prob = literal.softmax(-1)
+    result = {"token": token, "argmax": argmax}
+    result["log_prob"] = _pick(log_prob, token)
+    result["logsumexp"] = logits.logsumexp(-1)
+    result["max_log_prob"] = log_prob.amax(-1)
+    if inputs.confidence_dtype is None:
+        result["entropy"] = -torch.where(prob > 0, prob * log_prob, 0.0).sum(-1)
+    else:
+        result["entropy"] = -(prob * torch.log(prob + 1e-10)).sum(-1)
+    largest = prob.sort(-1, descending=True).values
+    result["margin"] = largest[:, 0] - largest[:, 1] if prob.shape[1] > 1 else largest[:, 0]
+    result["prob"] = _pick(prob, token)
+    result["raw_prob"] = _pick(transformed(guided, work, drawn=False).softmax(-1), token)
+    return {name: result[name] for name in ("token", *inputs.want)}
+
+
+def _pick(values: Tensor, token: Tensor) -> Tensor:
+    return values.gather(1, token.unsqueeze(-1))[:, 0]
+
+
+def _check_rows(inputs: SampleInputs, logits: Tensor, unconditional: Tensor | None) -> None:
+    if not inputs.check:
+        return
+    allowed = torch.ones(inputs.vocabulary, dtype=torch.bool, device=logits.device)
+    if inputs.mask_id is not None:
+        allowed[inputs.mask_id] = False
+    for name, values in (("logits", logits), ("guidance[0]", unconditional)):
+        if values is None:
+            continue
+        wrong = (values.isnan() | (values == float("inf"))) & allowed
+        if bool(wrong.any()):
+            row = int(wrong.any(-1).nonzero()[0, 0])
+            raise ValueError(f"{name} must not hold NaN or +inf, got it in row {row}")
+    empty = ~((logits > NEG_INF) & allowed).any(-1)
+    if bool(empty.any()):
+        row = int(empty.nonzero()[0, 0])
+        raise ValueError(f"logits allow no token in row {row}: all are -inf or the mask_id")
