@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "di4c_fast" / "_version.py").read_text())
 assert VERSION is not None
 
-TRITON = "triton>=3.6; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"
+# PyTorch builds for a GPU bring their own Triton; beside a CPU build it serves the tests.
+TRITON = ["triton>=3.6; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"]
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.65"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8", "tqdm>=4.65"]
 DEV = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11", "scipy>=1.11"]
@@ -25,10 +26,11 @@ setup(
     packages=[*find_packages(include=["di4c_fast", "di4c_fast.*"]), "di4c_fast.kernels"],
     package_dir={"di4c_fast.kernels": "kernels"},
     package_data={"di4c_fast": ["py.typed"], "di4c_fast.kernels": ["configs/*.json", "README.md"]},
-    install_requires=["torch>=2.11", "numpy", "einops>=0.7", "safetensors>=0.4", TRITON],
+    install_requires=["torch>=2.11", "numpy", "einops>=0.7", "safetensors>=0.4"],
     extras_require={
         "examples": EXAMPLES,
         "bench": BENCH,
-        "dev": sorted({*DEV, *EXAMPLES, *BENCH}),
+        "triton": TRITON,
+        "dev": sorted({*DEV, *EXAMPLES, *BENCH, *TRITON}),
     },
 )

@@ -13,12 +13,13 @@ import importlib
 import importlib.util
 import os
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from .heads import Head
 
+Backend = Literal["auto", "triton", "torch", "reference"]
 LOSS_BACKENDS = ("auto", "triton", "torch", "reference")
 
 

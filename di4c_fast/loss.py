@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from ._checks import check_choice
+from ._checks import check_choice, without_autocast
 from .heads import HeadLike
 from .inputs import (
     LossTerms,
@@ -17,13 +17,12 @@ from .inputs import (
     prepare_inputs,
     prepare_log_weights,
     prepare_mask_id,
+    prepare_rows,
     prepare_student,
-    prepare_tokens,
 )
 
 __all__ = ["LossTerms", "correlation", "loss", "mixture_log_prob"]
 
-Backend = Literal["auto", "triton", "torch", "reference"]
 Reduction = Literal["mean", "sum", "none"]
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -162,7 +161,8 @@ def loss(
         give 0.
 
     Differentiable with respect to the tensors behind `student` and to `log_weights`; `teacher`
-    and `consistency` are detached. Gradients have the dtype of their tensor. The torch and
+    and `consistency` are detached. Gradients have the dtype of their tensor. Autocast is off
+    inside: the dtype of a tensor says how it is computed with. The torch and
     triton backends raise RuntimeError on double backward.
 
     Raises:
@@ -202,7 +202,8 @@ def loss(
     if reduction != "none":
         scale = 1.0 / inputs.batch if reduction == "mean" and inputs.batch > 0 else 1.0
     implementation = backends.loss_backend(backend, inputs.student)
-    per_example, terms = implementation.loss_per_example(inputs, scale)
+    with without_autocast(inputs.student.device):
+        per_example, terms = implementation.loss_per_example(inputs, scale)
     value = per_example if reduction == "none" else per_example.sum()
     return (value, terms) if return_terms else value
 
@@ -284,17 +285,12 @@ def _token_rows(
 ) -> Tensor:
     check_choice(backend, "backend", backends.LOSS_BACKENDS)
     head = prepare_student(student)
-    batch, _, positions, vocabulary = head.shape
-    mask_id = prepare_mask_id(mask_id, vocabulary)
+    mask_id = prepare_mask_id(mask_id, head.shape[-1])
     active = prepare_active(xt, valid, mask_id, head)
-    single = isinstance(x, Tensor) and x.ndim == 2
-    if single:
-        targets = prepare_tokens(x, "x", "B, D", (batch, positions), head).unsqueeze(1)
-    else:
-        rows = x.shape[1] if isinstance(x, Tensor) and x.ndim == 3 else -1
-        targets = prepare_tokens(x, "x", "B, K, D", (batch, rows, positions), head)
+    targets, single = prepare_rows(x, head)
     check_targets_allowed(targets, "x", mask_id, active)
     normalised = prepare_log_weights(log_weights, head)
     implementation = backends.loss_backend(backend, head)
-    result = implementation.token_rows(head, targets, normalised, active, mask_id, correlation)
+    with without_autocast(head.device):
+        result = implementation.token_rows(head, targets, normalised, active, mask_id, correlation)
     return result.squeeze(1) if single else result
