@@ -1,0 +1,133 @@
+"""Exponential moving average of a module's weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_number, check_tensor, describe
+
+__all__ = ["EMA"]
+
+
+class EMA:
+    """Exponential moving average of a module's parameters; buffers are copied.
+
+    After update i (from 1) the average of each floating parameter is
+    `decay_i * average + (1 - decay_i) * parameter`, with
+    `decay_i = min(decay, (1 + i) / (10 + i))` when `warmup` (as in the paper's code, so that the
+    first weights are forgotten), else `decay`. Averages of half-precision parameters are kept in
+    fp32, where steps of 1 - decay are not lost to rounding.
+
+    Args:
+        module: whose weights are averaged; held by reference.
+        decay: in [0, 1) (the paper: 0.9999).
+        warmup: start with a shorter memory.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.9999, *, warmup: bool = True):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be an nn.Module, got {describe(module)}")
+        check_number(decay, "decay")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        self.module, self.decay, self.warmup = module, float(decay), bool(warmup)
+        self.updates = 0
+        self._applied = False
+        averaged = dict(module.named_parameters())
+        self.shadow = {
+            name: _average_of(value) if name in averaged else value.detach().clone()
+            for name, value in self._live().items()
+        }
+
+    def _live(self) -> dict[str, Tensor]:
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the module's present weights into the average."""
+        if self._applied:
+            raise RuntimeError("EMA.update() inside EMA.applied(): the module holds the average")
+        self.updates += 1
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        parameters = dict(self.module.named_parameters())
+        averaged: list[tuple[Tensor, Tensor]] = []
+        for name, value in self._live().items():
+            shadow = self.shadow[name]
+            if name in parameters and value.dtype.is_floating_point:
+                averaged.append((shadow, value.detach().to(shadow.dtype)))
+            else:
+                shadow.copy_(value)
+        if averaged:
+            shadows, values = (list(side) for side in zip(*averaged, strict=True))
+            torch._foreach_lerp_(shadows, values, 1.0 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The module with the averaged weights inside the `with`, its own again after it."""
+        if self._applied:
+            raise RuntimeError("EMA.applied() is already active")
+        kept = {name: value.detach().clone() for name, value in self._live().items()}
+        self._applied = True
+        try:
+            self._write(self.shadow)
+            yield self.module
+        finally:
+            self._write(kept)
+            self._applied = False
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        """In place, so that optimisers and compiled graphs keep their hold on the weights."""
+        for name, value in self._live().items():
+            value.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"decay", "warmup", "updates", "shadow": name to tensor}, the tensors not copied."""
+        return {
+            "decay": self.decay,
+            "warmup": self.warmup,
+            "updates": self.updates,
+            "shadow": dict(self.shadow),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; the module itself is left as it is.
+
+        Raises:
+            ValueError: missing or unexpected names, or a tensor of another shape; nothing is
+                changed then.
+        """
+        for key in ("decay", "warmup", "updates", "shadow"):
+            if key not in state:
+                raise ValueError(f"state must have the key {key!r}, got {sorted(state)}")
+        shadow = state["shadow"]
+        missing, unexpected = self.shadow.keys() - shadow.keys(), shadow.keys() - self.shadow.keys()
+        if missing or unexpected:
+            raise ValueError(
+                "state must hold the weights of this module: missing "
+                f"{sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}"
+            )
+        for name, value in shadow.items():
+            check_tensor(value, f"state['shadow'][{name!r}]")
+            if value.shape != self.shadow[name].shape:
+                raise ValueError(
+                    f"state['shadow'][{name!r}] must have shape "
+                    f"{tuple(self.shadow[name].shape)}, got {tuple(value.shape)}"
+                )
+        for name, value in shadow.items():
+            self.shadow[name].copy_(value)
+        self.decay, self.warmup = float(state["decay"]), bool(state["warmup"])
+        self.updates = int(state["updates"])
+
+
+def _average_of(parameter: Tensor) -> Tensor:
+    half = parameter.dtype in (torch.float16, torch.bfloat16)
+    return parameter.detach().to(torch.float32 if half else parameter.dtype, copy=True)

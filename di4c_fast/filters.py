@@ -1,0 +1,93 @@
+"""Guidance, top-p and top-k on rows of logits, in Dream's order and meaning.
+
+Two versions of the filters. `filter_literal_` sorts whole rows, in the dtype it is given, as the
+repositories do, ties in the order of ids. `filter_scaled_` finds the same set in fp32 or fp64
+from the largest few logits where they suffice, which is many times faster than a sort.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+FIRST_LOOK = 128  # candidates of the first look at a row
+_LOOK_GROWTH = 8  # and how many times more for the next
+
+
+def guide(
+    conditional: Tensor, unconditional: Tensor, scale: float | Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Classifier-free guidance u + (scale + 1)·(c − u), in `dtype`.
+
+    Tokens at -inf in the conditional logits c stay excluded. The form (1 + w)c − w·u of MaskGIT
+    is the same function, with another rounding.
+    """
+    c, u = conditional.to(dtype), unconditional.to(dtype)
+    if isinstance(scale, Tensor):
+        scale = scale.to(dtype).unsqueeze(-1)
+    return torch.where(c == NEG_INF, c, u + (scale + 1) * (c - u))
+
+
+def filter_literal_(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
+    """Set to -inf, in place, what top-p and then top-k remove. (R, V) of any floating dtype."""
+    if top_p is not None:
+        ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+        remove = ordered.softmax(-1).cumsum(-1) > top_p
+        remove[:, 1:] = remove[:, :-1].clone()
+        remove[:, 0] = False
+        logits.masked_fill_(torch.zeros_like(remove).scatter_(1, ids, remove), NEG_INF)
+    if top_k is not None:
+        _keep_top_k_(logits, top_k)
+    return logits
+
+
+def filter_scaled_(
+    logits: Tensor, top_p: float | None, top_k: int | None, look: int = FIRST_LOOK
+) -> int:
+    """`filter_literal_` for fp32 and fp64 logits (R, V) whose largest entry per row is 0.
+
+    Top-p keeps a token if the more probable ones, and the equally probable ones of lower id,
+    have at most the probability `top_p` together. On a CPU the `look` largest logits are sorted
+    first, and more only for rows where they do not reach `top_p`.
+
+    Returns:
+        A good `look` for more rows of the same model. It changes the speed, never the result.
+    """
+    if top_p is not None:
+        look = _keep_top_p_(logits, top_p, look)
+    if top_k is not None:
+        _keep_top_k_(logits, top_k)
+    return look
+
+
+def _keep_top_k_(logits: Tensor, top_k: int) -> None:
+    smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+    logits.masked_fill_(logits < smallest, NEG_INF)
+
+
+def _keep_top_p_(logits: Tensor, top_p: float, look: int) -> int:
+    rows, vocabulary = logits.shape
+    total = logits.exp().sum(-1, keepdim=True)
+    on_host = logits.device.type == "cpu"  # where asking how many rows are left costs no sync
+    look = min(look, vocabulary) if on_host else vocabulary
+    smallest = logits.new_empty(rows, 1)  # the last logit that is kept
+    kept = torch.empty(rows, 1, dtype=torch.int64, device=logits.device)
+    ties = torch.empty_like(kept)  # how many of those equal to it are kept
+    left: slice | Tensor = slice(None)  # rows whose candidates did not reach top_p yet
+    while True:
+        ordered = logits[left].topk(look, dim=-1).values
+        reached = (ordered.exp() / total[left]).cumsum(-1)
+        kept[left] = counts = 1 + (reached[:, :-1] <= top_p).sum(-1, keepdim=True)
+        smallest[left] = last = ordered.gather(1, counts - 1)
+        ties[left] = counts - (ordered > last).sum(-1, keepdim=True)
+        short = reached[:, -1] <= top_p
+        if look == vocabulary or not bool(short.any()):
+            break
+        left = short.nonzero()[:, 0] if isinstance(left, slice) else left[short]
+        look = min(look * _LOOK_GROWTH, vocabulary)
+    equal = logits == smallest
+    logits.masked_fill_(logits < smallest, NEG_INF)
+    if not on_host or bool((equal.sum(-1, keepdim=True) > ties).any()):
+        logits.masked_fill_(equal & (equal.cumsum(-1) > ties), NEG_INF)
+    return max(FIRST_LOOK, int(kept.amax()) * 5 // 4) if on_host and rows else look

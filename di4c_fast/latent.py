@@ -1,0 +1,240 @@
+"""The latent variable λ of a mixture student: draws, embedding, conditioning modules.
+
+Shapes: B examples, N components, R rows (R = B*N, the components of an example adjacent),
+L latent dimensions, D positions.
+
+Source: the student architectures of Di4C (arXiv 2410.08709): λ ~ U[0, 1], the sinusoidal
+embedding of 1000 λ, a two-layer network, and one extra token that is dropped from the output
+(masked language, VQ images) or an addition to the time embedding (pixels).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import check_floating, check_number, check_rank, describe
+from ._draws import uniform
+
+__all__ = ["LatentEmbedding", "LatentShift", "LatentToken", "draw_latents", "sinusoid"]
+
+
+def _check_count(value: int, name: str, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def draw_latents(
+    batch: int,
+    components: int,
+    dim: int = 1,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Independent λ ~ U[0, 1)^L, float32 (B, N, L).
+
+    Flattened over the first two dimensions they are the rows of a student's batch.
+
+    >>> draw_latents(2, 3).shape
+    torch.Size([2, 3, 1])
+    """
+    _check_count(batch, "batch", 0)
+    _check_count(components, "components", 1)
+    _check_count(dim, "dim", 1)
+    return uniform((batch, components, dim), generator=generator, device=device)
+
+
+def sinusoid(x: Tensor, features: int, max_period: float = 10_000.0) -> Tensor:
+    """Sines and cosines of x at geometrically spaced frequencies from 1 to 1/max_period.
+
+    Equivalent PyTorch, with half = features // 2:
+
+        w = max_period ** -(torch.arange(half) / (half - 1))
+        torch.cat([(x[..., None] * w).sin(), (x[..., None] * w).cos()], -1)
+
+    Args:
+        x: any shape, floating point; computed in fp32 at least.
+        features: even, at least 4.
+
+    Returns:
+        (*x.shape, features), fp32 (fp64 for fp64 input).
+    """
+    check_floating(x, "x")
+    _check_count(features, "features", 4)
+    if features % 2:
+        raise ValueError(f"features must be even, got {features}")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    half = features // 2
+    exponents = torch.arange(half, device=x.device, dtype=x.dtype) / (half - 1)
+    angles = x.unsqueeze(-1) * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class LatentEmbedding(nn.Module):
+    """λ → one vector per latent dimension: sinusoid of scale·λ, then a two-layer network.
+
+    Args:
+        width: size of the vectors.
+        dim: L, latent dimensions. With L > 1 the hidden layer has a bias per dimension, so that
+            the order of the dimensions matters.
+        frequencies: size of the sinusoidal embedding, even.
+        scale: factor on λ before the sinusoid.
+        zero_init: start the last layer at zero, so that the vectors are exactly 0 at first.
+            Their gradient with respect to the last layer is not zero, so training leaves 0.
+
+    Input (R, L) floating point, output (R, L, width) in the dtype of the parameters (of
+    autocast where it is on). Differentiable with respect to the parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dim: int = 1,
+        frequencies: int = 128,
+        scale: float = 1000.0,
+        *,
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        _check_count(width, "width", 1)
+        _check_count(dim, "dim", 1)
+        _check_count(frequencies, "frequencies", 4)
+        if frequencies % 2:
+            raise ValueError(f"frequencies must be even, got {frequencies}")
+        check_number(scale, "scale")
+        self.width, self.dim, self.frequencies, self.scale = width, dim, frequencies, float(scale)
+        self.hidden = nn.Linear(frequencies, 4 * frequencies)
+        self.offset = nn.Parameter(torch.randn(dim, 4 * frequencies)) if dim > 1 else None
+        self.project = nn.Linear(4 * frequencies, width)
+        if zero_init:
+            nn.init.zeros_(self.project.weight)
+            nn.init.zeros_(self.project.bias)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        check_floating(latent, "latent")
+        if latent.ndim != 2 or latent.shape[1] != self.dim:
+            raise ValueError(
+                f"latent must have shape (R, L) with L = {self.dim}, got {tuple(latent.shape)}"
+            )
+        features = sinusoid(latent.float() * self.scale, self.frequencies)
+        hidden = self.hidden(features.to(self.hidden.weight.dtype))
+        if self.offset is not None:
+            hidden = hidden + self.offset
+        return self.project(F.gelu(hidden))
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, dim={self.dim}, scale={self.scale:g}"
+
+
+class LatentToken(nn.Module):
+    """λ as L extra tokens of a transformer's input, dropped from its output.
+
+    Usage inside a model:
+
+        h = self.latent(self.embed(tokens), lam)     # (R, D, C) -> (R, D + L, C)
+        for block in self.blocks: h = block(h)
+        logits = self.head(self.latent.strip(h))     # (R, D, C) again
+
+    Position information (embeddings added before, rotary angles by index) is that of the D
+    tokens when the extra tokens stand last, the default.
+
+    Does the student start at the teacher? With `zero_init` the extra tokens are zero vectors
+    and λ has no influence at first, but attention still has L more keys to spread over: the
+    student starts near the teacher, not at it. It starts exactly there if attention masks the
+    extra keys, which also keeps them from learning; `LatentShift` is the module that starts
+    exactly at the teacher and learns.
+
+    Args:
+        width: C, size of the embeddings.
+        dim: L, latent dimensions, one token each.
+        first: put the extra tokens before the others instead of after them.
+        frequencies, scale, zero_init: as in `LatentEmbedding`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dim: int = 1,
+        *,
+        first: bool = False,
+        frequencies: int = 128,
+        scale: float = 1000.0,
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        self.first = bool(first)
+        self.embedding = LatentEmbedding(width, dim, frequencies, scale, zero_init=zero_init)
+
+    @property
+    def dim(self) -> int:
+        return self.embedding.dim
+
+    def forward(self, x: Tensor, latent: Tensor) -> Tensor:
+        """(R, D, C) embeddings and (R, L) latents to (R, D + L, C), in the dtype of `x`."""
+        _check_embeddings(x, latent, self.embedding.width, ranks=(3,))
+        tokens = self.embedding(latent).to(x.dtype)
+        return torch.cat([tokens, x] if self.first else [x, tokens], dim=1)
+
+    def strip(self, x: Tensor) -> Tensor:
+        """Drop the extra tokens: (R, D + L, ...) to (R, D, ...), a view."""
+        check_rank(x, "x", minimum=2)
+        length = x.shape[1] - self.dim
+        if length < 0:
+            raise ValueError(
+                f"x must have at least L = {self.dim} positions to drop, got {tuple(x.shape)}"
+            )
+        return x.narrow(1, self.dim if self.first else 0, length)
+
+
+class LatentShift(nn.Module):
+    """λ added to what a model computes already: embeddings of tokens or of the time.
+
+    `x + sum_l embedding(λ)_l`, the same for every position. Made with `zero_init` (the default)
+    it adds exactly 0 at first, so that a student that is a copy of its teacher plus this
+    module returns the teacher's logits exactly, for every λ, whatever the architecture, until
+    the first optimiser step. The same holds where only a part is shifted, such as the time
+    embedding (R, C) or the embedding (R, C) of a token that the teacher has anyway (a class or
+    start token).
+
+    Args:
+        width: C, last size of `x`.
+        dim: L, latent dimensions.
+        frequencies, scale, zero_init: as in `LatentEmbedding`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dim: int = 1,
+        *,
+        frequencies: int = 128,
+        scale: float = 1000.0,
+        zero_init: bool = True,
+    ):
+        super().__init__()
+        self.embedding = LatentEmbedding(width, dim, frequencies, scale, zero_init=zero_init)
+
+    def forward(self, x: Tensor, latent: Tensor) -> Tensor:
+        """(R, D, C) or (R, C) and (R, L) latents to the shape and dtype of `x`."""
+        _check_embeddings(x, latent, self.embedding.width, ranks=(2, 3))
+        shift = self.embedding(latent).sum(dim=1)
+        return x + (shift if x.ndim == 2 else shift.unsqueeze(1)).to(x.dtype)
+
+
+def _check_embeddings(x: Tensor, latent: Tensor, width: int, ranks: tuple[int, ...]) -> None:
+    check_floating(x, "x")
+    check_floating(latent, "latent")
+    letters = " or ".join("(R, D, C)" if rank == 3 else "(R, C)" for rank in sorted(ranks)[::-1])
+    if x.ndim not in ranks or x.shape[-1] != width:
+        raise ValueError(f"x must have shape {letters} with C = {width}, got {tuple(x.shape)}")
+    if latent.ndim != 2 or latent.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"latent must have shape (R, L) with R = {x.shape[0]}, the rows of x, "
+            f"got {tuple(latent.shape)}"
+        )

@@ -1,0 +1,76 @@
+"""What `distill_step` asks of a noise process, and the checks that processes share.
+
+Time t is in (0, 1]; 1 is pure noise for every process, so that schedules of weights read the
+same everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .._checks import check_floating, check_same_device, check_shape, check_values
+from ..heads import HeadLike
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A noise process q(x_t | x_0) and one reverse step of a teacher under it.
+
+    Shapes: B examples, K draws, M teacher components, D positions, V classes.
+    """
+
+    @property
+    def loss_mask_id(self) -> int | None:
+        """The mask token that the loss leaves out of every softmax; None if every class counts.
+
+        If it is not None, the loss is given x_t and x_u and counts masked positions only.
+        """
+
+    def sample_times(
+        self,
+        batch: int,
+        *,
+        low_t: float = 0.0,
+        low_t_probability: float = 0.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Training times (B,), float32; below `low_t` with probability `low_t_probability`."""
+
+    def corrupt(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        *,
+        valid: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """x_t ~ q(. | x_0), (B, D); positions outside `valid` (B, D) stay as they are."""
+
+    def step_time(
+        self, t: Tensor, step: float, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The time u < t (B,) at which one teacher step of about `step` from t ends."""
+
+    def teacher_step(
+        self,
+        xt: Tensor,
+        t: Tensor,
+        u: Tensor,
+        teacher_head: HeadLike,
+        draws: int,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """K draws of x_u | x_t, (B, K, D), all from one teacher pass (B, D, V) or (B, M, D, V)."""
+
+
+def check_times(t: Any, name: str, batch: int, like: Tensor) -> None:
+    """A time per example, floating point, in (0, 1], on the device of the tokens."""
+    check_floating(t, name)
+    check_shape(t, name, "B,", (batch,))
+    check_same_device(t, name, like, "the tokens")
+    check_values((t > 0) & (t <= 1), f"{name} must hold times in (0, 1]", t)

@@ -1,0 +1,264 @@
+"""The arguments of `sample`, checked, normalised and put into one record for every backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import (
+    check_floating,
+    check_int64,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_values,
+    describe,
+)
+from .heads import Head, HeadLike, TensorHead, as_head
+from .rng import Integer, draw_seed
+
+CONFIDENCE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Draw(NamedTuple):
+    """What `sample` returns, each field of the leading shape of the logits; None if not wanted.
+
+    "The drawn distribution" is the softmax of the logits after guidance, exclusion of `mask_id`,
+    temperature, top-p and top-k, in this order. At temperature 0 it is taken at temperature 1,
+    so that the statistics still tell how sure the model is. Logarithms are in nats.
+    """
+
+    token: Tensor
+    """int64, the drawn token."""
+    log_prob: Tensor | None = None
+    """Log-probability of the token under the drawn distribution."""
+    logsumexp: Tensor | None = None
+    """logsumexp of the logits behind the drawn distribution."""
+    argmax: Tensor | None = None
+    """int64, the most probable token; the lowest id among equals."""
+    max_log_prob: Tensor | None = None
+    """Log-probability of `argmax`."""
+    entropy: Tensor | None = None
+    """Entropy of the drawn distribution."""
+    margin: Tensor | None = None
+    """Largest minus second largest probability of the drawn distribution."""
+    prob: Tensor | None = None
+    """Probability of the token under the drawn distribution."""
+    raw_prob: Tensor | None = None
+    """Probability of the token at temperature 1 without top-p and top-k (LLaDA's confidence)."""
+
+
+STATISTICS = Draw._fields[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleInputs:
+    """What a backend draws from. R is the number of rows, the product of the leading shape."""
+
+    head: Head  # (..., V)
+    unconditional: Head | None  # (..., V)
+    guidance_scale: float | Tensor  # number, or (R,) compute dtype
+    temperature: float | Tensor  # number, or (R,) compute dtype
+    top_k: int | None  # None: no restriction, and so the next two
+    top_p: float | None
+    mask_id: int | None
+    seed: Integer  # int, or () int64
+    step: Integer  # int, or () int64
+    row_keys: Tensor  # (R,) int64
+    want: frozenset[str]  # of STATISTICS
+    confidence_dtype: torch.dtype | None
+    check: bool
+    budget_bytes: int | None
+
+    @property
+    def leading(self) -> torch.Size:
+        return self.head.shape[:-1]
+
+    @property
+    def rows(self) -> int:
+        return self.leading.numel()
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic and of the statistics."""
+        return torch.promote_types(self.head.dtype, torch.float32)
+
+    @property
+    def greedy(self) -> bool:
+        """The temperature is the number 0: no random number is needed."""
+        return isinstance(self.temperature, float) and self.temperature == 0.0
+
+    @property
+    def filtered(self) -> bool:
+        return self.top_k is not None or self.top_p is not None
+
+    @property
+    def tempered(self) -> bool:
+        """The drawn distribution may differ from the one at temperature 1."""
+        return isinstance(self.temperature, Tensor) or self.temperature not in (0.0, 1.0)
+
+    def effective_temperature(self) -> float | Tensor:
+        """The temperature of the drawn distribution: 1 in place of 0."""
+        if isinstance(self.temperature, Tensor):
+            return torch.where(self.temperature == 0.0, 1.0, self.temperature)
+        return self.temperature or 1.0
+
+
+def prepare_sample_inputs(
+    logits: HeadLike,
+    *,
+    temperature: float | Tensor,
+    top_k: int | None,
+    top_p: float | None,
+    guidance: tuple[HeadLike, float | Tensor] | None,
+    mask_id: int | None,
+    seed: Integer | None,
+    step: Integer,
+    row_keys: Tensor | None,
+    generator: torch.Generator | None,
+    want: str | Iterable[str],
+    confidence_dtype: torch.dtype | None,
+    check: bool | None,
+    budget_bytes: int | None,
+) -> SampleInputs:
+    """Check the arguments of `sample` and normalise them; see there for their meaning."""
+    head = _rows_head(as_head(logits, "logits"))
+    vocabulary = head.shape[-1]
+    if vocabulary < 1:
+        raise ValueError(f"logits must have at least one column, got shape {tuple(head.shape)}")
+    if isinstance(temperature, int):
+        temperature = float(check_int(temperature, "temperature"))
+    temperature = _per_row(temperature, "temperature", head, minimum=0.0)
+    unconditional, scale = None, 0.0
+    if guidance is not None:
+        unconditional, scale = _prepare_guidance(guidance, head)
+    if mask_id is not None:
+        check_int(mask_id, "mask_id")
+        if not 0 <= mask_id < vocabulary:
+            raise ValueError(f"mask_id must be in [0, V) = [0, {vocabulary}), got {mask_id}")
+        if vocabulary == 1:
+            raise ValueError("mask_id excludes the only token of logits with V = 1")
+    if top_k is not None:
+        if check_int(top_k, "top_k") < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        top_k = top_k if top_k < vocabulary else None
+    if top_p is not None:
+        check_number(top_p, "top_p")
+        if not 0.0 < top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        top_p = float(top_p) if top_p < 1.0 else None
+    if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
+        known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
+        raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
+    if budget_bytes is not None and check_int(budget_bytes, "budget_bytes") < 1:
+        raise ValueError(f"budget_bytes must be positive, got {budget_bytes}")
+    rows = head.shape[:-1].numel()
+    if row_keys is None:
+        row_keys = torch.arange(rows, device=head.device)
+    else:
+        check_int64(row_keys, "row_keys")
+        check_shape(row_keys, "row_keys", "the leading shape of logits", head.shape[:-1])
+        check_same_device(row_keys, "row_keys", head, "logits")
+    greedy = isinstance(temperature, float) and temperature == 0.0
+    return SampleInputs(
+        head=head,
+        unconditional=unconditional,
+        guidance_scale=scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        mask_id=mask_id,
+        seed=_prepare_seed(seed, generator, head.device, greedy),
+        step=_prepare_integer(step, "step", head.device),
+        row_keys=row_keys.reshape(-1),
+        want=_prepare_want(want),
+        confidence_dtype=confidence_dtype,
+        check=head.device.type == "cpu" if check is None else bool(check),
+        budget_bytes=budget_bytes,
+    )
+
+
+def check_int(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    return value
+
+
+def _rows_head(head: Head) -> Head:
+    """Heads of a single row without a leading dimension are turned into their few logits."""
+    if head.shape[:-1] or isinstance(head, TensorHead):
+        return head
+    return TensorHead(head.logits())
+
+
+def _per_row(
+    value: Any, name: str, head: Head, *, minimum: float = float("-inf")
+) -> float | Tensor:
+    """A number, or a tensor of the leading shape (or one number) as (R,) in the compute dtype."""
+    if not isinstance(value, Tensor):
+        check_number(value, name, minimum=minimum)
+        return float(value)
+    check_floating(value, name)
+    check_same_device(value, name, head, "logits")
+    leading = head.shape[:-1]
+    if value.ndim:
+        check_shape(value, name, "the leading shape of logits", leading)
+    condition = value.isfinite()
+    bound = ""
+    if minimum != float("-inf"):
+        condition, bound = condition & (value >= minimum), f" and at least {minimum:g}"
+    check_values(condition, f"{name} must be finite{bound}", value)
+    dtype = torch.promote_types(head.dtype, torch.float32)
+    return value.detach().to(dtype).expand(leading).reshape(-1)
+
+
+def _prepare_guidance(guidance: Any, head: Head) -> tuple[Head, float | Tensor]:
+    if not isinstance(guidance, (tuple, list)) or len(guidance) != 2:
+        raise TypeError(
+            f"guidance must be a pair (unconditional logits, scale), got {describe(guidance)}"
+        )
+    unconditional = _rows_head(as_head(guidance[0], "guidance[0]"))
+    check_shape(unconditional, "guidance[0]", "the shape of logits", head.shape)
+    check_same_device(unconditional, "guidance[0]", head, "logits")
+    return unconditional, _per_row(guidance[1], "guidance[1]", head)
+
+
+def _prepare_seed(
+    seed: Any, generator: torch.Generator | None, device: torch.device, greedy: bool
+) -> Integer:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
+    if seed is None:
+        return 0 if greedy else draw_seed(generator, device)
+    if generator is not None:
+        raise ValueError("seed and generator cannot both be given: a generator draws the seed")
+    return _prepare_integer(seed, "seed", device)
+
+
+def _prepare_integer(value: Any, name: str, device: torch.device) -> Integer:
+    if not isinstance(value, Tensor):
+        return check_int(value, name)
+    check_int64(value, name)
+    check_shape(value, name, "a 0-dimensional tensor", ())
+    if value.device != device and value.device.type != "cpu":
+        raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
+    return value
+
+
+def _prepare_want(want: Any) -> frozenset[str]:
+    if want == "all":
+        return frozenset(STATISTICS)
+    names = (want,) if isinstance(want, str) else tuple(want)
+    for name in names:
+        if name not in STATISTICS:
+            known = ", ".join(repr(known) for known in STATISTICS)
+            raise ValueError(f"want must hold names out of {known}, or be 'all', got {name!r}")
+    return frozenset(names)

@@ -1,0 +1,632 @@
+"""One distillation step: which model calls it makes, and the loss and gradients they give."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import di4c_fast.distill as distill_module
+from di4c_fast.distill import DistillConfig, data_weights, distill_step
+from di4c_fast.heads import LinearHead
+from di4c_fast.latent import LatentShift
+from di4c_fast.processes import MaskedProcess
+
+B, D, VOCAB, MASK = 4, 5, 6, 5
+PROCESS = MaskedProcess(MASK)
+CONFIG = DistillConfig(components=3, draws=2, teacher_step=0.37, low_t=0.6, backend="reference")
+X0 = torch.randint(0, MASK, (B, D), generator=torch.Generator().manual_seed(0))
+HIGH, LOW, MIXED = [0.9, 0.65, 0.7, 0.8], [0.5, 0.4, 0.3, 0.55], [0.5, 0.9, 0.4, 0.7]
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Recorder(nn.Module):
+    """A model in float64 that remembers its calls."""
+
+    def __init__(self, latent: bool, seed: int = 0, head: bool = False, dropout: float = 0.0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.position = nn.Parameter(torch.randn(D, 8))
+        self.time = nn.Linear(1, 8)
+        self.latent = LatentShift(8, zero_init=False) if latent else None
+        self.mix = nn.Linear(8, 8)
+        self.out = nn.Linear(8, VOCAB)
+        self.dropout = nn.Dropout(dropout)
+        self.double()
+        self.head = head
+        self.calls: list[dict] = []
+
+    def forward(self, tokens, t, latent=None, **context):
+        assert tokens.dtype == torch.int64
+        self.calls.append(
+            {
+                "tokens": tokens,
+                "t": t,
+                "latent": latent,
+                "context": context,
+                "grad": torch.is_grad_enabled(),
+                "training": self.training,
+            }
+        )
+        h = (
+            self.embed(tokens)
+            + self.position
+            + self.time(t.to(self.time.weight.dtype)[:, None])[:, None]
+        )
+        if self.latent is not None:
+            h = self.latent(h, latent)
+        h = torch.tanh(self.mix(h.cumsum(1) + h.flip(1)))
+        h = self.dropout(h)
+        return LinearHead(h, self.out.weight, self.out.bias) if self.head else self.out(h)
+
+
+def step(student, teacher, t=None, config=CONFIG, seed=0, **options):
+    t = None if t is None else torch.tensor(t)
+    return distill_step(
+        student, teacher, X0, process=PROCESS, config=config, generator=rng(seed), t=t, **options
+    )
+
+
+def argmax_draws(monkeypatch) -> None:
+    """Make the draws x^k a known function of the logits, so that a test can repeat them."""
+    loss = distill_module.loss
+
+    def with_argmax(student, teacher, x0, *, consistency=None, xu=None, **rest):
+        chosen = None
+        if consistency is not None:
+            chosen = consistency.logits()[..., :MASK].argmax(-1)
+            chosen = torch.where(xu == MASK, chosen, xu)
+        return loss(
+            student, teacher, x0, consistency=consistency, consistency_x=chosen, xu=xu, **rest
+        )
+
+    monkeypatch.setattr(distill_module, "loss", with_argmax)
+
+
+def log_probabilities(model, tokens, t, latent=None) -> Tensor:
+    """(R, D, V - 1), the mask left out, of rows that share a time."""
+    time = t.expand(tokens.shape[0])
+    logits = model(tokens, time) if latent is None else model(tokens, time, latent)
+    return logits[..., :MASK].log_softmax(-1)
+
+
+def dense_loss(student, teacher, out, config, latent_teacher=None, positions=D) -> Tensor:
+    """The formulas of the paper, one example at a time, from the same draws."""
+    latents = [None] * B if latent_teacher is None else latent_teacher
+    losses = [
+        example_loss(student, teacher, out, config, b, latent, positions)
+        for b, latent in enumerate(latents)
+    ]
+    return torch.stack(losses).mean()
+
+
+def example_loss(student, teacher, out, config, b: int, latent_teacher, positions) -> Tensor:
+    n_count = config.components
+    t, u, xt = out.t[b], out.u[b], out.xt[b]
+    masked = [d for d in range(positions) if xt[d] == MASK]
+
+    with torch.no_grad():
+        rows = config.teacher_components
+        q_t = log_probabilities(teacher, xt.expand(rows, D), t, latent_teacher).exp().mean(0)
+    logs = log_probabilities(student, xt.expand(n_count, D), t, out.latent[b])
+    marginal = logs.logsumexp(0) - math.log(n_count)
+
+    def cor(x):
+        joint = sum((logs[:, d, x[d]] for d in masked), torch.zeros(n_count).double())
+        product = sum(marginal[d, x[d]] for d in masked) if config.control_variate else 0.0
+        return product - (joint.logsumexp(0) - math.log(n_count))
+
+    def kl(q, log_p):
+        return sum(((q[d] * (q[d].log() - log_p[d])).nansum() for d in masked), 0.0)
+
+    total = data_weights(t, config.data_schedule, config.data_weight) * cor(X0[b])
+    if config.control_variate:
+        total = total + kl(q_t, marginal)
+    if float(t) < config.low_t:
+        components = [kl(q_t, logs[n]) for n in range(n_count)]
+        return total + config.component_weight * sum(components) / n_count
+
+    draws = config.draws or n_count
+    with torch.no_grad():
+        at_u = log_probabilities(student, out.xu[b], u, out.latent_u[b])
+    q_u = torch.zeros(D, MASK, dtype=torch.float64)
+    for k in range(draws):
+        x_k = torch.where(out.xu[b, k] == MASK, at_u[k].argmax(-1), out.xu[b, k])
+        total = total + cor(x_k) / draws
+        for d in masked:
+            if out.xu[b, k, d] == MASK:
+                q_u[d] += at_u[k, d].exp() / draws
+            else:
+                q_u[d, out.xu[b, k, d]] += 1 / draws
+    return total + kl(q_u, marginal) if config.control_variate else total
+
+
+# The loss and its gradients
+
+
+@pytest.mark.parametrize("times", [HIGH, LOW, MIXED], ids=["high", "low", "mixed"])
+@pytest.mark.parametrize("control_variate", [True, False])
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_loss_and_gradients_are_those_of_the_formulas(monkeypatch, times, control_variate, head):
+    argmax_draws(monkeypatch)
+    config = DistillConfig(
+        components=3,
+        draws=2,
+        teacher_step=0.37,
+        low_t=0.6,
+        data_weight=0.7,
+        component_weight=1.5,
+        control_variate=control_variate,
+        backend="reference",
+    )
+    student, teacher = Recorder(True, head=head), Recorder(False, seed=1, head=head)
+    out = step(student, teacher, times, config, seed=3)
+    out.loss.backward()
+    assert out.loss.dtype == torch.float64
+    gradients = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    student.head = teacher.head = False
+    expected = dense_loss(student, teacher, out, config)
+    expected.backward()
+    # Same arithmetic in float64 in another order: rounding only.
+    torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=1e-11)
+    for ours, p in zip(gradients, student.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-8, atol=1e-10)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_di4c_teacher_gives_the_loss_of_the_formulas(monkeypatch):
+    argmax_draws(monkeypatch)
+    config = DistillConfig(
+        components=3,
+        draws=4,
+        teacher_step=0.3,
+        low_t=0.6,
+        teacher_components=2,
+        backend="reference",
+    )
+    student, teacher = Recorder(True), Recorder(True, seed=1)
+    latent_teacher = torch.rand(B, 2, 1, generator=rng(5))
+    out = step(student, teacher, MIXED, config, latent_teacher=latent_teacher)
+    expected = dense_loss(student, teacher, out, config, latent_teacher)
+    torch.testing.assert_close(out.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_terms_add_up_to_the_loss_with_their_weights():
+    out = step(Recorder(True), Recorder(False, seed=1), MIXED)
+    low = out.low.double()
+    weights = data_weights(out.t, CONFIG.data_schedule, CONFIG.data_weight)
+    terms = out.terms
+    total = weights * terms.data_correlation + terms.teacher_marginal
+    total = total + terms.consistency_correlation + terms.consistency_marginal
+    total = total + low * terms.component
+    torch.testing.assert_close(out.loss.detach(), total.mean(), rtol=1e-6, atol=1e-9)
+    assert bool((terms.consistency_marginal[out.low] == 0).all())
+    assert bool((terms.consistency_marginal[~out.low] > 0).all())
+    assert out.low.tolist() == [True, False, True, False]
+
+
+def test_terms_can_be_left_out_without_changing_the_loss():
+    for times in (HIGH, LOW, MIXED):
+        student, teacher = Recorder(True), Recorder(False, seed=1)
+        with_terms = step(student, teacher, times)
+        without = step(student, teacher, times, return_terms=False)
+        assert without.terms is None
+        torch.testing.assert_close(without.loss, with_terms.loss, rtol=1e-12, atol=0)
+
+
+def test_the_streaming_backend_gives_the_step_of_the_reference():
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    results = []
+    for backend in ("reference", "torch"):
+        config = dataclasses.replace(CONFIG, backend=backend)
+        student.zero_grad()
+        out = step(student, teacher, MIXED, config)
+        out.loss.backward()
+        results.append([out.loss.detach(), *(p.grad.clone() for p in student.parameters())])
+    for reference, streamed in zip(*results, strict=True):
+        torch.testing.assert_close(streamed, reference, rtol=1e-8, atol=1e-10)
+
+
+# The model calls
+
+
+def test_one_teacher_call_of_b_rows_serves_targets_and_draws():
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    out = step(student, teacher, HIGH)
+    (call,) = teacher.calls
+    assert torch.equal(call["tokens"], out.xt)
+    assert torch.equal(call["t"], out.t)
+    assert call["latent"] is None
+    assert out.xu.shape == (B, 2, D)
+
+
+def test_the_student_is_called_at_xu_without_a_graph_and_at_xt_with_one():
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    out = step(student, teacher, HIGH)
+    at_u, at_t = student.calls
+    assert torch.equal(at_u["tokens"], out.xu.flatten(0, 1))
+    assert torch.equal(at_u["t"], out.u.repeat_interleave(2))
+    assert torch.equal(at_u["latent"], out.latent_u.flatten(0, 1))
+    assert torch.equal(at_t["tokens"], out.xt.repeat_interleave(3, 0))
+    assert torch.equal(at_t["t"], out.t.repeat_interleave(3))
+    assert torch.equal(at_t["latent"], out.latent.flatten(0, 1))
+    assert (at_u["grad"], at_t["grad"]) == (False, True)
+    assert (at_u["training"], at_t["training"]) == (False, True)
+    assert (teacher.calls[0]["grad"], teacher.calls[0]["training"]) == (False, False)
+    assert student.training
+    assert teacher.training
+
+
+def test_low_times_need_no_student_pass_at_xu():
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    out = step(student, teacher, LOW)
+    assert len(student.calls) == 1
+    assert out.xu is None
+    assert bool(out.low.all())
+    assert len(teacher.calls) == 1
+
+
+def test_only_the_examples_that_need_it_go_through_the_xu_pass():
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    out = step(student, teacher, MIXED)
+    at_u = student.calls[0]
+    assert at_u["tokens"].shape == (2 * 2, D)
+    assert torch.equal(at_u["tokens"], out.xu[[1, 3]].flatten(0, 1))
+    assert torch.equal(at_u["latent"], out.latent_u[[1, 3]].flatten(0, 1))
+    assert torch.equal(out.xu[[0, 2]], out.xt[[0, 2]].unsqueeze(1).expand(-1, 2, -1))
+    torch.testing.assert_close(out.t, torch.tensor(MIXED))
+
+
+def test_u_is_a_teacher_step_or_half_the_time_earlier():
+    out = step(Recorder(True), Recorder(False), HIGH)
+    torch.testing.assert_close(out.u, torch.tensor([0.53, 0.325, 0.35, 0.43]))
+
+
+def test_xu_is_xt_with_some_masks_filled():
+    out = step(Recorder(True), Recorder(False), HIGH)
+    xt = out.xt.unsqueeze(1).expand_as(out.xu)
+    assert torch.equal(out.xu[xt != MASK], xt[xt != MASK])
+    assert bool(((out.xu != MASK) & (xt == MASK)).any())
+
+
+def test_a_di4c_teacher_is_called_once_with_its_components_and_draws_follow_them():
+    class ByLatent(nn.Module):
+        calls = 0
+
+        def forward(self, tokens, t, latent):
+            self.calls += 1
+            assert tokens.shape == (B * 2, D)
+            logits = torch.full((*tokens.shape, VOCAB), -1e9)
+            token = (latent[:, 0] > 0.5).long().view(-1, 1, 1).expand(-1, D, 1)
+            return logits.scatter(2, token, 0.0)
+
+    teacher = ByLatent()
+    latent_teacher = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.2, 0.3], [0.8, 0.7]]).unsqueeze(-1)
+    config = DistillConfig(
+        components=2, teacher_step=1.0, teacher_components=2, backend="reference"
+    )
+    student = Recorder(True)
+    out = step(student, teacher, [1.0] * B, config, latent_teacher=latent_teacher)
+    assert teacher.calls == 1
+    unmasked = out.xu != MASK
+    component = (latent_teacher > 0.5).long().expand(-1, -1, D)
+    assert torch.equal(out.xu[unmasked], component[unmasked])
+    assert bool(unmasked.any())
+
+
+def test_a_teacher_with_trainable_weights_gets_no_graph_and_no_gradient():
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    step(student, teacher, HIGH).loss.backward()
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+
+
+def test_gradients_survive_autocast():
+    student, teacher = Recorder(True).float(), Recorder(False, seed=1).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = step(student, teacher, HIGH)
+    assert out.loss.dtype == torch.float32
+    out.loss.backward()
+    plain = Recorder(True).float()
+    step(plain, teacher, HIGH, latent=out.latent, latent_u=out.latent_u).loss.backward()
+    for ours, p in zip(student.parameters(), plain.parameters(), strict=True):
+        # bf16 activations: the direction is what must survive.
+        cosine = torch.cosine_similarity(ours.grad.flatten(), p.grad.flatten(), dim=0)
+        assert float(cosine) > 0.9
+
+
+def test_dropout_acts_at_xt_only():
+    student, teacher = Recorder(True, dropout=0.5), Recorder(False, seed=1, dropout=0.5)
+    torch.manual_seed(0)
+    first = step(student, teacher, HIGH)
+    torch.manual_seed(1)
+    second = step(student, teacher, HIGH)
+    assert torch.equal(first.xu, second.xu)
+    assert float(first.loss.detach()) != float(second.loss.detach())
+    student.eval()
+    assert torch.equal(*(step(student, teacher, HIGH).loss for _ in range(2)))
+
+
+def test_modes_come_back_when_a_model_fails():
+    student, teacher = Recorder(True), Recorder(False)
+    student.mix.eval()
+    teacher.forward = lambda *a, **k: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        step(student, teacher, HIGH)
+    assert student.training
+    assert not student.mix.training
+
+
+# Randomness and what the caller passes
+
+
+def test_a_step_is_a_function_of_the_generator():
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    first, again, other = (step(student, teacher, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first.loss, again.loss)
+    for name in ("t", "xt", "xu", "latent", "latent_u"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert not torch.equal(first.latent, other.latent)
+
+
+def test_latents_are_fresh_for_the_two_passes_unless_passed():
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    out = step(student, teacher, HIGH)
+    assert out.latent.unique().numel() == B * 3
+    assert torch.cat([out.latent.flatten(), out.latent_u.flatten()]).unique().numel() == B * 5
+    latent, latent_u = torch.rand(B, 3, 1), torch.rand(B, 2, 1)
+    student.calls.clear()
+    out = step(student, teacher, HIGH, latent=latent, latent_u=latent_u)
+    assert torch.equal(student.calls[0]["latent"], latent_u.flatten(0, 1))
+    assert torch.equal(student.calls[1]["latent"], latent.flatten(0, 1))
+    assert torch.equal(out.latent, latent)
+
+
+def test_a_given_latent_may_have_a_gradient():
+    latent = torch.rand(B, 3, 1, requires_grad=True)
+    out = step(Recorder(True), Recorder(False, seed=1), HIGH, latent=latent)
+    out.loss.backward()
+    assert float(latent.grad.abs().min()) > 0
+    assert not out.latent.requires_grad
+
+
+def test_times_are_drawn_low_with_the_configured_probability():
+    config = DistillConfig(
+        components=1, low_t=0.1, low_t_probability=1.0, teacher_step=0.1, backend="reference"
+    )
+    out = step(Recorder(True), Recorder(False), config=config)
+    assert bool((out.t < 0.1).all())
+    config = DistillConfig(components=1, low_t=0.1, low_t_probability=0.0, backend="reference")
+    out = step(Recorder(True), Recorder(False), config=config)
+    assert bool((out.t >= 0.1).all())
+
+
+def test_times_below_the_bound_by_quantisation_alone_still_take_the_low_branch():
+    out = distill_step(
+        Recorder(True),
+        Recorder(False),
+        X0,
+        process=MaskedProcess(MASK, levels=10),
+        config=DistillConfig(components=2, low_t=0.15, low_t_probability=0.5, backend="reference"),
+        generator=rng(2),
+    )
+    assert torch.equal(out.low, out.t < 0.15)
+
+
+@pytest.mark.parametrize("times", [HIGH, MIXED], ids=["high", "mixed"])
+def test_context_follows_its_example_through_every_pass(times):
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    label = torch.arange(B) * 10
+    out = step(student, teacher, times, context={"label": label})
+    t_of = dict(zip(label.tolist(), out.t.tolist(), strict=True))
+    u_of = dict(zip(label.tolist(), out.u.tolist(), strict=True))
+    at_u, at_t = student.calls
+    for call, of in ((teacher.calls[0], t_of), (at_t, t_of), (at_u, u_of)):
+        labels = call["context"]["label"].tolist()
+        assert [of[value] for value in labels] == call["t"].tolist()
+
+
+def test_positions_outside_valid_keep_their_token_and_carry_no_loss(monkeypatch):
+    argmax_draws(monkeypatch)
+    valid = torch.ones(B, D, dtype=torch.bool)
+    valid[:, 2:] = False
+    x0 = X0.clone()
+    x0[:, 4] = MASK
+    student, teacher = Recorder(True), Recorder(False, seed=1)
+    out = distill_step(
+        student, teacher, x0, process=PROCESS, config=CONFIG, generator=rng(), valid=valid,
+        t=torch.tensor(MIXED),
+    )  # fmt: skip
+    assert torch.equal(out.xt[:, 2:], x0[:, 2:])
+    assert torch.equal(out.xu[..., 2:], x0[:, None, 2:].expand(-1, 2, -1))
+    assert bool((out.xt[:, :2] == MASK).any())
+    expected = dense_loss(student, teacher, out, CONFIG, positions=2)
+    torch.testing.assert_close(out.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_draws_default_to_the_number_of_components():
+    config = DistillConfig(components=3, teacher_step=0.3, backend="reference")
+    out = step(Recorder(True), Recorder(False), HIGH, config)
+    assert out.xu.shape == (B, 3, D)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_a_cpu_generator_gives_the_same_step_on_a_gpu():
+    results = []
+    for device in ("cpu", "cuda"):
+        student, teacher = Recorder(True).to(device), Recorder(False, seed=1).to(device)
+        out = distill_step(
+            student, teacher, X0.to(device), process=PROCESS, config=CONFIG, generator=rng(3)
+        )
+        out.loss.backward()
+        gradients = [p.grad.cpu() for p in student.parameters()]
+        results.append((out, gradients))
+    (on_cpu, cpu_gradients), (on_gpu, gpu_gradients) = results
+    for name in ("t", "xt", "xu", "latent", "latent_u"):
+        assert torch.equal(getattr(on_gpu, name).cpu(), getattr(on_cpu, name))
+    torch.testing.assert_close(on_gpu.loss.detach().cpu(), on_cpu.loss.detach())
+    for ours, expected in zip(gpu_gradients, cpu_gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+# The schedule
+
+
+def test_data_weights_follow_their_schedules():
+    t = torch.tensor([0.0, 0.5, 0.75, 1.0], dtype=torch.float64)
+    sigmoid = [1 / (1 + math.exp(-20 * (x - 0.5))) for x in t.tolist()]
+    expected = torch.tensor(sigmoid, dtype=torch.float64) * 0.1
+    torch.testing.assert_close(data_weights(t, "sigmoid", 0.1), expected)
+    torch.testing.assert_close(data_weights(t, "linear", 0.2), 0.2 * t)
+    torch.testing.assert_close(data_weights(t, "constant", 0.3), torch.full_like(t, 0.3))
+
+
+# Learning
+
+
+def test_distillation_teaches_a_one_step_student_the_correlation_its_teacher_lacks():
+    """Data: two equal coins. The teacher knows everything but needs two steps."""
+    coin, mask = 2, 2
+
+    def teacher(tokens, t):
+        other = tokens.flip(1)
+        logits = torch.zeros(*tokens.shape, 3)
+        known = other != mask
+        logits[known] = -1e9
+        logits[known, other[known]] = 0.0
+        return logits
+
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6 + 8, 64), nn.GELU(), nn.Linear(64, 6))
+
+        def forward(self, tokens, t, latent):
+            wave = (latent * torch.pi * torch.tensor([0.5, 1, 2, 4])).T.T
+            x = nn.functional.one_hot(tokens, 3).float().flatten(1)
+            return self.net(torch.cat([x, wave.sin(), wave.cos()], 1)).view(-1, 2, 3)
+
+    torch.manual_seed(0)
+    student = Student()
+    generator = rng(0)
+    config = DistillConfig(
+        components=8, teacher_step=0.25, data_weight=1.0, data_schedule="constant", low_t=0.0,
+        low_t_probability=0.0, backend="reference",
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(student.parameters(), lr=5e-3)
+    for _ in range(250):
+        x0 = torch.randint(coin, (16, 1), generator=generator).expand(-1, 2).contiguous()
+        out = distill_step(
+            student, teacher, x0, process=MaskedProcess(mask), config=config, generator=generator
+        )
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        latent = torch.rand(2000, 1, generator=generator)
+        tokens = torch.full((2000, 2), mask)
+        p = student(tokens, torch.ones(2000), latent)[..., :mask].softmax(-1)
+    equal = (p[:, 0] * p[:, 1]).sum(-1).mean()
+    heads = p[:, 0, 0].mean()
+    # Independent coins agree half of the time; the data always does.
+    assert float(equal) > 0.85
+    assert 0.4 < float(heads) < 0.6
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("components", 0, ValueError, "components must be at least 1, got 0"),
+        ("components", 2.0, TypeError, "components must be an int, got float 2.0"),
+        ("draws", 0, ValueError, "draws must be at least 1, got 0"),
+        ("latent_dim", 0, ValueError, "latent_dim must be at least 1, got 0"),
+        ("teacher_components", 0, ValueError, "teacher_components must be at least 1, got 0"),
+        ("teacher_step", 0.0, ValueError, r"teacher_step must be in \(0, 1\], got 0.0"),
+        ("teacher_step", math.nan, ValueError, "teacher_step must be finite"),
+        ("low_t", 1.5, ValueError, r"low_t must be in \[0, 1\], got 1.5"),
+        ("low_t_probability", -0.5, ValueError, r"low_t_probability must be in \[0, 1\], got -0.5"),
+        ("data_weight", -1.0, ValueError, "data_weight must be finite and at least 0, got -1.0"),
+        ("teacher_weight", math.inf, ValueError, "teacher_weight must be finite"),
+        ("component_weight", "1", TypeError, "component_weight must be a number"),
+        ("data_schedule", "cosine", ValueError, "data_schedule must be one of 'sigmoid', 'linear'"),
+        ("backend", "cuda", ValueError, "backend must be one of"),
+    ],
+)
+def test_a_config_names_what_is_wrong(field, value, error, message):
+    with pytest.raises(error, match=message):
+        DistillConfig(**{field: value})
+
+
+def logits_of(*sizes):
+    return lambda tokens, t, latent=None: torch.zeros(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"student": 1}, TypeError, "student must be callable, got int"),
+        ({"teacher": None}, TypeError, "teacher must be callable, got NoneType"),
+        ({"x0": X0.float()}, TypeError, "x0 must have dtype torch.int64, got torch.float32"),
+        ({"x0": X0[0]}, ValueError, "x0 must have 2 dimensions"),
+        ({"x0": X0[:0], "t": None}, ValueError, "x0 must hold at least one example"),
+        ({"x0": torch.full((B, D), MASK)}, ValueError, "x0 must not hold mask_id = 5"),
+        ({"process": "masked"}, TypeError, "process must be a Process such as MaskedProcess"),
+        ({"config": {}}, TypeError, "config must be a DistillConfig or None"),
+        ({"generator": 0}, TypeError, "generator must be a torch.Generator or None"),
+        ({"t": torch.ones(3)}, ValueError, r"t must have shape \(B,\) = \(4,\), got \(3,\)"),
+        ({"t": torch.tensor([0.5, math.nan, 1, 1])}, ValueError, r"t must .* got nan at 1"),
+        ({"t": torch.tensor([0.5, 0.5, 0, 1])}, ValueError, r"t must .* got 0.0 at 2"),
+        ({"t": torch.ones(B).long()}, TypeError, "t must be floating point"),
+        (
+            {"latent": torch.rand(B, 2, 1)},
+            ValueError,
+            r"latent must have shape \(B, N, L\) = \(4, 3, 1\), got \(4, 2, 1\)",
+        ),
+        ({"latent_u": torch.rand(B, 2)}, ValueError, r"latent_u must have shape \(B, K, L\)"),
+        ({"latent_teacher": torch.rand(B, 1, 1)}, ValueError, "latent_teacher needs config.teach"),
+        ({"context": {"y": torch.zeros(3)}}, ValueError, r"context\['y'\] must have B = 4 as its"),
+        ({"valid": torch.ones(B, D)}, TypeError, "valid must have dtype torch.bool"),
+        (
+            {"teacher": logits_of(B, D - 1, VOCAB)},
+            ValueError,
+            r"teacher must return logits of shape \(R, D, V\) .* = \(4, 5\) .* got \(4, 4, 6\)",
+        ),
+        (
+            {"student": logits_of(B, D, VOCAB)},
+            ValueError,
+            r"student must return logits of shape \(R, D, V\) .* = \(8, 5\) .* got \(4, 5, 6\)",
+        ),
+        (
+            {"student": lambda tokens, t, latent: torch.zeros(*tokens.shape, 9)},
+            ValueError,
+            r"student must return logits over V = 6 classes, got shape \(8, 5, 9\)",
+        ),
+        ({"student": lambda *a: None}, TypeError, "the output of student must be a Tensor of log"),
+    ],
+)
+def test_a_step_names_what_is_wrong(changes, error, message):
+    arguments = {
+        "student": Recorder(True),
+        "teacher": Recorder(False),
+        "x0": X0,
+        "process": PROCESS,
+        "config": CONFIG,
+        "t": torch.tensor(HIGH),
+        **changes,
+    }
+    with pytest.raises(error, match=message):
+        distill_step(**arguments)

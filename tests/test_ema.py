@@ -1,0 +1,134 @@
+"""The moving average of a module's weights: its recursion, its swaps, its state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from di4c_fast.ema import EMA
+
+
+def averaged_module() -> nn.Module:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with torch.no_grad():
+        module[0].weight.fill_(1.0)
+    return module
+
+
+def test_the_average_follows_its_recursion():
+    module = averaged_module()
+    ema = EMA(module, 0.5, warmup=False)
+    for value in (3.0, 5.0):
+        with torch.no_grad():
+            module[0].weight.fill_(value)
+        ema.update()
+    assert float(ema.shadow["0.weight"][0, 0]) == 0.5 * (0.5 * 1 + 0.5 * 3) + 0.5 * 5
+
+
+def test_warm_up_shortens_the_memory_of_the_first_updates():
+    module = averaged_module()
+    ema = EMA(module, 0.9999)
+    expected = 1.0
+    for i, value in enumerate((3.0, 5.0, 2.0), start=1):
+        with torch.no_grad():
+            module[0].weight.fill_(value)
+        ema.update()
+        decay = (1 + i) / (10 + i)
+        expected = decay * expected + (1 - decay) * value
+    assert float(ema.shadow["0.weight"][0, 0]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_buffers_are_copied():
+    module = averaged_module()
+    ema = EMA(module, 0.9)
+    module(torch.randn(8, 2))
+    ema.update()
+    assert torch.equal(ema.shadow["1.running_mean"], module[1].running_mean)
+    assert int(ema.shadow["1.num_batches_tracked"]) == 1
+
+
+def test_applied_swaps_the_average_in_and_the_weights_back_even_after_an_error():
+    module = averaged_module()
+    ema = EMA(module, 0.5, warmup=False)
+    with torch.no_grad():
+        module[0].weight.fill_(3.0)
+    ema.update()
+    pointer = module[0].weight.data_ptr()
+
+    def fail_inside():
+        with ema.applied() as inside:
+            assert inside is module
+            assert module[0].weight[0, 0].item() == 2.0
+            assert module[0].weight.data_ptr() == pointer
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert module[0].weight[0, 0].item() == 3.0
+    assert float(ema.shadow["0.weight"][0, 0]) == 2.0
+
+
+def test_half_precision_parameters_are_averaged_in_fp32():
+    module = nn.Linear(1, 1).to(torch.bfloat16)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    ema = EMA(module, 0.9999, warmup=False)
+    with torch.no_grad():
+        module.weight.fill_(2.0)
+    for _ in range(10):
+        ema.update()
+    # In bf16 each step of 1e-4 would round away.
+    assert ema.shadow["weight"].item() == pytest.approx(2 - 0.9999**10, rel=1e-6)
+    with ema.applied():
+        assert module.weight.dtype == torch.bfloat16
+        assert module.weight.item() == 1.0
+    assert module.weight.item() == 2.0
+    assert ema.shadow["weight"].item() == pytest.approx(2 - 0.9999**10, rel=1e-6)
+
+
+def test_a_state_taken_while_the_average_is_applied_is_the_same():
+    module = averaged_module()
+    ema = EMA(module, 0.5, warmup=False)
+    with torch.no_grad():
+        module[0].weight.fill_(3.0)
+    ema.update()
+    with ema.applied():
+        state = {name: value.clone() for name, value in ema.state_dict()["shadow"].items()}
+    assert state["0.weight"][0, 0].item() == 2.0
+
+
+def test_the_state_of_an_average_resumes_it():
+    first, second = averaged_module(), averaged_module()
+    ema, resumed = EMA(first, 0.9), EMA(second, 0.5, warmup=False)
+    with torch.no_grad():
+        first[0].weight.fill_(7.0)
+    ema.update()
+    resumed.load_state_dict(ema.state_dict())
+    second.load_state_dict(first.state_dict())
+    for average in (ema, resumed):
+        average.update()
+    assert (resumed.decay, resumed.warmup, resumed.updates) == (0.9, True, 2)
+    for name, value in ema.shadow.items():
+        assert torch.equal(resumed.shadow[name], value)
+
+
+def test_an_average_refuses_what_would_corrupt_it():
+    ema = EMA(averaged_module(), 0.9)
+    with ema.applied():
+        with pytest.raises(RuntimeError, match=r"inside EMA\.applied"):
+            ema.update()
+        with pytest.raises(RuntimeError, match="already active"), ema.applied():
+            pass
+    state = ema.state_dict()
+    with pytest.raises(ValueError, match="must have the key 'shadow'"):
+        ema.load_state_dict({k: v for k, v in state.items() if k != "shadow"})
+    shadow = {k: v for k, v in state["shadow"].items() if k != "0.bias"}
+    with pytest.raises(ValueError, match=r"missing \['0.bias'\]"):
+        ema.load_state_dict({**state, "shadow": shadow})
+    with pytest.raises(ValueError, match=r"must have shape \(2,\), got \(3,\)"):
+        ema.load_state_dict({**state, "shadow": {**state["shadow"], "0.bias": torch.zeros(3)}})
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1.0"):
+        EMA(averaged_module(), 1.0)
+    with pytest.raises(TypeError, match=r"module must be an nn.Module"):
+        EMA([torch.zeros(2)])
