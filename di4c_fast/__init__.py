@@ -11,8 +11,10 @@ if (_checkout / "kernels" / "__init__.py").exists() and (_checkout / "setup.py")
 
 from .heads import Head, LinearHead, LogisticHead, TensorHead  # noqa: E402
 from .loss import LossTerms, correlation, loss, mixture_log_prob  # noqa: E402
+from .sample import Draw, sample  # noqa: E402
 
 __all__ = [
+    "Draw",
     "Head",
     "LinearHead",
     "LogisticHead",
@@ -22,4 +24,5 @@ __all__ = [
     "correlation",
     "loss",
     "mixture_log_prob",
+    "sample",
 ]

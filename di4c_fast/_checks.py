@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(value: Any) -> str:
@@ -36,7 +39,7 @@ def check_tensor(value: Any, name: str) -> None:
 
 def check_floating(value: Any, name: str) -> None:
     check_tensor(value, name)
-    if not value.dtype.is_floating_point:
+    if value.dtype not in FLOATING:
         raise TypeError(
             f"{name} must be floating point (float64, float32, bfloat16 or float16), "
             f"got {value.dtype}"
@@ -74,6 +77,11 @@ def check_same_device(value: Any, name: str, other: Any, other_name: str) -> Non
         raise ValueError(
             f"{name} must be on the device of {other_name} ({other.device}), got {value.device}"
         )
+
+
+def check_bool(value: Any, name: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
@@ -114,3 +122,11 @@ def check_number(value: Any, name: str, *, minimum: float = -math.inf) -> None:
     if math.isnan(value) or math.isinf(value) or value < minimum:
         bound = "" if minimum == -math.inf else f" and at least {minimum:g}"
         raise ValueError(f"{name} must be finite{bound}, got {value}")
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Run with the dtypes as they are: autocast would round fp32 products to half precision."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()

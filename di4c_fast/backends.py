@@ -9,7 +9,6 @@ one upstream gradient, and None that it will not (a scale of 1).
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import warnings
@@ -29,22 +28,34 @@ def loss_backend(name: str, student: Head) -> Any:
     Raises:
         RuntimeError: `name` is "triton" and Triton cannot run on the device of `student`.
     """
+    # Import statements rather than importlib: torch.compile traces through them.
     if name == "reference":
-        return importlib.import_module(".reference.loss", __package__)
-    if name == "torch":
-        return importlib.import_module(".streaming", __package__)
-    reason = triton_unavailable(student.device)
+        from .reference import loss as reference_loss
+
+        return reference_loss
+    if name == "torch" or not _takes_triton(name, student.device):
+        from . import streaming
+
+        return streaming
+    from . import fused
+
+    return fused
+
+
+def _takes_triton(name: str, device: torch.device) -> bool:
+    reason = triton_unavailable(device)
     if name == "triton":
         if reason is not None:
             raise RuntimeError(f'backend="triton" cannot run: {reason}')
-        return importlib.import_module(".fused", __package__)
-    if reason is None and student.device.type != "cpu":
-        return importlib.import_module(".fused", __package__)
-    if student.device.type == "cuda":
-        _warn_fallback(str(reason))
-    return importlib.import_module(".streaming", __package__)
+        return True
+    if reason is None:
+        return device.type != "cpu"
+    if device.type == "cuda":
+        _warn_fallback(reason)
+    return False
 
 
+@torch.compiler.assume_constant_result
 def triton_unavailable(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on `device`; None if they can."""
     if importlib.util.find_spec("di4c_fast.fused") is None:

@@ -7,6 +7,7 @@ functions of this package accept a plain tensor wherever they accept a head.
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -105,9 +106,15 @@ def as_head(logits: HeadLike, name: str = "logits") -> Head:
 
 def _take_leading(tensor: Tensor, rows: Tensor, leading: torch.Size) -> Tensor:
     """`tensor[*index of row]` for tensors whose first dimensions are `leading`, of any strides."""
-    if len(leading) == 1:
-        return tensor[rows]
-    return tensor[torch.unravel_index(rows, leading)]
+    if len(leading) == 0:
+        return tensor.unsqueeze(0)[rows]
+    index = []
+    for size in reversed(leading[1:]):
+        index.append(rows % size)
+        rows = rows // size
+    # Unlike torch.unravel_index, which wraps, this leaves row numbers out of range to indexing.
+    at = (rows, *reversed(index))
+    return tensor[at]
 
 
 class TensorHead(Head):
@@ -115,12 +122,17 @@ class TensorHead(Head):
 
     Args:
         logits: (..., V), floating point.
+        in_place_gradient: the triton backend of `loss` may write the gradient over the logits,
+            which saves as much memory as they take. They then hold the gradient after the
+            backward pass, which can run only once; autograd raises if another operation has
+            saved them for its own backward pass. Other backends ignore it.
     """
 
-    def __init__(self, logits: Tensor):
+    def __init__(self, logits: Tensor, *, in_place_gradient: bool = False):
         check_floating(logits, "logits")
         check_rank(logits, "logits", minimum=1)
         self._logits = logits
+        self.in_place_gradient = in_place_gradient
 
     @property
     def shape(self) -> torch.Size:
@@ -136,7 +148,7 @@ class TensorHead(Head):
 
     def take(self, rows: Tensor) -> TensorHead:
         check_int64(rows, "rows")
-        return TensorHead(_take_leading(self._logits, rows, self.shape[:-1]))
+        return self.with_tensors([_take_leading(self._logits, rows, self.shape[:-1])])
 
     def logits(self) -> Tensor:
         return self._logits
@@ -147,7 +159,9 @@ class TensorHead(Head):
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> TensorHead:
         (logits,) = tensors
         assert logits is not None
-        return TensorHead(logits)
+        head = copy.copy(self)
+        head._logits = logits
+        return head
 
 
 class LinearHead(Head):
@@ -226,9 +240,8 @@ class LinearHead(Head):
 
     def take(self, rows: Tensor) -> LinearHead:
         check_int64(rows, "rows")
-        head = LinearHead.__new__(LinearHead)
+        head = copy.copy(self)
         head.hidden = _take_leading(self.hidden, rows, self.shape[:-1])
-        head.weight, head.bias, head.budget_bytes = self.weight, self.bias, self.budget_bytes
         positional = self.bias is not None and self.bias.ndim == 2
         head._positions = self.positions(rows) if positional else None
         return head
@@ -247,9 +260,8 @@ class LinearHead(Head):
         hidden, weight, bias = tensors
         assert hidden is not None
         assert weight is not None
-        head = LinearHead.__new__(LinearHead)
+        head = copy.copy(self)
         head.hidden, head.weight, head.bias = hidden, weight, bias
-        head.budget_bytes, head._positions = self.budget_bytes, self._positions
         return head
 
 
@@ -272,7 +284,7 @@ class LogisticHead(Head):
         mu: (...), floating point, location.
         log_scale: same shape, log of the scale with an offset of 2.
         num_classes: V, the number of bins, at least 2.
-        eps: keeps the logarithm finite in bins without mass.
+        eps: keeps the logarithm finite in bins without mass; with 0 the bins are computed exactly.
         clamp: "left" uses the form above; "min" takes the minimum with the same form of the
             upper tail, `logsigmoid(-left) + log(sigmoid(right) * (1 - exp(left - right)) + eps)`,
             which is right in both tails.
@@ -341,6 +353,8 @@ class LogisticHead(Head):
         left, right = scaled[..., :-1], scaled[..., 1:]
         # 1 - F(left)/F(right) = F(-left) (1 - e^(left - right)): the product has no cancellation.
         width = -torch.expm1(inverse_scale * (-2.0 / self.num_classes))
+        if self.eps == 0.0:  # the plain bin, where both forms agree; its mass may underflow
+            return F.logsigmoid(right) + F.logsigmoid(-left) + torch.log(width)
         logits = F.logsigmoid(right) + torch.log(torch.sigmoid(-left) * width + self.eps)
         if self.clamp == "min":
             upper = F.logsigmoid(-left) + torch.log(torch.sigmoid(right) * width + self.eps)
@@ -354,4 +368,6 @@ class LogisticHead(Head):
         mu, log_scale = tensors
         assert mu is not None
         assert log_scale is not None
-        return LogisticHead(mu, log_scale, self.num_classes, self.eps, self.clamp)
+        head = copy.copy(self)
+        head.mu, head.log_scale = mu, log_scale
+        return head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import (
+    check_bool,
     check_int64,
     check_same_device,
     check_shape,
@@ -154,8 +156,9 @@ def prepare_log_weights(log_weights: Tensor | None, student: Head) -> Tensor:
     batch, components = student.shape[:2]
     dtype = compute_dtype(student)
     if log_weights is None:
-        uniform = -torch.tensor(float(components), dtype=torch.float64).log()
-        return uniform.to(device=student.device, dtype=dtype).expand(batch, components)
+        # Filled on the device: a copy from the host would wait for it.
+        uniform = torch.full((), -math.log(components), dtype=dtype, device=student.device)
+        return uniform.expand(batch, components)
     check_tensor(log_weights, "log_weights")
     if not log_weights.dtype.is_floating_point:
         raise TypeError(f"log_weights must be floating point, got {log_weights.dtype}")
@@ -195,6 +198,19 @@ def prepare_active(
     return active
 
 
+def prepare_rows(x: Any, student: Head) -> tuple[Tensor, bool]:
+    """Token rows (B, K, D), and whether they came as one row (B, D) per example."""
+    batch, _, positions, _ = student.shape
+    check_int64(x, "x")
+    if x.ndim == 2:
+        return prepare_tokens(x, "x", "B, D", (batch, positions), student).unsqueeze(1), True
+    if x.ndim != 3:
+        raise ValueError(
+            f"x must have shape (B, D) = {(batch, positions)} or (B, K, D), got {tuple(x.shape)}"
+        )
+    return prepare_tokens(x, "x", "B, K, D", (batch, x.shape[1], positions), student), False
+
+
 def prepare_tokens(
     tokens: Any, name: str, letters: str, sizes: Sequence[int], student: Head
 ) -> Tensor:
@@ -225,7 +241,7 @@ def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Ten
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.dtype.is_complex:
             raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
-        if tuple(value.shape) not in ((), (batch,)):
+        if value.ndim != 0 and tuple(value.shape) != (batch,):
             raise ValueError(
                 f"{name} must be a float or have shape (B,) = ({batch},), got {tuple(value.shape)}"
             )
@@ -251,11 +267,11 @@ def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Ten
 
 def prepare_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """A seed () int64 on `device`, drawn from the generator without a host sync."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {describe(generator)}")
     source = device if generator is None else generator.device
     limit = 2**63 - 1
     seed = torch.randint(limit, (), generator=generator, device=source, dtype=torch.int64)
+    if source.type == "cpu" and device.type != "cpu":
+        return torch.full((), int(seed), dtype=torch.int64, device=device)
     return seed.to(device)
 
 
@@ -280,6 +296,10 @@ def prepare_inputs(
     return_terms: bool,
 ) -> LossInputs:
     """Check every argument of `loss` and build the record, before any work starts."""
+    check_bool(control_variate, "control_variate")
+    check_bool(return_terms, "return_terms")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {describe(generator)}")
     student_head = prepare_student(student)
     batch, _, positions, vocabulary = student_head.shape
     mask_id = prepare_mask_id(mask_id, vocabulary)
@@ -309,6 +329,7 @@ def prepare_inputs(
         "component_weight": component_weight,
     }
     prepared = {name: prepare_weight(value, name, student_head) for name, value in weights.items()}
+    normalised = prepare_log_weights(log_weights, student_head)
 
     consistency_head, seed = None, None
     if consistency is None:
@@ -339,6 +360,7 @@ def prepare_inputs(
                 raise ValueError("xu needs mask_id: without it no position is revealed")
             prepare_tokens(xu, "xu", "B, K, D", (batch, draws, positions), student_head)
         if consistency_x is None:
+            # Last of all, so that no mistake advances the generator.
             seed = prepare_seed(generator, student_head.device)
         else:
             prepare_tokens(
@@ -360,11 +382,11 @@ def prepare_inputs(
         consistency_x=consistency_x,
         xu=xu,
         active=active,
-        log_weights=prepare_log_weights(log_weights, student_head),
+        log_weights=normalised,
         **{name: weight for name, (weight, _) in prepared.items()},
         static_zero=frozenset(name for name, (_, zero) in prepared.items() if zero),
         mask_id=mask_id,
-        control_variate=bool(control_variate),
+        control_variate=control_variate,
         seed=seed,
-        return_terms=bool(return_terms),
+        return_terms=return_terms,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import backends
 from ._checks import check_choice, without_autocast
+from .backends import Backend
 from .heads import HeadLike
 from .inputs import (
     LossTerms,

@@ -82,11 +82,11 @@ def philox4x32(
     return c0, c1.bitwise_and_(_LOW), c2, c3.bitwise_and_(_LOW)
 
 
-def _round_keys(word: Integer, step: int) -> list[int] | list[Tensor]:
+def _round_keys(word: Integer, step: int) -> tuple[Integer, ...]:
     if isinstance(word, Tensor):
         rounds = torch.arange(_ROUNDS, device=word.device)
-        return list(((word + rounds * step) & _LOW).unbind())
-    return [(word + i * step) & _LOW for i in range(_ROUNDS)]
+        return ((word + rounds * step) & _LOW).unbind()
+    return tuple((word + i * step) & _LOW for i in range(_ROUNDS))
 
 
 def _host_integer(value: Integer) -> Integer:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice
+from ._checks import check_choice, without_autocast
 from .backends import triton_unavailable
 from .heads import HeadLike
 from .rng import Integer
@@ -73,25 +73,24 @@ def sample(
         generator: where the seed comes from; None: torch's default. Not advanced at temperature 0.
         want: names out of the fields of `Draw`, or "all". "log_prob", "logsumexp", "prob" and
             "max_log_prob" are free; the rest costs up to one more pass over a row in cache.
-        confidence_dtype: where given, "prob", "raw_prob", "margin" and "entropy" are computed
-            and returned in this dtype by the operations of the repositories of LLaDA and Dream,
-            whole rows through softmax, and so match them bit for bit: guidance, temperature and
-            filters of those confidences included, and the entropy as −Σ p log(p + 1e-10). The token is
-            still drawn in fp32, with the temperature applied in fp32, from the set of tokens that
-            the filters left.
+        confidence_dtype: None, or the dtype of a repository to match bit for bit: "prob",
+            "raw_prob", "margin" and "entropy" are then computed and returned in this dtype by
+            the operations of LLaDA and Dream (guidance, temperature, filters and a softmax of
+            whole rows; the entropy as −Σ p log(p + 1e-10)). The token is still drawn in fp32, at
+            a temperature applied in fp32, from the set of tokens that those filters leave.
         check: raise ValueError for NaN, +inf and rows without an allowed token. None: on the CPU
             only, where it is free; on a GPU it costs a host sync. Unchecked, such a row gets
             token -1, argmax -1 and NaN statistics.
         budget_bytes: how much memory the logits of a head may take at a time (at least 64 rows
             are computed together); None: that of the `LinearHead`, or 64 MiB on a CPU and
-            256 MiB on a GPU.
+            128 MiB on a GPU.
         backend: "triton", "torch", "reference", or "auto".
 
     Returns:
         `Draw`: token int64, statistics fp32 (fp64 for fp64 logits), each of the leading shape;
         nothing is differentiable.
 
-    A token is a pure function of (seed, step, row key, its row's logits): neither the batch, nor
+    Autocast has no effect inside. A token is a pure function of (seed, step, row key, its row's logits): neither the batch, nor
     the order of rows, nor chunks, nor the backend changes it, up to the rounding of sums. The
     definition is in `streaming_sample`, the random numbers in `rng`. The probability of a block
     of 128 tokens is resolved to 2⁻³³; within it every token has its exact share.
@@ -125,21 +124,28 @@ def sample(
         check=check,
         budget_bytes=budget_bytes,
     )
-    fields = sample_backend(backend, inputs).sample_rows(inputs)
+    with without_autocast(inputs.head.device):
+        fields = sample_backend(backend, inputs).sample_rows(inputs)
     return Draw(**{name: value.view(inputs.leading) for name, value in fields.items()})
 
 
 def sample_backend(name: str, inputs: SampleInputs) -> Any:
     """The module whose `sample_rows(inputs)` draws: a dict with the token and the wanted fields."""
+    implementation: Any
     if name == "reference":
-        return importlib.import_module(".reference.sample", __package__)
-    if name in ("auto", "triton"):
-        reason = _triton_unavailable(inputs)
-        if name == "triton" and reason is not None:
-            raise RuntimeError(f'backend="triton" cannot run: {reason}')
-        if reason is None and (name == "triton" or inputs.head.device.type != "cpu"):
-            return importlib.import_module(".fused_sample", __package__)
-    return importlib.import_module(".streaming_sample", __package__)
+        from .reference import sample as implementation
+    elif name == "torch" or not _takes_triton(name, inputs):
+        from . import streaming_sample as implementation
+    else:
+        implementation = importlib.import_module(".fused_sample", __package__)
+    return implementation
+
+
+def _takes_triton(name: str, inputs: SampleInputs) -> bool:
+    reason = _triton_unavailable(inputs)
+    if name == "triton" and reason is not None:
+        raise RuntimeError(f'backend="triton" cannot run: {reason}')
+    return reason is None and (name == "triton" or inputs.head.device.type != "cpu")
 
 
 def _triton_unavailable(inputs: SampleInputs) -> str | None:

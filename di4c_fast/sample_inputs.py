@@ -134,10 +134,9 @@ def prepare_sample_inputs(
     vocabulary = head.shape[-1]
     if vocabulary < 1:
         raise ValueError(f"logits must have at least one column, got shape {tuple(head.shape)}")
-    if isinstance(temperature, int):
-        temperature = float(check_int(temperature, "temperature"))
-    temperature = _per_row(temperature, "temperature", head, minimum=0.0)
-    unconditional, scale = None, 0.0
+    heat = _per_row(temperature, "temperature", head, minimum=0.0)
+    unconditional: Head | None = None
+    scale: float | Tensor = 0.0
     if guidance is not None:
         unconditional, scale = _prepare_guidance(guidance, head)
     if mask_id is not None:
@@ -167,12 +166,12 @@ def prepare_sample_inputs(
         check_int64(row_keys, "row_keys")
         check_shape(row_keys, "row_keys", "the leading shape of logits", head.shape[:-1])
         check_same_device(row_keys, "row_keys", head, "logits")
-    greedy = isinstance(temperature, float) and temperature == 0.0
+    greedy = isinstance(heat, float) and heat == 0.0
     return SampleInputs(
         head=head,
         unconditional=unconditional,
         guidance_scale=scale,
-        temperature=temperature,
+        temperature=heat,
         top_k=top_k,
         top_p=top_p,
         mask_id=mask_id,

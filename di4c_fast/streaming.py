@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import first_order_only
+from ._checks import without_autocast
 from .heads import Head
 from .inputs import LossInputs, LossTerms
 from .streaming_sample import (
@@ -48,14 +49,13 @@ from .streaming_sources import (
     Source,
     chunks,
     make_source,
+    placeholder,
     without_tensors,
 )
 from .streaming_terms import (
-    NEG_INF,
     Statistics,
     active_positions,
     exponentials_,
-    finite_or_zero,
     joint_grad_log_weights,
     joint_terms,
     kappa_coefficients,
@@ -74,6 +74,8 @@ DRAW_NUMBERS = 1 << 19
 def loss_per_example(inputs: LossInputs, scale: float) -> tuple[Tensor, LossTerms]:
     """The loss of every example (B,) times `scale`, and its unweighted terms."""
     tensors = inputs.tensors()
+    if not torch.is_grad_enabled():  # inside the function, tensors would still ask for gradients
+        tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
     outputs = _Loss.apply(inputs, scale, *tensors)
     return outputs[0], LossTerms(*outputs[1:])
 
@@ -213,8 +215,7 @@ class _Evaluation:
         return draws
 
     def _exponentials(self, source: Source, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        values, inverse, _ = exponentials_(load_logits(source, chunk, self.inputs.mask_id))
-        return values, inverse
+        return exponentials_(load_logits(source, chunk, self.inputs.mask_id))[:2]
 
     def _mean_draw(self, values: Tensor, inverse: Tensor, chunk: Chunk) -> Tensor:
         """q_u (P, V): the mean over draws, one-hot where a draw has revealed the token."""
@@ -268,26 +269,36 @@ class _Evaluation:
     def _forward_chunk(self, chunk: Chunk) -> None:
         logits = load_logits(self.student, chunk, self.inputs.mask_id)
         picked = logits.gather(-1, target_index(self.targets, chunk, self.student.components))
-        values, inverse, lse = exponentials_(logits)
-        self.stats.put(chunk, picked, lse)
+        values, inverse, peak, log_total = exponentials_(logits)
+        self.stats.put(chunk, picked, peak, log_total)
         self.inverse[chunk.part] = inverse
         if self.wants_marginals or self.wants_component:
-            self._forward_marginal(chunk, values, inverse, lse)
+            self._forward_marginal(chunk, values, inverse)
         if self.student.wants_gradient:
             self.student.keep(chunk, values)
 
-    def _forward_marginal(self, chunk: Chunk, values: Tensor, inverse: Tensor, lse: Tensor) -> None:
-        alive = (lse > NEG_INF).any(1).to(self.dtype)  # [P]
+    def _forward_marginal(self, chunk: Chunk, values: Tensor, inverse: Tensor) -> None:
+        alive = (inverse > 0).any(1).to(self.dtype)  # [P]
+        inputs, b = self.inputs, chunk.b
         teacher, mean_draw, wanted = self._distributions(chunk, alive)
         result = None
         if self._from_values:
+            reported = None
+            if inputs.return_terms:
+                reported = teacher if mean_draw is None else teacher + mean_draw
             result = marginal_from_values(
-                values, inverse, self.weights[chunk.b], wanted, teacher, self.wants_component
+                values,
+                inverse,
+                self.weights[b],
+                wanted,
+                teacher,
+                reported if self.wants_marginals else None,
+                self.wants_component,
             )
         if result is None:
             result = marginal_from_logs(
-                self._log_prob(chunk, lse),
-                self.inputs.log_weights[chunk.b],
+                self._log_prob(chunk),
+                inputs.log_weights[b],
                 wanted,
                 teacher,
                 self.wants_component,
@@ -296,7 +307,6 @@ class _Evaluation:
             assert result.ratio is not None
             self.ratios[chunk.index] = result.ratio
         self.mass[chunk.part] = result.mass
-        b = chunk.b
         if self.wants_marginals:
             self.grad_log_weights.index_add_(0, b, result.mass, alpha=-1.0)
             divergence = kl_divergence(teacher, result.log_marginal)
@@ -306,8 +316,9 @@ class _Evaluation:
                 self.consistency_sum = self.consistency_sum.index_add(0, b, divergence)
         if self.wants_component:
             assert result.divergence is not None
-            alive_divergence = torch.where(alive.unsqueeze(-1) > 0, result.divergence, 0.0)
-            weighted = self.weights[b] * alive_divergence
+            # A component of weight 0 is as good as absent, even where it is infinitely far.
+            counts = (alive.unsqueeze(-1) > 0) & (self.weights[b] > 0)
+            weighted = self.weights[b] * torch.where(counts, result.divergence, 0.0)
             self.component_sum = self.component_sum.index_add(0, b, weighted.sum(-1))
             factor = self.component_weight[b].unsqueeze(-1)
             self.grad_log_weights.index_add_(0, b, torch.where(factor > 0, weighted, 0.0) * factor)
@@ -317,9 +328,9 @@ class _Evaluation:
         """Whether exponentials may be used: their underflow check waits for the device."""
         return self.device.type == "cpu"
 
-    def _log_prob(self, chunk: Chunk, lse: Tensor) -> Tensor:
+    def _log_prob(self, chunk: Chunk) -> Tensor:
         logits = load_logits(self.student, chunk, self.inputs.mask_id)
-        return logits.sub_(finite_or_zero(lse).unsqueeze(-1))
+        return self.stats.normalise_(chunk, logits)
 
     # The second sweep over the student's logits ----------------------------------------------
 
@@ -361,7 +372,7 @@ class _Evaluation:
         return torch.bmm(rows, columns)
 
     def _gradient_from_logs(self, chunk: Chunk, row: Tensor) -> Tensor:
-        log_prob = self._log_prob(chunk, self.stats.lse[chunk.part])
+        log_prob = self._log_prob(chunk)
         alive = self.stats.alive[chunk.part].to(self.dtype)
         wanted = self._distributions(chunk, alive)[2]
         _, share = shares(log_prob, self.inputs.log_weights[chunk.b])
@@ -376,15 +387,17 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, inputs: LossInputs, scale: float | None, *tensors: Tensor | None):
         detached = [None if tensor is None else tensor.detach() for tensor in tensors]
         record = inputs.with_tensors(detached)
-        ctx.record = record.with_tensors(
-            [None if tensor is None else tensor.new_empty(0) for tensor in detached]
-        )
+        ctx.record = record.with_tensors([placeholder(tensor) for tensor in detached])
         ctx.scale = scale
         ctx.students = len(record.student.tensors())
         ctx.log_weights = _index_of_log_weights(record)
         ctx.save_for_backward(*tensors)
-        # Without a common factor for all examples the gradient has to wait for the upstream one.
-        needs = _needs(ctx) if scale is not None else (False,) * (ctx.students + 1)
+        # Without a common factor for all examples the gradient has to wait for the upstream one,
+        # and fp16 would flush it to zero before a loss scale in the upstream gradient lifts it.
+        half = any(t is not None and t.dtype == torch.float16 for t in record.student.tensors())
+        needs = _needs(ctx)
+        if scale is None or half:
+            needs = (False,) * len(needs)
         factor = torch.full(
             (record.batch,),
             1.0 if scale is None else scale,
@@ -398,14 +411,15 @@ class _Loss(torch.autograd.Function):
         return (evaluation.per_example, *evaluation.terms)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor, *_: Tensor):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             record = ctx.record.with_tensors(ctx.saved_tensors)
             factor = upstream if ctx.scale is None else upstream * ctx.scale
-            evaluation = _Evaluation(record, factor.to(record.dtype), _needs(ctx))
-            evaluation.run()
+            with without_autocast(upstream.device):
+                evaluation = _Evaluation(record, factor.to(record.dtype), _needs(ctx))
+                evaluation.run()
             gradients = _gradients(evaluation)
         else:
             # The caller sums the examples, so they share one upstream gradient. The tensors are
@@ -458,14 +472,19 @@ class _TokenRows(torch.autograd.Function):
         value = joint_terms(
             _row_statistics(source, problem), log_weights, problem.correlation
         ).value
-        return value if problem.correlation else -value
+        return value if problem.correlation else 0.0 - value
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, upstream: Tensor):
         problem: _Rows = ctx.problem
         log_weights, *tensors = ctx.saved_tensors
         head = problem.head.with_tensors(tensors)
+        with without_autocast(upstream.device):
+            return _TokenRows._gradients(ctx, problem, log_weights, head, upstream)
+
+    @staticmethod
+    def _gradients(ctx: Any, problem: _Rows, log_weights: Tensor, head: Head, upstream: Tensor):
         source = make_source(head, log_weights.dtype, ctx.needs_input_grad[2:])
         stats = _row_statistics(source, problem)
         joint = joint_terms(stats, log_weights, problem.correlation)
@@ -474,7 +493,7 @@ class _TokenRows(torch.autograd.Function):
             source.start(stats.b, stats.d)
             kappa = kappa_coefficients(joint, stats.b, alpha)
             for chunk in chunks(stats.b, stats.d, source.chunk_size()):
-                values, inverse, _ = exponentials_(load_logits(source, chunk, problem.mask_id))
+                values, inverse = exponentials_(load_logits(source, chunk, problem.mask_id))[:2]
                 factor = -kappa[chunk.part].sum(-1) * inverse
                 index = target_index(problem.targets, chunk, source.components)
                 update = GradientUpdate(index, kappa[chunk.part])
@@ -493,5 +512,5 @@ def _row_statistics(source: Source, problem: _Rows) -> Statistics:
     for chunk in chunks(b, d, source.chunk_size()):
         logits = load_logits(source, chunk, problem.mask_id)
         picked = logits.gather(-1, target_index(problem.targets, chunk, source.components))
-        stats.put(chunk, picked, exponentials_(logits)[2])
+        stats.put(chunk, picked, *exponentials_(logits)[2:])
     return stats

@@ -34,7 +34,7 @@ _CHUNK_BYTES = 4 << 20  # of a chunk on a CPU: fits the caches, and few enough c
 _GROUP_NUMBERS = 1 << 20  # random numbers held at a time
 _MIN_GROUP_ROWS = 64  # so that the matrix products of a LinearHead stay efficient
 _BUDGET_CPU = 64 << 20  # bytes of logits of a head, or of copies of a tensor
-_BUDGET_GPU = 256 << 20
+_BUDGET_GPU = 128 << 20
 _CONFIDENCES = frozenset({"prob", "raw_prob", "margin", "entropy"})
 _LOWEST = -1e5  # exp is 0 from here on in fp32 and fp64, so that 0·(-inf) becomes 0
 
@@ -287,7 +287,7 @@ def _chunk_pass(
     if inputs.filtered and literal is not None:
         columns.masked_fill_(literal.logits == NEG_INF, NEG_INF)
         top = scratch.amax(-1, keepdim=True)
-        scratch.sub_(_finite(top))
+        scratch.sub_(top)
         peak += top
     elif inputs.filtered:
         group.look = filter_scaled_(columns, inputs.top_p, inputs.top_k, group.look)
@@ -342,16 +342,12 @@ def _row_peak(logits: Tensor, mask_id: int | None) -> Tensor:
     return peaks[0] if len(peaks) == 1 else torch.maximum(*peaks)
 
 
-def _finite(peak: Tensor) -> Tensor:
-    """0 in place of -inf, so that a row without mass gives exp(-inf) = 0 and not NaN."""
-    return peak.masked_fill(peak == NEG_INF, 0.0)
-
-
 def _subtract(logits: Tensor, peak: Tensor, out: Tensor) -> None:
+    """out = logits − peak. A row at -inf throughout becomes NaN, which `_finish` reports."""
     if logits.dtype == out.dtype:
-        torch.sub(logits, _finite(peak), out=out)
+        torch.sub(logits, peak, out=out)
     else:
-        out.copy_(logits).sub_(_finite(peak))
+        out.copy_(logits).sub_(peak)
 
 
 def _largest_two(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,9 +77,14 @@ class GradientUpdate:
         )
 
 
+def placeholder(tensor: Tensor | None) -> Tensor | None:
+    """A tensor of the same shape, dtype and device that takes no memory and has no values."""
+    return None if tensor is None else tensor.detach().new_empty(()).expand(tensor.shape)
+
+
 def without_tensors(head: Head) -> Head:
-    """The head with empty tensors in place of its own: what a graph may hold beside them."""
-    return head.with_tensors([None if t is None else t.new_empty(0) for t in head.tensors()])
+    """The head with placeholders for its tensors: what a graph may hold beside them."""
+    return head.with_tensors([placeholder(tensor) for tensor in head.tensors()])
 
 
 def chunks(b: Tensor, d: Tensor, size: int) -> Iterator[Chunk]:
@@ -162,9 +167,10 @@ class Source(abc.ABC):
 
 
 def make_source(head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()) -> Source:
-    if isinstance(head, TensorHead):
+    # Not isinstance: a subclass may compute its logits in another way.
+    if type(head) is TensorHead:
         return TensorSource(head, dtype, needs_grad)
-    if isinstance(head, LinearHead):
+    if type(head) is LinearHead:
         return LinearSource(head, dtype, needs_grad)
     return AutogradSource(head, dtype, needs_grad)
 

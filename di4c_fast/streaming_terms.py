@@ -23,7 +23,10 @@ class Statistics:
     b: Tensor  # [A] example of each active position
     d: Tensor  # [A]
     log_prob: Tensor  # [A, N, J] of the targets, -inf where impossible
-    lse: Tensor  # [A, N], -inf for a row without a class
+    # The two parts of the logsumexp, [A, N]: added up, they would carry the rounding of large
+    # logits, which a logit minus the first and then the second does not.
+    peak: Tensor  # the largest logit, 0 for a row without a class
+    log_total: Tensor  # log sum exp(logit - peak), -inf for a row without a class
 
     @classmethod
     def empty(cls, b: Tensor, d: Tensor, components: int, targets: int, dtype: torch.dtype):
@@ -33,21 +36,28 @@ class Statistics:
             d,
             torch.empty(rows, components, targets, dtype=dtype, device=device),
             torch.empty(rows, components, dtype=dtype, device=device),
+            torch.empty(rows, components, dtype=dtype, device=device),
         )
 
-    def put(self, chunk: Chunk, picked: Tensor, lse: Tensor) -> None:
-        """Record the target logits (P, N, J) and logsumexps (P, N) of a chunk."""
-        self.lse[chunk.part] = lse
-        self.log_prob[chunk.part] = picked - finite_or_zero(lse).unsqueeze(-1)
+    def put(self, chunk: Chunk, picked: Tensor, peak: Tensor, log_total: Tensor) -> None:
+        """Record the target logits (P, N, J) and the parts (P, N) of the logsumexp of a chunk."""
+        self.peak[chunk.part] = peak
+        self.log_total[chunk.part] = log_total
+        self.log_prob[chunk.part] = self.normalise_(chunk, picked)
+
+    def normalise_(self, chunk: Chunk, logits: Tensor) -> Tensor:
+        """Turn logits (P, N, ...) of a chunk into log-probabilities, in place."""
+        logits.sub_(self.peak[chunk.part].unsqueeze(-1))
+        return logits.sub_(finite_or_zero(self.log_total[chunk.part]).unsqueeze(-1))
 
     @property
     def alive(self) -> Tensor:
         """Positions at which some component allows some class: (A,)."""
-        return (self.lse > NEG_INF).any(1)
+        return (self.log_total > NEG_INF).any(1)
 
     def occupied(self, batch: int) -> Tensor:
         """Examples with a position that counts: (B,)."""
-        counts = self.lse.new_zeros(batch).index_add_(0, self.b, self.alive.to(self.lse.dtype))
+        counts = self.peak.new_zeros(batch).index_add_(0, self.b, self.alive.to(self.peak.dtype))
         return counts > 0
 
 
@@ -78,17 +88,17 @@ def target_index(targets: Tensor, chunk: Chunk, components: int) -> Tensor:
     return targets[chunk.b, :, chunk.d].unsqueeze(1).expand(-1, components, -1)
 
 
-def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Overwrite logits (..., V) with exp(logits - peak).
 
-    Returns these, 1 / their sum (0 for a row without a class) and the logsumexp, so that
-    softmax(logits) is the first times the second.
+    Returns these, 1 / their sum (0 for a row without a class), the peak (0 for such a row) and
+    the log of the sum, so that softmax(logits) is the first times the second.
     """
     peak = finite_or_zero(logits.amax(-1))
     values = logits.sub_(peak.unsqueeze(-1)).exp_()
     total = values.sum(-1)
     inverse = torch.where(total > 0, 1.0 / total, 0.0)
-    return values, inverse, peak + total.log()
+    return values, inverse, peak, total.log()
 
 
 def masked_logsumexp(values: Tensor, dim: int) -> Tensor:
@@ -127,8 +137,11 @@ def joint_terms(stats: Statistics, log_weights: Tensor, correlation: bool) -> Jo
     joint = joint + log_weights.unsqueeze(-1)  # [B, N, J]
     total = masked_logsumexp(joint, 1)  # [B, J]
     weights = (joint - finite_or_zero(total).unsqueeze(1)).exp()
-    # Without an active position the value is 0 to the last bit, not a rounded logsumexp.
-    value = torch.where(stats.occupied(batch).unsqueeze(-1), -total, 0.0)
+    # Without an active position the value is 0 to the last bit, not a rounded logsumexp, and so
+    # is its gradient.
+    occupied = stats.occupied(batch).unsqueeze(-1)
+    value = torch.where(occupied, -total, 0.0)
+    weights = torch.where(occupied.unsqueeze(-1), weights, 0.0)
     return Joint(value, weights, local, counted)
 
 
@@ -164,16 +177,18 @@ def marginal_from_values(
     weights: Tensor,
     wanted: Tensor,
     teacher: Tensor,
+    reported: Tensor | None,
     want_component: bool,
 ) -> Marginal | None:
     """The chunk from exponentials (P, N, V); None where they underflow and logs are needed.
 
-    inverse (P, N) normalises the exponentials; weights (P, N) are those of the components.
+    inverse (P, N) normalises the exponentials; weights (P, N) are those of the components;
+    reported (P, V) is positive where the marginal is asked for beside the support of `wanted`.
     """
     tiny = torch.finfo(values.dtype).tiny / torch.finfo(values.dtype).eps
     scaled = weights * inverse
     mixture = torch.bmm(scaled.unsqueeze(1), values).squeeze(1)  # e^m, [P, V]
-    needed = wanted + teacher if want_component else wanted
+    needed = wanted if reported is None else wanted + reported
     if bool(((mixture < tiny) & (needed > 0)).any()):
         return None
     mixture.clamp_min_(tiny)
@@ -181,11 +196,11 @@ def marginal_from_values(
     mass = torch.bmm(values, ratio.unsqueeze(-1)).squeeze(-1) * scaled
     divergence = None
     if want_component:
+        if bool(((values.amin(1) < tiny) & (teacher > 0)).any()):
+            return None
         cross = torch.xlogy(teacher.unsqueeze(1), values).sum(-1)  # the peak has value 1
         divergence = negative_entropy(teacher).unsqueeze(-1) - cross
         divergence -= teacher.sum(-1, keepdim=True) * torch.where(inverse > 0, inverse.log(), 0.0)
-        if not bool(torch.isfinite(divergence).all()):
-            return None
     return Marginal(mixture.log(), mass, divergence, ratio)
 
 
@@ -194,7 +209,8 @@ def marginal_from_logs(
 ) -> Marginal:
     """The chunk from log-probabilities (P, N, V), for every range of values."""
     log_marginal, share = shares(log_prob, log_weights)
-    mass = torch.bmm(share, wanted.unsqueeze(-1)).squeeze(-1)
+    # Not a matrix product: with TF32 allowed it would round to 10 bits.
+    mass = share.mul_(wanted.unsqueeze(1)).sum(-1)
     divergence = None
     if want_component:
         divergence = kl_divergence(teacher.unsqueeze(1), log_prob)

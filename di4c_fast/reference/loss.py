@@ -209,7 +209,8 @@ def consistency_targets(inputs: LossInputs) -> tuple[Tensor, Tensor]:
             assert inputs.seed is not None
             draws = draw_ref(log_prob, inputs.seed)
         if inputs.xu is not None:
-            revealed = inputs.xu != inputs.mask_id
+            assert inputs.mask_id is not None
+            revealed = inputs.xu.ne(inputs.mask_id)
             one_hot = F.one_hot(inputs.xu, inputs.vocabulary).to(prob.dtype)
             prob = torch.where(revealed.unsqueeze(-1), one_hot, prob)
             draws = torch.where(revealed, inputs.xu, draws)

@@ -1,0 +1,440 @@
+"""Heads: the logits they stand for, the rows they select, their gradients, their complaints."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from di4c_fast import Head, LinearHead, LogisticHead, TensorHead
+from di4c_fast.heads import as_head
+
+LEADING = (2, 3, 4)  # (B, N, D)
+V, C = 6, 5
+
+
+def make(kind: str, leading=LEADING, dtype=torch.float64) -> Head:
+    g = torch.Generator().manual_seed(1)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=g, dtype=torch.float64).to(dtype)
+
+    if kind == "tensor":
+        return TensorHead(normal(*leading, V))
+    if kind == "expanded":
+        return TensorHead(normal(1, *leading[1:], V).expand(*leading, V))
+    if kind == "transposed":
+        return TensorHead(normal(V, *leading).movedim(0, -1))
+    if kind == "linear":
+        return LinearHead(normal(*leading, C), normal(V, C))
+    if kind == "linear, bias":
+        return LinearHead(normal(*leading, C), normal(V, C), normal(V))
+    if kind == "linear, bias per position":
+        return LinearHead(normal(*leading, C), normal(V, C), normal(leading[-1], V))
+    clamp = "min" if kind.endswith("min") else "left"
+    return LogisticHead(normal(*leading) / 2, normal(*leading), V, clamp=clamp)
+
+
+KINDS = (
+    "tensor",
+    "expanded",
+    "transposed",
+    "linear",
+    "linear, bias",
+    "linear, bias per position",
+    "logistic",
+    "logistic min",
+)
+TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shape_dtype_and_device_are_those_of_the_logits(kind):
+    head = make(kind)
+    logits = head.logits()
+    assert head.shape == logits.shape == (*LEADING, V)
+    assert head.dtype == logits.dtype == torch.float64
+    assert head.device == logits.device
+    assert f"shape={(*LEADING, V)}" in repr(head)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.tensor([5]),
+        torch.tensor([[0, 23, 7], [7, 7, 12]]),
+        torch.tensor(17),
+        torch.zeros(0, 3, dtype=torch.int64),
+        torch.arange(24).view(2, 3, 4),
+    ],
+    ids=["one", "repeated", "scalar", "none", "all"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_take_selects_rows_of_the_flattened_logits(kind, rows):
+    head = make(kind)
+    taken = head.take(rows)
+    assert taken.shape == (*rows.shape, V)
+    torch.testing.assert_close(taken.logits(), head.logits().flatten(0, -2)[rows], **TIGHT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_can_be_taken_of_taken_rows(kind):
+    head = make(kind)
+    first = torch.tensor([[3, 20, 11], [0, 9, 14]])
+    second = torch.tensor([5, 0, 2, 2])
+    taken = head.take(first).take(second)
+    torch.testing.assert_close(
+        taken.logits(), head.logits().flatten(0, -2)[first.flatten()[second]], **TIGHT
+    )
+
+
+@pytest.mark.parametrize("kind", ["tensor", "linear, bias", "logistic"])
+def test_rows_of_heads_with_one_leading_dimension(kind):
+    head = make(kind, leading=(7,))
+    rows = torch.tensor([6, 0])
+    torch.testing.assert_close(head.take(rows).logits(), head.logits()[rows], **TIGHT)
+
+
+def test_a_single_row_of_logits_is_row_zero():
+    logits = torch.randn(V)
+    assert torch.equal(TensorHead(logits).take(torch.tensor([0, 0])).logits(), logits.expand(2, V))
+
+
+@pytest.mark.parametrize("row", [24, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_numbers_out_of_range_raise(kind, row):
+    with pytest.raises(IndexError):
+        make(kind).take(torch.tensor([row])).logits()
+
+
+def test_rows_must_be_int64():
+    for kind in ("tensor", "linear", "logistic"):
+        with pytest.raises(TypeError, match=r"rows must have dtype torch.int64, got torch.int32"):
+            make(kind).take(torch.tensor([1], dtype=torch.int32))
+        with pytest.raises(TypeError, match=r"rows must be a Tensor, got list \[1\]"):
+            make(kind).take([1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_and_with_tensors_are_inverse(kind):
+    head = make(kind)
+    tensors = head.tensors()
+    doubled = head.with_tensors([None if t is None else 2 * t for t in tensors])
+    back = doubled.with_tensors(tensors)
+    assert all(a is b for a, b in zip(back.tensors(), tensors, strict=True))
+    assert type(doubled) is type(head)
+    assert torch.equal(back.logits(), head.logits())
+    assert not torch.equal(doubled.logits(), head.logits())
+    assert all(a is b for a, b in zip(head.tensors(), tensors, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_detached_head_shares_memory_and_has_no_graph(kind):
+    head = make(kind)
+    grown = head.with_tensors(
+        [None if t is None else t.clone().requires_grad_() for t in head.tensors()]
+    )
+    assert grown.requires_grad
+    assert grown.logits().requires_grad
+    cut = grown.detach()
+    assert not cut.requires_grad
+    assert not cut.logits().requires_grad
+    for ours, theirs in zip(cut.tensors(), grown.tensors(), strict=True):
+        if ours is not None:
+            assert ours.data_ptr() == theirs.data_ptr()
+
+
+def test_requires_grad_looks_at_every_tensor():
+    hidden, weight, bias = torch.randn(4, C), torch.randn(V, C), torch.randn(V)
+    assert not LinearHead(hidden, weight, bias).requires_grad
+    for i in range(3):
+        tensors = [hidden.clone(), weight.clone(), bias.clone()]
+        tensors[i].requires_grad_()
+        assert LinearHead(*tensors).requires_grad
+
+
+def test_linear_head_is_the_linear_layer():
+    head = make("linear, bias")
+    expected = F.linear(head.hidden, head.weight, head.bias)
+    torch.testing.assert_close(head.logits(), expected, **TIGHT)
+    per_position = make("linear, bias per position")
+    expected = F.linear(per_position.hidden, per_position.weight) + per_position.bias
+    torch.testing.assert_close(per_position.logits(), expected, **TIGHT)
+
+
+def test_linear_head_takes_a_slice_of_a_larger_embedding():
+    table = torch.randn(2 * V, C)
+    hidden = torch.randn(3, C)
+    head = LinearHead(hidden, table[V:])
+    torch.testing.assert_close(head.logits(), hidden @ table[V:].T)
+
+
+def test_linear_head_computes_in_the_dtype_of_hidden():
+    hidden = torch.randn(3, C, dtype=torch.bfloat16)
+    weight, bias = torch.randn(V, C), torch.randn(V)
+    head = LinearHead(hidden, weight, bias)
+    assert head.dtype == torch.bfloat16
+    assert head.logits().dtype == torch.bfloat16
+    expected = F.linear(hidden, weight.bfloat16()) + bias.bfloat16()
+    assert torch.equal(head.logits(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_taken_rows_reach_the_tensors(kind):
+    head = make(kind)
+    rows = torch.tensor([[3, 8], [3, 21]])
+    weights = torch.randn(2, 2, V, dtype=torch.float64)
+
+    def gradients(select) -> list[torch.Tensor]:
+        leaves = [None if t is None else t.clone().requires_grad_() for t in head.tensors()]
+        (select(head.with_tensors(leaves)) * weights).sum().backward()
+        return [leaf.grad for leaf in leaves if leaf is not None]
+
+    ours = gradients(lambda head: head.take(rows).logits())
+    expected = gradients(lambda head: head.logits().flatten(0, -2)[rows])
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, **TIGHT)
+
+
+def test_a_subclass_keeps_its_own_logits_when_rows_are_taken_or_tensors_replaced():
+    class Capped(LinearHead):
+        def logits(self):
+            return 3 * torch.tanh(super().logits() / 3)
+
+    head = Capped(torch.randn(4, C), torch.randn(V, C))
+    rows = torch.tensor([2, 0])
+    torch.testing.assert_close(head.take(rows).logits(), head.logits()[rows])
+    assert head.take(rows).logits().abs().max() <= 3
+    assert type(head.with_tensors(head.tensors())) is Capped
+
+
+# The discretised logistic
+
+
+def exact_logistic_log_mass(mu: float, log_scale: float, count: int) -> torch.Tensor:
+    """log(F(right) - F(left)) of every bin by way of Python's floats of high precision."""
+    scale = math.exp(log_scale - 2.0)
+    values = []
+    for v in range(count):
+        left = float((Fraction(2 * v, count) - 1 - Fraction(mu)) / Fraction(scale))
+        right = float((Fraction(2 * v + 2, count) - 1 - Fraction(mu)) / Fraction(scale))
+        # F(b) - F(a) = F(b) F(-a) (1 - e^(a-b)), each factor by its own stable logarithm.
+        values.append(
+            -math.log1p(math.exp(-right)) if right > 0 else right - math.log1p(math.exp(right))
+        )
+        values[-1] += (
+            -math.log1p(math.exp(left)) if left < 0 else -left - math.log1p(math.exp(-left))
+        )
+        values[-1] += math.log(-math.expm1(left - right))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("clamp", ["left", "min"])
+@pytest.mark.parametrize(("mu", "log_scale"), [(0.1, 1.0), (-0.9, 0.0), (0.95, -1.0), (0.0, 4.0)])
+def test_logistic_logits_are_the_logarithms_of_the_bins(mu, log_scale, clamp):
+    # eps = 1e-6 is what separates them where a bin has little mass.
+    head = LogisticHead(
+        torch.tensor([mu], dtype=torch.float64),
+        torch.tensor([log_scale], dtype=torch.float64),
+        64,
+        clamp=clamp,
+    )
+    exact = exact_logistic_log_mass(mu, log_scale, 64)
+    heavy = exact > math.log(1e-3)
+    assert heavy.any()
+    torch.testing.assert_close(head.logits()[0][heavy], exact[heavy], rtol=0, atol=2e-3)
+    without = LogisticHead(head.mu, head.log_scale, 64, eps=0.0, clamp=clamp)
+    torch.testing.assert_close(without.logits()[0], exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("clamp", ["left", "min"])
+def test_logistic_logits_are_the_form_of_the_sources(clamp):
+    mu = torch.linspace(-0.9, 0.9, 5, dtype=torch.float64)
+    log_scale = torch.linspace(-1.0, 3.0, 5, dtype=torch.float64)
+    edges = torch.linspace(-1, 1, 17, dtype=torch.float64)
+    scaled = (edges - mu[:, None]) * torch.exp(2 - log_scale)[:, None]
+    left, right = scaled[:, :-1], scaled[:, 1:]
+
+    def log_minus_exp(a, b):
+        return a + torch.log1p(1e-6 - torch.exp(b - a))
+
+    expected = log_minus_exp(F.logsigmoid(right), F.logsigmoid(left))
+    if clamp == "min":
+        expected = torch.minimum(expected, log_minus_exp(F.logsigmoid(-left), F.logsigmoid(-right)))
+    actual = LogisticHead(mu, log_scale, 16, clamp=clamp).logits()
+    # The form of the sources cancels to 1e-16 / 1e-6.
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_logistic_logits_are_symmetric_with_the_minimum_of_both_forms():
+    mu, log_scale = torch.tensor([0.3], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    there = LogisticHead(mu, log_scale, 32, clamp="min").logits()
+    back = LogisticHead(-mu, log_scale, 32, clamp="min").logits().flip(-1)
+    torch.testing.assert_close(there, back, **TIGHT)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+@pytest.mark.parametrize("clamp", ["left", "min"])
+def test_logistic_logits_and_gradients_are_finite_for_any_location_and_scale(clamp, eps):
+    mu = torch.tensor([-30.0, -1.0, 0.0, 0.99, 40.0]).repeat(4, 1).requires_grad_()
+    log_scale = torch.tensor([[-8.0], [-1.0], [3.0], [12.0]]).expand(4, 5).clone().requires_grad_()
+    logits = LogisticHead(mu, log_scale, 256, eps=eps, clamp=clamp).logits()
+    assert torch.isfinite(logits).all()
+    logits.log_softmax(-1)[..., 7].sum().backward()
+    assert torch.isfinite(mu.grad).all()
+    assert torch.isfinite(log_scale.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logistic_logits_of_half_precision_numbers_are_computed_in_float32(dtype):
+    mu, log_scale = torch.tensor([0.25], dtype=dtype), torch.tensor([0.5], dtype=dtype)
+    head = LogisticHead(mu, log_scale, 16)
+    assert head.dtype == dtype
+    assert head.logits().dtype == torch.float32
+    exact = LogisticHead(mu.double(), log_scale.double(), 16).logits()
+    torch.testing.assert_close(head.logits().double(), exact, rtol=2e-6, atol=2e-6)
+
+
+# Complaints
+
+FLOATING = "floating point (float64, float32, bfloat16 or float16)"
+h, w = torch.randn(2, 3, C), torch.randn(V, C)
+WRONG = {
+    "tensor: not a tensor": (
+        lambda: TensorHead([1.0]),
+        TypeError,
+        "logits must be a Tensor, got list [1.0]",
+    ),
+    "tensor: integers": (
+        lambda: TensorHead(torch.zeros(2, 3, dtype=torch.int64)),
+        TypeError,
+        f"logits must be {FLOATING}, got torch.int64",
+    ),
+    "tensor: fp8": (
+        lambda: TensorHead(torch.zeros(2, 3).to(torch.float8_e4m3fn)),
+        TypeError,
+        f"logits must be {FLOATING}, got torch.float8_e4m3fn",
+    ),
+    "tensor: no dimension": (
+        lambda: TensorHead(torch.tensor(1.0)),
+        ValueError,
+        "logits must have at least 1 dimensions, got shape ()",
+    ),
+    "as_head: not logits": (
+        lambda: as_head("x", "teacher"),
+        TypeError,
+        "teacher must be a Tensor of logits or a Head, got str 'x'",
+    ),
+    "linear: hidden integers": (
+        lambda: LinearHead(torch.zeros(2, C, dtype=torch.int32), w),
+        TypeError,
+        f"hidden must be {FLOATING}, got torch.int32",
+    ),
+    "linear: weight not a tensor": (
+        lambda: LinearHead(h, None),
+        TypeError,
+        "weight must be a Tensor, got NoneType None",
+    ),
+    "linear: hidden rank": (
+        lambda: LinearHead(h[0, 0], w),
+        ValueError,
+        f"hidden must have at least 2 dimensions, got shape ({C},)",
+    ),
+    "linear: weight rank": (
+        lambda: LinearHead(h, w[None]),
+        ValueError,
+        f"weight must have 2 dimensions, got shape (1, {V}, {C})",
+    ),
+    "linear: weight transposed": (
+        lambda: LinearHead(h, w.T),
+        ValueError,
+        f"weight must have shape (V, C) with C = {C}, the last size of hidden (2, 3, {C}), "
+        f"got ({C}, {V})",
+    ),
+    "linear: weight device": (
+        lambda: LinearHead(h, w.to("meta")),
+        ValueError,
+        "weight must be on the device of hidden (cpu), got meta",
+    ),
+    "linear: bias device": (
+        lambda: LinearHead(h, w, torch.zeros(V, device="meta")),
+        ValueError,
+        "bias must be on the device of hidden (cpu), got meta",
+    ),
+    "linear: bias shape": (
+        lambda: LinearHead(h, w, torch.zeros(2, V)),
+        ValueError,
+        f"bias must have shape (V,) = ({V},) or (D, V) = (3, {V}), got (2, {V})",
+    ),
+    "linear: bias integers": (
+        lambda: LinearHead(h, w, torch.zeros(V, dtype=torch.int64)),
+        TypeError,
+        f"bias must be {FLOATING}, got torch.int64",
+    ),
+    "linear: budget": (
+        lambda: LinearHead(h, w, budget_bytes=0),
+        ValueError,
+        "budget_bytes must be positive, got 0",
+    ),
+    "logistic: mu integers": (
+        lambda: LogisticHead(torch.zeros(2, dtype=torch.int64), torch.zeros(2), 4),
+        TypeError,
+        f"mu must be {FLOATING}, got torch.int64",
+    ),
+    "logistic: log_scale not a tensor": (
+        lambda: LogisticHead(torch.zeros(2), 0.5, 4),
+        TypeError,
+        "log_scale must be a Tensor, got float 0.5",
+    ),
+    "logistic: shapes": (
+        lambda: LogisticHead(torch.zeros(2), torch.zeros(3), 4),
+        ValueError,
+        "log_scale must have the shape of mu (2,), got (3,)",
+    ),
+    "logistic: devices": (
+        lambda: LogisticHead(torch.zeros(2), torch.zeros(2, device="meta"), 4),
+        ValueError,
+        "log_scale must be on the device of mu (cpu), got meta",
+    ),
+    "logistic: num_classes kind": (
+        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 4.0),
+        TypeError,
+        "num_classes must be an int, got float 4.0",
+    ),
+    "logistic: num_classes bool": (
+        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), True),
+        TypeError,
+        "num_classes must be an int, got bool True",
+    ),
+    "logistic: one class": (
+        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 1),
+        ValueError,
+        "num_classes must be at least 2, got 1",
+    ),
+    "logistic: eps negative": (
+        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 4, eps=-0.1),
+        ValueError,
+        "eps must be in [0, 1), got -0.1",
+    ),
+    "logistic: eps NaN": (
+        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 4, eps=math.nan),
+        ValueError,
+        "eps must be in [0, 1), got nan",
+    ),
+    "logistic: clamp": (
+        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 4, clamp="right"),
+        ValueError,
+        'clamp must be "left" or "min", got \'right\'',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_named(case):
+    build, kind, message = WRONG[case]
+    with pytest.raises(kind, match=re.escape(message)):
+        build()
