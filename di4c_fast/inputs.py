@@ -21,6 +21,7 @@ from ._checks import (
     describe,
 )
 from .heads import Head, HeadLike, as_head
+from .rng import draw_seed
 
 
 class LossTerms(NamedTuple):
@@ -192,31 +193,41 @@ def prepare_active(
     if xt is not None:
         if mask_id is None:
             raise ValueError("xt needs mask_id: without it there are no masked positions")
-        prepare_tokens(xt, "xt", "B, D", (batch, positions), student)
+        xt = prepare_tokens(xt, "xt", "B, D", (batch, positions), student, valid)
         masked = xt == mask_id
         active = masked if active is None else active & masked
     return active
 
 
-def prepare_rows(x: Any, student: Head) -> tuple[Tensor, bool]:
+def prepare_rows(x: Any, student: Head, valid: Tensor | None) -> tuple[Tensor, bool]:
     """Token rows (B, K, D), and whether they came as one row (B, D) per example."""
     batch, _, positions, _ = student.shape
     check_int64(x, "x")
     if x.ndim == 2:
-        return prepare_tokens(x, "x", "B, D", (batch, positions), student).unsqueeze(1), True
+        single = prepare_tokens(x, "x", "B, D", (batch, positions), student, valid)
+        return single.unsqueeze(1), True
     if x.ndim != 3:
         raise ValueError(
             f"x must have shape (B, D) = {(batch, positions)} or (B, K, D), got {tuple(x.shape)}"
         )
-    return prepare_tokens(x, "x", "B, K, D", (batch, x.shape[1], positions), student), False
+    sizes = (batch, x.shape[1], positions)
+    return prepare_tokens(x, "x", "B, K, D", sizes, student, valid), False
 
 
 def prepare_tokens(
-    tokens: Any, name: str, letters: str, sizes: Sequence[int], student: Head
+    tokens: Any,
+    name: str,
+    letters: str,
+    sizes: Sequence[int],
+    student: Head,
+    valid: Tensor | None = None,
 ) -> Tensor:
+    """The tokens, checked; where `valid` (B, D) is False they may be anything and become 0."""
     check_int64(tokens, name)
     check_shape(tokens, name, letters, sizes)
     check_same_device(tokens, name, student, "student")
+    if valid is not None:  # padding is often marked by an id such as -100
+        tokens = tokens.masked_fill(~(valid if tokens.ndim == 2 else valid.unsqueeze(1)), 0)
     check_token_range(tokens, name, student.shape[-1])
     return tokens
 
@@ -265,16 +276,6 @@ def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Ten
     return weight.expand(batch), float(value) == 0.0
 
 
-def prepare_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """A seed () int64 on `device`, drawn from the generator without a host sync."""
-    source = device if generator is None else generator.device
-    limit = 2**63 - 1
-    seed = torch.randint(limit, (), generator=generator, device=source, dtype=torch.int64)
-    if source.type == "cpu" and device.type != "cpu":
-        return torch.full((), int(seed), dtype=torch.int64, device=device)
-    return seed.to(device)
-
-
 def prepare_inputs(
     student: HeadLike,
     teacher: HeadLike,
@@ -319,7 +320,7 @@ def prepare_inputs(
     check_same_device(teacher_head, "teacher", student_head, "student")
 
     active = prepare_active(xt, valid, mask_id, student_head)
-    prepare_tokens(x0, "x0", "B, D", (batch, positions), student_head)
+    x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), student_head, valid)
     check_targets_allowed(x0, "x0", mask_id, active)
 
     weights = {
@@ -339,16 +340,8 @@ def prepare_inputs(
     else:
         consistency_head = as_head(consistency, "consistency").detach()
         shape = tuple(consistency_head.shape)
-        if (
-            len(shape) != 4
-            or shape[1] == 0
-            or (shape[0], *shape[2:])
-            != (
-                batch,
-                positions,
-                vocabulary,
-            )
-        ):
+        sizes = (batch, positions, vocabulary)
+        if len(shape) != 4 or shape[1] == 0 or (shape[0], *shape[2:]) != sizes:
             raise ValueError(
                 f"consistency must have shape (B, K, D, V) with K >= 1 and (B, D, V) = "
                 f"{(batch, positions, vocabulary)}, got {shape}"
@@ -358,13 +351,14 @@ def prepare_inputs(
         if xu is not None:
             if mask_id is None:
                 raise ValueError("xu needs mask_id: without it no position is revealed")
-            prepare_tokens(xu, "xu", "B, K, D", (batch, draws, positions), student_head)
+            xu = prepare_tokens(xu, "xu", "B, K, D", (batch, draws, positions), student_head, valid)
         if consistency_x is None:
             # Last of all, so that no mistake advances the generator.
-            seed = prepare_seed(generator, student_head.device)
+            seed = draw_seed(generator, student_head.device)
         else:
-            prepare_tokens(
-                consistency_x, "consistency_x", "B, K, D", (batch, draws, positions), student_head
+            sizes = (batch, draws, positions)
+            consistency_x = prepare_tokens(
+                consistency_x, "consistency_x", "B, K, D", sizes, student_head, valid
             )
             check_targets_allowed(consistency_x, "consistency_x", mask_id, active)
             if xu is not None:

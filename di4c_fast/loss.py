@@ -144,7 +144,8 @@ def loss(
         xu: (B, K, D) int64, the tokens of the consistency draws; needs `mask_id`. Where draw k
             has revealed a token, that token takes the place of its softmax and of its draw.
         mask_id: the id of the mask token, excluded from every softmax; None if there is none.
-        valid: (B, D) bool; False (padding, prompt) contributes no loss, no gradient, no work.
+        valid: (B, D) bool; False (padding, prompt) contributes no loss, no gradient, no work, and
+            the tokens there may be anything, such as -100.
         log_weights: (B, N) log-weights of the components, normalised here; None for uniform.
         data_weight, teacher_weight, consistency_weight, component_weight: finite and not
             negative, a float or a tensor (B,). A term of weight 0 is left out, even if infinite.
@@ -288,7 +289,7 @@ def _token_rows(
     head = prepare_student(student)
     mask_id = prepare_mask_id(mask_id, head.shape[-1])
     active = prepare_active(xt, valid, mask_id, head)
-    targets, single = prepare_rows(x, head)
+    targets, single = prepare_rows(x, head, valid)
     check_targets_allowed(targets, "x", mask_id, active)
     normalised = prepare_log_weights(log_weights, head)
     implementation = backends.loss_backend(backend, head)

@@ -177,4 +177,7 @@ def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor
     source = device if generator is None else generator.device
     limit = torch.iinfo(torch.int64).max
     seed = torch.randint(limit, (), generator=generator, device=source, dtype=torch.int64)
-    return seed.to(device, non_blocking=True)
+    if source.type == "cpu" and device.type != "cpu":
+        # Filled in by a kernel: a copy from pageable memory would wait for the device.
+        return torch.full((), int(seed), dtype=torch.int64, device=device)
+    return seed.to(device)

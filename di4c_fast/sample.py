@@ -90,7 +90,9 @@ def sample(
         `Draw`: token int64, statistics fp32 (fp64 for fp64 logits), each of the leading shape;
         nothing is differentiable.
 
-    Autocast has no effect inside. A token is a pure function of (seed, step, row key, its row's logits): neither the batch, nor
+    Autocast has no effect inside.
+
+    A token is a pure function of (seed, step, row key, its row's logits): neither the batch, nor
     the order of rows, nor chunks, nor the backend changes it, up to the rounding of sums. The
     definition is in `streaming_sample`, the random numbers in `rng`. The probability of a block
     of 128 tokens is resolved to 2⁻³³; within it every token has its exact share.

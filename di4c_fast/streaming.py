@@ -46,6 +46,7 @@ from .streaming_sample import (
 from .streaming_sources import (
     Chunk,
     GradientUpdate,
+    Keep,
     Source,
     chunks,
     make_source,
@@ -63,6 +64,7 @@ from .streaming_terms import (
     load_logits,
     marginal_from_logs,
     marginal_from_values,
+    mixture_of,
     shares,
     target_index,
 )
@@ -215,7 +217,8 @@ class _Evaluation:
         return draws
 
     def _exponentials(self, source: Source, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        return exponentials_(load_logits(source, chunk, self.inputs.mask_id))[:2]
+        shifted, _ = source.load_shifted(chunk, self.inputs.mask_id)
+        return exponentials_(shifted)[:2]
 
     def _mean_draw(self, values: Tensor, inverse: Tensor, chunk: Chunk) -> Tensor:
         """q_u (P, V): the mean over draws, one-hot where a draw has revealed the token."""
@@ -262,14 +265,15 @@ class _Evaluation:
         )
         zeros = torch.zeros(inputs.batch, dtype=self.dtype, device=self.device)
         self.teacher_sum, self.consistency_sum, self.component_sum = zeros, zeros, zeros
-        self.ratios: dict[int, Tensor] = {}
+        self.ratios = Keep(self.student.keep_bytes)  # q/s of a chunk, [P, V]
+        self.log_chunks: set[int] = set()  # those that exponentials were too small for
         for chunk in self.chunks:
             self._forward_chunk(chunk)
 
     def _forward_chunk(self, chunk: Chunk) -> None:
-        logits = load_logits(self.student, chunk, self.inputs.mask_id)
-        picked = logits.gather(-1, target_index(self.targets, chunk, self.student.components))
-        values, inverse, peak, log_total = exponentials_(logits)
+        shifted, peak = self.student.load_shifted(chunk, self.inputs.mask_id)
+        picked = shifted.gather(-1, target_index(self.targets, chunk, self.student.components))
+        values, inverse, log_total = exponentials_(shifted)
         self.stats.put(chunk, picked, peak, log_total)
         self.inverse[chunk.part] = inverse
         if self.wants_marginals or self.wants_component:
@@ -303,9 +307,10 @@ class _Evaluation:
                 teacher,
                 self.wants_component,
             )
+            self.log_chunks.add(chunk.index)
         elif self.student.wants_gradient:
             assert result.ratio is not None
-            self.ratios[chunk.index] = result.ratio
+            self.ratios.put(chunk.index, result.ratio)
         self.mass[chunk.part] = result.mass
         if self.wants_marginals:
             self.grad_log_weights.index_add_(0, b, result.mass, alpha=-1.0)
@@ -348,22 +353,34 @@ class _Evaluation:
                 alive = self.stats.alive[chunk.part].to(self.dtype)
                 update.teacher = self._distributions(chunk, alive)[0]
                 update.teacher_factor = teacher_factor
-            if self.wants_marginals and chunk.index not in self.ratios:
+            if chunk.index in self.log_chunks:
                 gradient = self._gradient_from_logs(chunk, row)
                 self.student.store_gradient(chunk, update.add_to_(gradient))
                 continue
-            factor = self._value_factor(chunk, row)
+            ratio, values = self.ratios.get(chunk.index), None
+            if ratio is None and self.wants_marginals:
+                values = self._student_values(chunk)
+                ratio = self._ratio(chunk, values)
+            factor = self._value_factor(chunk, row, ratio)
             if not self.student.update_kept(chunk, factor, update):
-                values = self.student.kept(chunk)
-                if values is None:
-                    values, _ = self._exponentials(self.student, chunk)
+                values = self._student_values(chunk) if values is None else values
                 self.student.store_gradient(chunk, update.add_to_(values.mul_(factor)))
 
-    def _value_factor(self, chunk: Chunk, row: Tensor) -> Tensor:
+    def _student_values(self, chunk: Chunk) -> Tensor:
+        """The student's exponentials (P, N, V), as they were kept or once more."""
+        values = self.student.kept(chunk)
+        return self._exponentials(self.student, chunk)[0] if values is None else values
+
+    def _ratio(self, chunk: Chunk, values: Tensor) -> Tensor:
+        """q/s (P, V) of a chunk for which there was no room."""
+        wanted = self._distributions(chunk, self.stats.alive[chunk.part].to(self.dtype))[2]
+        scaled = self.weights[chunk.b] * self.inverse[chunk.part]
+        return wanted / mixture_of(values, scaled)
+
+    def _value_factor(self, chunk: Chunk, row: Tensor, ratio: Tensor | None) -> Tensor:
         """What the kept exponentials are multiplied with to give the dense part of dL/dz."""
         inverse = self.inverse[chunk.part]
         scaled_row = (row * inverse).unsqueeze(-1)  # [P, N, 1]
-        ratio = self.ratios.pop(chunk.index, None)
         if ratio is None:
             return scaled_row
         # row_n - w_n ratio_v as a product of rank 2: one pass, whatever the weights.
@@ -493,7 +510,8 @@ class _TokenRows(torch.autograd.Function):
             source.start(stats.b, stats.d)
             kappa = kappa_coefficients(joint, stats.b, alpha)
             for chunk in chunks(stats.b, stats.d, source.chunk_size()):
-                values, inverse = exponentials_(load_logits(source, chunk, problem.mask_id))[:2]
+                shifted, _ = source.load_shifted(chunk, problem.mask_id)
+                values, inverse, _ = exponentials_(shifted)
                 factor = -kappa[chunk.part].sum(-1) * inverse
                 index = target_index(problem.targets, chunk, source.components)
                 update = GradientUpdate(index, kappa[chunk.part])
@@ -510,7 +528,7 @@ def _row_statistics(source: Source, problem: _Rows) -> Statistics:
     b, d = active_positions(problem.active, batch, positions, problem.targets.device)
     stats = Statistics.empty(b, d, source.components, rows, source.dtype)
     for chunk in chunks(b, d, source.chunk_size()):
-        logits = load_logits(source, chunk, problem.mask_id)
-        picked = logits.gather(-1, target_index(problem.targets, chunk, source.components))
-        stats.put(chunk, picked, *exponentials_(logits)[2:])
+        shifted, peak = source.load_shifted(chunk, problem.mask_id)
+        picked = shifted.gather(-1, target_index(problem.targets, chunk, source.components))
+        stats.put(chunk, picked, peak, exponentials_(shifted)[2])
     return stats

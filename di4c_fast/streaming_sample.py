@@ -30,7 +30,7 @@ from .sample_inputs import SampleInputs
 # V/W + W random numbers.
 SAMPLE_BLOCK = 128
 
-_CHUNK_BYTES = 4 << 20  # of a chunk on a CPU: fits the caches, and few enough chunks
+_CHUNK_BYTES = 8 << 20  # of a chunk on a CPU: fits the caches, and few enough chunks
 _GROUP_NUMBERS = 1 << 20  # random numbers held at a time
 _MIN_GROUP_ROWS = 64  # so that the matrix products of a LinearHead stay efficient
 _BUDGET_CPU = 64 << 20  # bytes of logits of a head, or of copies of a tensor

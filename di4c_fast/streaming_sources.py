@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .heads import Head, LinearHead, TensorHead
 
+NEG_INF = float("-inf")
 # Bytes of fp32 logits in a chunk. On the CPU a chunk and its scratch space should stay in the
 # second-level caches; on an accelerator it should be large enough to fill the device.
-CPU_CHUNK_BYTES = 4 << 20
+CPU_CHUNK_BYTES = 2 << 20
 CPU_LINEAR_CHUNK_BYTES = 16 << 20
 ACCELERATOR_CHUNK_BYTES = 128 << 20
 # A matrix product of fewer rows than this runs far below its peak rate.
@@ -64,17 +65,16 @@ class GradientUpdate:
         if self.teacher is not None:
             assert self.teacher_factor is not None
             factor = self.teacher_factor.unsqueeze(-1)
-            gradient.addcmul_(factor, self.teacher.unsqueeze(1), value=-1.0)
+            gradient.addcmul_(factor, self.teacher.unsqueeze(-2), value=-1.0)
         return gradient.scatter_add_(-1, self.index, self.kappa)
 
-    def position(self, i: int) -> GradientUpdate:
-        """The update of one position of the chunk."""
-        one = slice(i, i + 1)
+    def positions(self) -> Iterator[GradientUpdate]:
+        """The updates of the single positions of the chunk, without their first dimension."""
         if self.teacher is None or self.teacher_factor is None:
-            return GradientUpdate(self.index[one], self.kappa[one])
-        return GradientUpdate(
-            self.index[one], self.kappa[one], self.teacher[one], self.teacher_factor[one]
-        )
+            yield from map(GradientUpdate, self.index, self.kappa)
+        else:
+            parts = (self.index, self.kappa, self.teacher, self.teacher_factor)
+            yield from map(GradientUpdate, *parts)
 
 
 def placeholder(tensor: Tensor | None) -> Tensor | None:
@@ -93,6 +93,23 @@ def chunks(b: Tensor, d: Tensor, size: int) -> Iterator[Chunk]:
         yield Chunk(index, b[start:stop], d[start:stop], start)
 
 
+class Keep:
+    """Tensors by number, as many as there is room for."""
+
+    def __init__(self, room: int):
+        self.room = room
+        self._tensors: dict[int, Tensor] = {}
+
+    def put(self, number: int, values: Tensor) -> None:
+        size = values.numel() * values.element_size()
+        if size <= self.room:
+            self.room -= size
+            self._tensors[number] = values
+
+    def get(self, number: int) -> Tensor | None:
+        return self._tensors.get(number)
+
+
 class Source(abc.ABC):
     """Logits of a head (B, N, D, V) by chunk, and the gradients of the tensors behind it.
 
@@ -108,8 +125,7 @@ class Source(abc.ABC):
         self.components = head.shape[1] if len(head.shape) == 4 else 1
         self.positions, self.vocabulary = head.shape[-2:]
         self.needs_grad = needs_grad or (False,) * len(head.tensors())
-        self._kept: dict[int, Tensor] = {}
-        self._keep_bytes = self.chunk_bytes
+        self._kept = Keep(self.keep_bytes)
 
     @property
     def wants_gradient(self) -> bool:
@@ -138,6 +154,18 @@ class Source(abc.ABC):
     def load(self, chunk: Chunk) -> Tensor:
         """Logits (P, N, V) of the chunk, a fresh tensor that the caller may overwrite."""
 
+    def load_shifted(self, chunk: Chunk, mask_id: int | None) -> tuple[Tensor, Tensor]:
+        """Logits (P, N, V) minus the largest of their row, and that, (P, N).
+
+        The mask column is -inf. A row without a class is left as it is, with 0 for its largest.
+        """
+        logits = self.load(chunk)
+        if mask_id is not None:
+            logits[..., mask_id] = NEG_INF
+        peak = logits.amax(-1)
+        peak = torch.where(peak == NEG_INF, 0.0, peak)
+        return logits.sub_(peak.unsqueeze(-1)), peak
+
     @abc.abstractmethod
     def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
         """Add dL/dlogits (P, N, V) of the chunk to the gradients. `gradient` may be overwritten."""
@@ -146,12 +174,14 @@ class Source(abc.ABC):
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Gradients of `head.tensors()`, None where none was asked for."""
 
+    @property
+    def keep_bytes(self) -> int:
+        """How much of one kind may be kept from one sweep to the next."""
+        return 4 * self.chunk_bytes
+
     def keep(self, chunk: Chunk, values: Tensor) -> None:
-        """Keep (P, N, V) values of a chunk for a later sweep if there is room."""
-        size = values.numel() * values.element_size()
-        if size <= self._keep_bytes:
-            self._keep_bytes -= size
-            self._kept[chunk.index] = values
+        """Keep values of a chunk for a later sweep if there is room."""
+        self._kept.put(chunk.index, values)
 
     def kept(self, chunk: Chunk) -> Tensor | None:
         """The values kept for a chunk, or None."""
@@ -201,8 +231,36 @@ class TensorSource(Source):
         for example, position in idle.nonzero().tolist():
             self.gradient[example, :, position] = 0.0
 
+    @property
+    def keep_bytes(self) -> int:
+        # Beside the gradient of the logits, an eighth of their size is little.
+        logits = self.head.logits()
+        return max(self.chunk_bytes, logits.numel() * self.dtype.itemsize // 8)
+
     def load(self, chunk: Chunk) -> Tensor:
         return self._gather(self.logits, chunk).to(self.dtype)
+
+    def load_shifted(self, chunk: Chunk, mask_id: int | None) -> tuple[Tensor, Tensor]:
+        if not self._by_row(self.logits) or self.logits.dtype != self.dtype:
+            return super().load_shifted(chunk, mask_id)
+        # Straight from the caller's logits, without a copy of them in between.
+        shape = (chunk.size, self.components, self.vocabulary)
+        shifted, peak = (
+            torch.empty(shape, dtype=self.dtype),
+            torch.empty(shape[:2], dtype=self.dtype),
+        )
+        views = zip(shifted, peak, peak.unsqueeze(-1), _pairs(chunk), strict=True)
+        for to, top, column, (b, d) in views:
+            logits = self.logits[b, :, d]
+            torch.amax(_without_column(logits, mask_id), -1, out=top)
+            torch.sub(logits, column, out=to)
+        if mask_id is not None:
+            shifted[..., mask_id] = NEG_INF
+        dead = peak == NEG_INF
+        if bool(dead.any()):
+            shifted[dead] = NEG_INF
+            peak[dead] = 0.0
+        return shifted, peak
 
     def keep(self, chunk: Chunk, values: Tensor) -> None:
         if self.gradient is not None and self.gradient.dtype == self.dtype:
@@ -220,9 +278,8 @@ class TensorSource(Source):
             return False
         if not self._by_row(self.gradient):
             return False
-        for i, (b, d) in enumerate(_pairs(chunk)):
-            gradient = self.gradient[b, :, d].unsqueeze(0)  # a view, [1, N, V]
-            update.position(i).add_to_(gradient.mul_(factor[i]))
+        for one, scale, (b, d) in zip(update.positions(), factor, _pairs(chunk), strict=True):
+            one.add_to_(self.gradient[b, :, d].mul_(scale))  # a view, [N, V]
         return True
 
     def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
@@ -238,19 +295,31 @@ class TensorSource(Source):
         if not self._by_row(tensor):
             return tensor[chunk.b, :, chunk.d]
         values = tensor.new_empty(chunk.size, self.components, self.vocabulary)
-        for i, (b, d) in enumerate(_pairs(chunk)):
-            values[i].copy_(tensor[b, :, d])
+        for to, (b, d) in zip(values, _pairs(chunk), strict=True):
+            to.copy_(tensor[b, :, d])
         return values
 
     def _scatter(self, tensor: Tensor, chunk: Chunk, values: Tensor) -> None:
         if not self._by_row(tensor):
             tensor[chunk.b, :, chunk.d] = values.to(tensor.dtype)
             return
-        for i, (b, d) in enumerate(_pairs(chunk)):
-            tensor[b, :, d].copy_(values[i])
+        for value, (b, d) in zip(values, _pairs(chunk), strict=True):
+            tensor[b, :, d].copy_(value)
 
     def _by_row(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and self.vocabulary >= COPY_ROWS_FROM
+
+
+def _without_column(logits: Tensor, column: int | None) -> Tensor:
+    """The logits (N, V) without a column; a view if that is the first or the last."""
+    last = logits.shape[-1] - 1
+    if column is None:
+        return logits
+    if column == 0:
+        return logits[:, 1:]
+    if column == last:
+        return logits[:, :last]
+    return torch.stack([logits[:, :column].amax(-1), logits[:, column + 1 :].amax(-1)], dim=-1)
 
 
 def _pairs(chunk: Chunk) -> Iterator[tuple[int, int]]:
@@ -283,8 +352,12 @@ class LinearSource(Source):
     def chunk_bytes(self) -> int:
         if self.head.budget_bytes is not None:
             # The chunk, its scratch space, its gradient and what is kept share the budget.
-            return self.head.budget_bytes // 4
+            return self.head.budget_bytes // 8
         return max(super().chunk_bytes, CPU_LINEAR_CHUNK_BYTES)
+
+    @property
+    def keep_bytes(self) -> int:
+        return self.chunk_bytes if self.head.budget_bytes is not None else 2 * self.chunk_bytes
 
     @property
     def min_positions(self) -> int:

@@ -40,10 +40,10 @@ class Statistics:
         )
 
     def put(self, chunk: Chunk, picked: Tensor, peak: Tensor, log_total: Tensor) -> None:
-        """Record the target logits (P, N, J) and the parts (P, N) of the logsumexp of a chunk."""
+        """Record the shifted target logits (P, N, J) and the parts (P, N) of the logsumexp."""
         self.peak[chunk.part] = peak
         self.log_total[chunk.part] = log_total
-        self.log_prob[chunk.part] = self.normalise_(chunk, picked)
+        self.log_prob[chunk.part] = picked.sub_(finite_or_zero(log_total).unsqueeze(-1))
 
     def normalise_(self, chunk: Chunk, logits: Tensor) -> Tensor:
         """Turn logits (P, N, ...) of a chunk into log-probabilities, in place."""
@@ -88,17 +88,16 @@ def target_index(targets: Tensor, chunk: Chunk, components: int) -> Tensor:
     return targets[chunk.b, :, chunk.d].unsqueeze(1).expand(-1, components, -1)
 
 
-def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overwrite logits (..., V) with exp(logits - peak).
+def exponentials_(shifted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Overwrite shifted logits (..., V), at most 0, with their exponentials.
 
-    Returns these, 1 / their sum (0 for a row without a class), the peak (0 for such a row) and
-    the log of the sum, so that softmax(logits) is the first times the second.
+    Returns these, 1 / their sum (0 for a row without a class) and the log of the sum, so that
+    the softmax is the first times the second.
     """
-    peak = finite_or_zero(logits.amax(-1))
-    values = logits.sub_(peak.unsqueeze(-1)).exp_()
+    values = shifted.exp_()
     total = values.sum(-1)
     inverse = torch.where(total > 0, 1.0 / total, 0.0)
-    return values, inverse, peak, total.log()
+    return values, inverse, total.log()
 
 
 def masked_logsumexp(values: Tensor, dim: int) -> Tensor:
@@ -187,11 +186,10 @@ def marginal_from_values(
     """
     tiny = torch.finfo(values.dtype).tiny / torch.finfo(values.dtype).eps
     scaled = weights * inverse
-    mixture = torch.bmm(scaled.unsqueeze(1), values).squeeze(1)  # e^m, [P, V]
+    mixture = mixture_of(values, scaled)  # e^m, [P, V]
     needed = wanted if reported is None else wanted + reported
-    if bool(((mixture < tiny) & (needed > 0)).any()):
+    if bool(((mixture <= tiny) & (needed > 0)).any()):
         return None
-    mixture.clamp_min_(tiny)
     ratio = wanted / mixture
     mass = torch.bmm(values, ratio.unsqueeze(-1)).squeeze(-1) * scaled
     divergence = None
@@ -202,6 +200,12 @@ def marginal_from_values(
         divergence = negative_entropy(teacher).unsqueeze(-1) - cross
         divergence -= teacher.sum(-1, keepdim=True) * torch.where(inverse > 0, inverse.log(), 0.0)
     return Marginal(mixture.log(), mass, divergence, ratio)
+
+
+def mixture_of(values: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights_n values_nv, (P, N, V) -> (P, V), at least a number far above underflow."""
+    info = torch.finfo(values.dtype)
+    return torch.bmm(weights.unsqueeze(1), values).squeeze(1).clamp_min_(info.tiny / info.eps)
 
 
 def marginal_from_logs(

@@ -14,7 +14,8 @@ from loss_cases import make_problem, run_loss
 
 import di4c_fast
 from di4c_fast import LinearHead
-from di4c_fast.inputs import prepare_inputs, prepare_log_weights, prepare_seed
+from di4c_fast.inputs import prepare_inputs, prepare_log_weights
+from di4c_fast.rng import draw_seed
 
 B, N, K, D, V, MASK = 2, 3, 2, 5, 7, 6
 FLOATING = "floating point (float64, float32, bfloat16 or float16)"
@@ -719,12 +720,12 @@ def test_teacher_and_consistency_are_cut_off_from_the_graph():
 def test_seed_comes_from_the_generator_or_the_default_one():
     device = torch.device("cpu")
     generator = torch.Generator().manual_seed(3)
-    first, second = prepare_seed(generator, device), prepare_seed(generator, device)
+    first, second = draw_seed(generator, device), draw_seed(generator, device)
     assert first != second
-    assert first == prepare_seed(torch.Generator().manual_seed(3), device)
+    assert first == draw_seed(torch.Generator().manual_seed(3), device)
     torch.manual_seed(5)
-    default = prepare_seed(None, device)
+    default = draw_seed(None, device)
     torch.manual_seed(5)
-    assert default == prepare_seed(None, device)
+    assert default == draw_seed(None, device)
     assert default.dtype == torch.int64
     assert default.shape == ()

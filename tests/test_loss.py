@@ -448,3 +448,27 @@ def test_compiled_loss_is_the_loss():
     value.backward()
     torch.testing.assert_close(value.detach(), expected["loss"], **TIGHT)
     torch.testing.assert_close(student.grad, expected["student"], **TIGHT)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_padding_may_hold_any_token_where_valid_is_false(backend):
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(2, 3, 5, 7, generator=generator)
+    teacher = torch.randn(2, 5, 7, generator=generator)
+    x0 = torch.randint(6, (2, 5), generator=generator)
+    xt = torch.full_like(x0, 6)
+    valid = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    arguments = {"mask_id": 6, "valid": valid, "backend": backend}
+    expected = di4c_fast.loss(student, teacher, x0, xt=xt, **arguments)
+    padded = di4c_fast.loss(
+        student,
+        teacher,
+        x0.masked_fill(~valid, -100),
+        xt=xt.masked_fill(~valid, -100),
+        **arguments,
+    )
+    assert torch.equal(padded, expected)
+    rows = x0.masked_fill(~valid, -100).unsqueeze(1)
+    assert torch.isfinite(di4c_fast.mixture_log_prob(student, rows, **arguments)).all()
+    with pytest.raises(ValueError, match=r"x0 must hold token ids in \[0, 7\), got -100"):
+        di4c_fast.loss(student, teacher, x0.masked_fill(~valid, -100), mask_id=6, backend=backend)
