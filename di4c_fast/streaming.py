@@ -73,7 +73,7 @@ from .streaming_terms import (
 DRAW_NUMBERS = 1 << 19
 
 
-def loss_per_example(inputs: LossInputs, scale: float) -> tuple[Tensor, LossTerms]:
+def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, LossTerms]:
     """The loss of every example (B,) times `scale`, and its unweighted terms."""
     tensors = inputs.tensors()
     if not torch.is_grad_enabled():  # inside the function, tensors would still ask for gradients
