@@ -1,0 +1,399 @@
+"""Compile every kernel ahead of time and report registers, shared memory and spills.
+
+    python -m di4c_fast.kernels.compile_report [--targets sm_90 gfx942] [--shapes language pixel]
+
+Needs no GPU: the launchers run on tensors without memory, each launch is compiled for the target
+instead of started, and the resource use is read from the binary (`cuobjdump`, which the Triton
+wheel contains; the kernel descriptor on AMD). So the table shows exactly the configurations that
+the library launches at the shapes of `SHAPES`. Not for use in a process that also runs kernels,
+and not under TRITON_INTERPRET=1. Exits with 1 if a kernel spills on an NVIDIA target, or needs
+more shared memory than the target has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Name: (backend, architecture, warp size, shared memory of a program in bytes).
+TARGETS: dict[str, tuple[str, Any, int, int]] = {
+    "sm_80": ("cuda", 80, 32, 163 * 1024),
+    "sm_90": ("cuda", 90, 32, 227 * 1024),
+    "sm_100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One use of the kernels. `weight_*` say which terms are asked for."""
+
+    batch: int
+    components: int  # N
+    teachers: int  # M
+    draws: int  # K; 0: no consistency
+    positions: int
+    vocabulary: int
+    dtype: torch.dtype = torch.bfloat16
+    mask: bool = False
+    logistic: str = ""  # clamp of a logistic student, teacher and consistency
+    marginals: bool = True
+    component: bool = True
+    padded: bool = False  # rows at multiples of 64 elements, as in our own buffers
+
+
+SHAPES: dict[str, Shape] = {
+    "language": Shape(1, 16, 1, 16, 1024, 50258, mask=True),
+    "language linear": Shape(1, 16, 1, 16, 1024, 50258, mask=True, padded=True),
+    "language fp32": Shape(1, 16, 1, 16, 1024, 50257, torch.float32, mask=True),
+    "low noise": Shape(1, 16, 1, 0, 1024, 50258, mask=True),
+    "teacher mixture": Shape(1, 16, 16, 16, 1024, 50258, mask=True),
+    "image": Shape(2, 32, 1, 32, 256, 1025),
+    "image fp16": Shape(2, 32, 1, 32, 256, 1025, torch.float16),
+    "pixel": Shape(8, 16, 1, 16, 3072, 256, torch.float32, logistic="left"),
+    "pixel min": Shape(8, 16, 1, 16, 3072, 256, torch.float32, logistic="min"),
+    "pixel single": Shape(128, 1, 1, 0, 3072, 256, torch.float32, logistic="left"),
+    "many components": Shape(1, 64, 1, 64, 1024, 50258, mask=True),
+    "cross entropy": Shape(1, 1, 1, 0, 8192, 128256, marginals=False, component=False, padded=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses. Registers and spills are per thread."""
+
+    shape: str
+    kernel: str
+    target: str
+    warps: int
+    registers: int
+    shared: int  # bytes
+    spills: int  # bytes of local memory on NVIDIA, registers on AMD
+    load_bits: int  # width of the loads of one thread that bring most; 0 where not known
+
+
+@dataclasses.dataclass
+class _Launch:
+    name: str
+    compiled: Any
+
+
+class _NoDevice:
+    """Stands in for Triton's driver: names a target, never runs anything."""
+
+    def __init__(self, target: Any, index: int):
+        self._target, self._index = target, index
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._index
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only(target_name: str) -> Iterator[list[_Launch]]:
+    """Within the block, launches of Triton kernels compile for the target and are listed."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    backend, architecture, warp_size, _ = TARGETS[target_name]
+    launches: list[_Launch] = []
+    original: Callable[..., Any] = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = original(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(_Launch(self.fn.__name__, compiled))
+        return compiled
+
+    index = list(TARGETS).index(target_name)
+    driver.set_active(_NoDevice(GPUTarget(backend, architecture, warp_size), index))
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+        # Where there is no GPU there is no driver to go back to.
+        with contextlib.suppress(RuntimeError):
+            driver.reset_active()
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_everything(shape: Shape) -> None:
+    """Call every launcher that a loss of this shape needs, forward and backward."""
+    from . import (
+        draw,
+        joint,
+        logistic,
+        marginal,
+        mixture_backward,
+        mixture_forward,
+        operands,
+        target_gradient,
+    )
+    from . import row_statistics as statistics
+
+    size, positions, vocabulary = shape.batch, shape.positions, shape.vocabulary
+    total, components = size * positions, shape.components
+    targets = 1 + shape.draws
+    mask_id = vocabulary - 1 if shape.mask else None
+    visit = operands.Visit(total)
+    if shape.mask:
+        visit = operands.Visit(total, 0, _meta(total, dtype=torch.int64), _meta(dtype=torch.int64))
+    stride = (vocabulary + 63) // 64 * 64
+
+    def operand(number: int) -> operands.Operand:
+        if shape.logistic:
+            mu = _meta(size, number, positions, dtype=shape.dtype)
+            return operands.logistic_operand(mu, mu, vocabulary, 1e-6, shape.logistic)
+        if shape.padded:
+            buffer = _meta(total, number, stride, dtype=shape.dtype)
+            return operands.chunk_operand(buffer[..., :vocabulary])
+        logits = _meta(size, number, positions, vocabulary, dtype=shape.dtype)
+        return operands.tensor_operand(logits)
+
+    student, teacher = operand(components), operand(shape.teachers)
+    consistency = operand(shape.draws) if shape.draws else None
+    tokens = _meta(size, targets, positions, dtype=torch.int64)
+    xu = _meta(size, shape.draws, positions, dtype=torch.int64) if shape.mask else None
+    lse, lse_t = _meta(total, components), _meta(total, shape.teachers)
+    lse_u = _meta(total, max(shape.draws, 1))
+    picked = _meta(total, targets, components)
+    weight, log_weights = _meta(size), _meta(size, components)
+    has_q, has_c, has_u = shape.marginals, shape.component, consistency is not None
+    q_consistency = _meta(total, stride) if has_q and has_u else None
+    q_teacher = _meta(total, stride) if shape.teachers > 1 else None
+    active = _meta(size, positions, dtype=torch.bool) if shape.mask else None
+
+    if consistency is not None:
+        seed = _meta(dtype=torch.int64)
+        draw.draw(consistency, visit, positions, mask_id, seed, lse_u, tokens, xu=xu)
+        statistics.row_statistics(consistency, visit, positions, mask_id, lse_u, xu=xu)
+    statistics.row_statistics(student, visit, positions, mask_id, lse, tokens=tokens, picked=picked)
+    sums = mixture_forward.new_forward_sums(
+        total,
+        components,
+        vocabulary,
+        bool(shape.logistic),
+        lse.device,
+        has_q=has_q,
+        has_u=has_u,
+        has_c=has_c,
+    )
+    distributions = {"q_teacher": q_teacher, "q_consistency": q_consistency}
+    if has_q or has_c:
+        statistics.row_statistics(teacher, visit, positions, mask_id, lse_t)
+        if q_teacher is not None:
+            marginal.marginal(teacher, visit, positions, mask_id, lse_t, q_teacher)
+        if consistency is not None and q_consistency is not None:
+            marginal.marginal(consistency, visit, positions, mask_id, lse_u, q_consistency, xu=xu)
+        mixture_forward.mixture_forward(
+            student,
+            teacher,
+            visit,
+            positions,
+            mask_id,
+            lse=lse,
+            lse_teacher=lse_t,
+            log_weights=log_weights,
+            teacher_weight=weight,
+            consistency_weight=weight,
+            sums=sums,
+            has_q=has_q,
+            has_c=has_c,
+            **distributions,
+        )
+    joint.joint_terms(
+        picked,
+        lse,
+        active,
+        log_weights,
+        correlation=has_q,
+        weights=(weight,) * 4,
+        sums=sums if has_q or has_c else None,
+        has_q=has_q,
+        has_u=has_u and has_q,
+        has_c=has_c,
+    )
+    known = target_gradient.BackwardSums(
+        tokens,
+        lse,
+        lse_t,
+        log_weights,
+        weight,
+        weight,
+        weight,
+        picked,
+        _meta(total, targets),
+        _meta(size, targets, components),
+        _meta(size, targets),
+        lse,
+        lse,
+        has_q,
+        has_q,
+        has_c,
+    )
+    last: dict[str, Any] = {"upstream": weight, "scale": 1.0, **distributions}
+    if shape.logistic:
+        logistic.logistic_backward(
+            student,
+            teacher,
+            visit,
+            positions,
+            mask_id,
+            known,
+            grad_mu=_meta(size, components, positions, dtype=shape.dtype),
+            grad_log_scale=_meta(size, components, positions, dtype=shape.dtype),
+            **last,
+        )
+    else:
+        mixture_backward.mixture_backward(
+            student,
+            teacher if has_q or has_c else None,
+            visit,
+            positions,
+            mask_id,
+            known,
+            grad=student.x,
+            grad_strides=student.strides,
+            **last,
+        )
+
+
+def resources(shape_name: str, target_name: str, launch: _Launch) -> Resources:
+    """Registers, shared memory and spills of a compiled launch."""
+    compiled = launch.compiled
+    metadata = compiled.metadata
+    bits = 0
+    if TARGETS[target_name][0] == "cuda":
+        registers, spills = _cuda_usage(compiled.asm["cubin"])
+        bits = _load_bits(compiled.asm["ptx"])
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = _amd_number(text, "vgpr_count")
+        spills = _amd_number(text, "vgpr_spill_count") + _amd_number(text, "sgpr_spill_count")
+    return Resources(
+        shape_name,
+        launch.name,
+        target_name,
+        metadata.num_warps,
+        registers,
+        metadata.shared,
+        spills,
+        bits,
+    )
+
+
+def _load_bits(ptx: str) -> int:
+    """The width of the loads (direct, or asynchronous to shared memory) that bring most bits."""
+    moved: dict[int, int] = {}
+    for match in re.finditer(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx):
+        width = int(match.group(1) or 1) * int(match.group(2))
+        moved[width] = moved.get(width, 0) + width
+    for match in re.finditer(r"cp\.async\.\w+\.shared\.global[^;]*?, (0x\w+|\d+)\s*[,;]", ptx):
+        width = 8 * int(match.group(1), 0)
+        moved[width] = moved.get(width, 0) + width
+    return max(moved, key=lambda width: moved[width]) if moved else 0
+
+
+def _cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    registers = re.search(r"REG:(\d+)", run.stdout)
+    stack, local = re.search(r"STACK:(\d+)", run.stdout), re.search(r"LOCAL:(\d+)", run.stdout)
+    assert registers is not None
+    assert stack is not None
+    assert local is not None
+    return int(registers.group(1)), int(stack.group(1)) + int(local.group(1))
+
+
+def _amd_number(text: str, field: str) -> int:
+    match = re.search(rf"\.{field}:\s*(\d+)", text)
+    return int(match.group(1)) if match else 0
+
+
+def report(targets: list[str], shapes: list[str]) -> Iterator[Resources]:
+    """Compile for every target and shape; one row per kernel, in the order of launches."""
+    for target_name in targets:
+        for shape_name in shapes:
+            with compile_only(target_name) as launches:
+                launch_everything(SHAPES[shape_name])
+            for launch in launches:
+                yield resources(shape_name, target_name, launch)
+
+
+def faults(row: Resources) -> list[str]:
+    """What must not be: spills on NVIDIA, more shared memory than there is."""
+    backend, _, _, limit = TARGETS[row.target]
+    found = []
+    if backend == "cuda" and row.spills:
+        found.append(f"spills {row.spills} bytes")
+    if row.shared > limit:
+        found.append(f"needs {row.shared} bytes of shared memory, {row.target} has {limit}")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("unset TRITON_INTERPRET: the interpreter compiles nothing", file=sys.stderr)
+        return 2
+    header = ("target", "shape", "kernel", "warps", "registers", "shared", "spills", "load bits")
+    widths = (7, 16, 26, 5, 9, 7, 6, 9)
+    print("  ".join(f"{name:<{width}}" for name, width in zip(header, widths, strict=True)))
+    broken = 0
+    for row in report(options.targets, options.shapes):
+        values = (
+            row.target,
+            row.shape,
+            row.kernel.strip("_").removesuffix("_kernel"),
+            row.warps,
+            row.registers,
+            row.shared,
+            row.spills,
+            row.load_bits,
+        )
+        found = faults(row)
+        broken += bool(found)
+        line = "  ".join(f"{value!s:<{width}}" for value, width in zip(values, widths, strict=True))
+        print(line.rstrip() + ("" if not found else "  <- " + "; ".join(found)), flush=True)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""The triton backend on a GPU: paper shapes, sizes beyond 2^31 elements, memory, half precision.
+
+Run by `make gpu`. The dense formulation does not fit at paper shapes, so it is applied to a
+subset of the examples' positions that carries the whole loss: `valid` leaves a few positions, and
+the dense truth sees only those. Everything else that a shape does to a kernel (grids, strides,
+splits, tails) stays.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from fused_support import (
+    SMALL_TILES,
+    Case,
+    assert_as_good,
+    check_against_reference,
+    converted,
+    evaluate,
+    make_case,
+)
+
+import di4c_fast
+from di4c_fast import LinearHead, LogisticHead, TensorHead
+
+pytestmark = pytest.mark.gpu
+
+GIB = 2**30
+PAPER = {
+    "language": {"batch": 1, "components": 16, "positions": 1024, "vocabulary": 50258},
+    "image": {"batch": 2, "components": 32, "positions": 256, "vocabulary": 1025},
+}
+
+
+def to_device(case: Case, device: str = "cuda") -> Case:
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        if hasattr(value, "with_tensors"):
+            return value.with_tensors(
+                [None if t is None else t.to(device) for t in value.tensors()]
+            )
+        return value
+
+    return {name: move(value) for name, value in case.items()}
+
+
+def paper_case(name: str, dtype: torch.dtype, kept: int, seed: int = 0) -> tuple[Case, Case]:
+    """A case of a paper shape in which `kept` positions count, and the same cut down to those."""
+    sizes = PAPER[name]
+    batch, n, d, v = (sizes[k] for k in ("batch", "components", "positions", "vocabulary"))
+    g = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device="cuda", dtype=torch.float32).to(dtype)
+
+    mask_id = v - 1 if name == "language" else None
+    tokens = v - 1
+    where = torch.randperm(d, generator=g, device="cuda")[:kept].sort().values
+    valid = torch.zeros(batch, d, dtype=torch.bool, device="cuda")
+    valid[:, where] = True
+    case: Case = {
+        "student": 3 * randn(batch, n, d, v),
+        "teacher": 3 * randn(batch, d, v),
+        "consistency": 3 * randn(batch, n, d, v),
+        "x0": torch.randint(0, tokens, (batch, d), generator=g, device="cuda"),
+        "consistency_x": torch.randint(0, tokens, (batch, n, d), generator=g, device="cuda"),
+        "valid": valid,
+        "data_weight": 0.7,
+        "teacher_weight": 1.0,
+        "consistency_weight": 0.9,
+        "component_weight": 0.3,
+        "reduction": "sum",
+    }
+    if mask_id is not None:
+        xu = torch.randint(0, tokens, (batch, n, d), generator=g, device="cuda")
+        hidden = torch.rand(batch, n, d, generator=g, device="cuda") < 0.5
+        case["xu"] = torch.where(hidden, mask_id, xu)
+        case["consistency_x"] = torch.where(hidden, case["consistency_x"], xu)
+        case["mask_id"] = mask_id
+    small = {
+        key: value[..., where, :]
+        if key in ("student", "teacher", "consistency")
+        else value[..., where]
+        if key in ("x0", "consistency_x", "xu")
+        else value
+        for key, value in case.items()
+        if key != "valid"
+    }
+    return case, small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("draws", [0, 2])
+def test_small_shapes(dtype, draws):
+    check_against_reference(to_device(make_case(1, dtype=dtype, draws=draws)))
+
+
+@pytest.mark.parametrize("sizes", [{"components": 40}, {"vocabulary": 5000}, {"teachers": 3}])
+def test_default_tiles(sizes):
+    check_against_reference(to_device(make_case(2, **sizes)), tiles={})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(PAPER))
+def test_paper_shapes(name, dtype):
+    case, small = paper_case(name, dtype, kept=6)
+    ours = evaluate(case, "triton")
+    eager = evaluate(small, "reference")
+    truth = evaluate(converted(small, torch.float64), "reference")
+    where = case["valid"][0]
+    assert_as_good("loss", ours.loss, eager.loss, truth.loss, 1e-4)
+    gradient = ours.gradients["student"]
+    atol = 1e-6 if dtype == torch.float32 else 1e-4
+    assert_as_good(
+        "gradient", gradient[:, :, where], eager.gradients["student"],
+        truth.gradients["student"], atol,
+    )  # fmt: skip
+    assert torch.count_nonzero(gradient[:, :, ~where]) == 0
+
+
+def test_student_close_to_the_teacher_in_bf16():
+    case, small = paper_case("image", torch.bfloat16, kept=16)
+    for c in (case, small):
+        c["data_weight"] = c["consistency_weight"] = c["component_weight"] = 0.0
+        noise = 1e-2 * torch.randn(c["student"].shape, device="cuda")
+        c["student"] = (c["teacher"].unsqueeze(1) + noise).to(torch.bfloat16)
+    ours, eager = evaluate(small, "triton"), evaluate(small, "reference")
+    truth = evaluate(converted(small, torch.float64), "reference")
+    difference = (ours.gradients["student"].double() - truth.gradients["student"]).norm()
+    dense = (eager.gradients["student"].double() - truth.gradients["student"]).norm()
+    assert difference <= 2 * dense + 1e-3 * truth.gradients["student"].norm()
+
+
+def test_more_than_two_to_the_31_elements():
+    shape = (1, 16, 3000, 50258)  # 2.4e9 elements, 4.8 GB
+    if torch.cuda.mem_get_info()[0] < 16 * GIB:
+        pytest.skip("needs 16 GiB of free memory")
+    student = torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+    case = {
+        "teacher": torch.zeros(1, 1, 1, device="cuda", dtype=torch.bfloat16).expand(1, *shape[2:]),
+        "x0": torch.zeros(1, shape[2], dtype=torch.int64, device="cuda"),
+        "valid": torch.zeros(1, shape[2], dtype=torch.bool, device="cuda"),
+        "reduction": "sum",
+    }
+    generator = torch.Generator("cuda").manual_seed(0)
+    for place in (0, shape[2] - 1):
+        student[0, :, place] = torch.randn(16, shape[3], device="cuda", generator=generator)
+        case["valid"][0, place] = True
+    head = TensorHead(student.requires_grad_() * 1, in_place_gradient=True)
+    ends = [0, shape[2] - 1]
+    expected = {
+        "student": student.detach()[:, :, ends].clone(),
+        "teacher": case["teacher"][:, ends],
+        "x0": case["x0"][:, ends],
+        "reduction": "sum",
+    }
+    loss = di4c_fast.loss(head, **case, backend="triton")
+    (gradient,) = torch.autograd.grad(loss, student)
+    truth = evaluate(converted(expected, torch.float64), "reference")
+    torch.testing.assert_close(loss.double(), truth.loss.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        gradient[:, :, ends].double(), truth.gradients["student"], rtol=1e-2, atol=1e-5
+    )
+    assert torch.count_nonzero(gradient[:, :, 1 : shape[2] - 1]) == 0
+
+
+def test_results_repeat_exactly():
+    case, _ = paper_case("image", torch.bfloat16, kept=100)
+    first, second = evaluate(case, "triton"), evaluate(case, "triton")
+    assert torch.equal(first.loss, second.loss)
+    assert torch.equal(first.gradients["student"], second.gradients["student"])
+
+
+def test_no_host_sync():
+    case, _ = paper_case("image", torch.bfloat16, kept=100)
+    evaluate(case, "triton")  # compiled before the check
+    student = case.pop("student").requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = di4c_fast.loss(student, **case, backend="triton")
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_draws_are_those_of_the_torch_backend():
+    case, _ = paper_case("image", torch.float32, kept=20)
+    del case["consistency_x"]
+    losses = []
+    for backend in ("triton", "torch"):
+        generator = torch.Generator("cuda").manual_seed(3)
+        losses.append(di4c_fast.loss(**case, generator=generator, backend=backend).detach())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-3)
+
+
+def peak_above_inputs(function) -> int:
+    function()  # compiled, and its caches filled
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize(("in_place", "limit"), [(False, 1.15), (True, 0.15)])
+def test_peak_memory_at_the_language_shape(in_place, limit):
+    # The gradient is as large as the logits; q_u is one fp32 row of V per position: 2/16 of it.
+    case, _ = paper_case("language", torch.bfloat16, kept=512)
+    student = case.pop("student")
+    size = student.numel() * student.element_size()
+
+    def step() -> None:
+        leaf = student.detach().requires_grad_()
+        # A non-leaf view of the same memory: what a model's output is to the loss.
+        logits = leaf.view_as(leaf)
+        head = TensorHead(logits, in_place_gradient=in_place)
+        loss = di4c_fast.loss(head, **case, backend="triton")
+        torch.autograd.grad(loss, logits)
+
+    assert peak_above_inputs(step) <= limit * size
+
+
+def linear_language(requires: tuple[bool, bool]) -> Case:
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device="cuda").to(torch.bfloat16)
+
+    weight = 0.1 * randn(50258, 768)
+    hidden = randn(1, 16, 1024, 768)
+    x0 = torch.randint(0, 50257, (1, 1024), generator=g, device="cuda")
+    hide = torch.rand(1, 1024, generator=g, device="cuda") < 0.5
+    return {
+        "student": LinearHead(
+            hidden.requires_grad_(requires[0]), weight.clone().requires_grad_(requires[1])
+        ),
+        "teacher": LinearHead(randn(1, 1024, 768), weight),
+        "consistency": LinearHead(randn(1, 16, 1024, 768), weight),
+        "x0": x0,
+        "xt": torch.where(hide, 50257, x0),
+        "mask_id": 50257,
+    }
+
+
+def test_linear_head_stays_within_a_gibibyte():
+    case = linear_language((True, True))
+    student = case.pop("student")
+
+    def step() -> None:
+        loss = di4c_fast.loss(student, **case, backend="triton")
+        torch.autograd.grad(loss, [student.hidden, student.weight])
+
+    assert peak_above_inputs(step) <= GIB
+
+
+def test_linear_head_agrees_with_its_logits():
+    case = linear_language((True, True))
+    for name in ("student", "teacher", "consistency"):
+        head = case[name]
+        hidden = head.hidden.detach()[..., :24, :].clone()
+        case[name] = LinearHead(hidden, head.weight.detach())
+    case["x0"], case["xt"] = case["x0"][:, :24], case["xt"][:, :24]
+    case["consistency_x"] = case["x0"].unsqueeze(1).expand(-1, 16, -1)
+    ours, eager = evaluate(case, "triton"), evaluate(case, "reference")
+    truth = evaluate(converted(case, torch.float64), "reference")
+    for name in ("hidden", "weight"):
+        error = (ours.gradients[name].double() - truth.gradients[name]).norm()
+        dense = (eager.gradients[name].double() - truth.gradients[name]).norm()
+        assert error <= 2 * dense, name
+
+
+@pytest.mark.parametrize("clamp", ["left", "min"])
+def test_pixel_shape_never_holds_the_bins_of_the_student(clamp):
+    g = torch.Generator("cuda").manual_seed(0)
+    batch, n, d, v = 8, 16, 3072, 256
+
+    def head(*leading: int) -> LogisticHead:
+        mu = torch.randn(*leading, d, generator=g, device="cuda").mul_(0.5)
+        log_scale = torch.randn(*leading, d, generator=g, device="cuda")
+        return LogisticHead(mu, log_scale, v, clamp=clamp)
+
+    student, teacher, consistency = head(batch, n), head(batch), head(batch, n)
+    x0 = torch.randint(0, v, (batch, d), generator=g, device="cuda")
+    leaves = [tensor.requires_grad_() for tensor in student.tensors()]
+
+    def step() -> list[torch.Tensor]:
+        loss = di4c_fast.loss(student, teacher, x0, consistency=consistency, backend="triton")
+        return list(torch.autograd.grad(loss, leaves))
+
+    # q_u takes one row per position: 1/16 of the student's bins.
+    assert peak_above_inputs(step) < 0.3 * 4 * batch * n * d * v
+    assert all(torch.isfinite(gradient).all() for gradient in step())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_a_device_that_is_not_the_current_one():
+    check_against_reference(to_device(make_case(5), "cuda:1"))
+
+
+def test_compiled_step_on_the_gpu():
+    case = to_device(make_case(6))
+    student = case.pop("student")
+
+    def step(logits: torch.Tensor) -> torch.Tensor:
+        return di4c_fast.loss(logits * 1.5, **case, backend="triton")
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        leaf = student.detach().clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_graph_capture():
+    case, _ = paper_case("image", torch.bfloat16, kept=100)
+    student = case.pop("student").requires_grad_()
+
+    def step() -> torch.Tensor:
+        loss = di4c_fast.loss(student, **case, backend="triton")
+        return torch.autograd.grad(loss, student)[0]
+
+    expected = step().clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    program = (
+        "import torch, di4c_fast\n"
+        "from fused_support import make_case, evaluate, SMALL_TILES\n"
+        "from test_fused_gpu import to_device\n"
+        "from di4c_fast.kernels import tuning\n"
+        "with tuning.override(**SMALL_TILES):\n"
+        "    evaluate(to_device(make_case(1)), 'triton')\n"
+        "torch.cuda.synchronize()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    run = subprocess.run(
+        [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-c",
+            program,
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert SMALL_TILES
