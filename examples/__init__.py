@@ -1,0 +1,1 @@
+"""Runnable examples of di4c_fast."""

@@ -1,0 +1,132 @@
+"""The picture of a run: real digits, samples of both models, the two distances over steps."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .config import SIDE, Config
+from .metrics import Score
+from .sampling import Samples
+
+# Okabe and Ito's colours, apart for every common colour blindness; markers differ as well.
+COLOURS = {"teacher": "#0072B2", "student": "#D55E00"}
+MARKERS = {"teacher": "o", "student": "s"}
+GREY = "#555555"
+GRID = 6
+
+
+def mosaic(tokens: Tensor, levels: int) -> np.ndarray:
+    """The first 36 digits as one image, dark ink on white, a blank line between them."""
+    count = GRID * GRID
+    ink = np.zeros((count, SIDE, SIDE))
+    some = tokens[:count].numpy().reshape(-1, SIDE, SIDE) / (levels - 1)
+    ink[: len(some)] = some
+    cell = np.zeros((count, SIDE + 2, SIDE + 2))
+    cell[:, 1:-1, 1:-1] = ink
+    return 1.0 - cell.reshape(GRID, GRID, SIDE + 2, SIDE + 2).transpose(0, 2, 1, 3).reshape(
+        GRID * (SIDE + 2), GRID * (SIDE + 2)
+    )
+
+
+def draw_picture(
+    path: pathlib.Path,
+    config: Config,
+    real: Tensor,
+    samples: dict[str, dict[int, Samples]],
+    scores: list[dict[str, dict[int, Score]]],
+    floor: Score,
+) -> None:
+    """Write the picture as PNG.
+
+    Args:
+        real: (A, 64) tokens to show.
+        samples: of one seed, by model and step count; they fill the grids.
+        scores: by seed; with several the curves show the mean and the range.
+        floor: what real digits score.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = len(config.steps)
+    figure = plt.figure(figsize=(2.05 * (columns + 1), 7.6), dpi=110, layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.55, 1.0))
+    grids, curves = parts
+    axes = grids.subplots(2, columns + 1, squeeze=False)
+    for row, name in enumerate(("teacher", "student")):
+        for column, steps in enumerate(config.steps):
+            axis = axes[row, column + 1]
+            _show(axis, mosaic(samples[name][steps].tokens, config.levels), COLOURS[name])
+            if row == 0:
+                axis.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=11)
+            if column == 0:
+                axis.set_ylabel(name, fontsize=12, color=COLOURS[name], fontweight="bold")
+    _show(axes[0, 0], mosaic(real, config.levels), GREY)
+    axes[0, 0].set_title("real digits", fontsize=11)
+    axes[1, 0].axis("off")
+    axes[1, 0].text(
+        0.0,
+        0.95,
+        "Teacher: one product\nof independent pixels\nper step.\n\n"
+        "Student: a mixture of\nproducts, distilled by\ndi4c_fast.loss.",
+        va="top",
+        fontsize=9.5,
+        color=GREY,
+        transform=axes[1, 0].transAxes,
+    )
+
+    left, right = curves.subplots(1, 2)
+    _curve(left, config, [_column(one, "frechet") for one in scores], floor.frechet)
+    left.set_yscale("log")
+    left.set_ylabel("Fréchet distance (classifier features)")
+    _curve(right, config, [_column(one, "pair_tv") for one in scores], floor.pair_tv)
+    right.set_ylim(bottom=0.0)
+    right.set_ylabel("distance of pixel-pair joints (TV)")
+    right.legend(frameon=False, loc="lower left", fontsize=9.5)
+    seeds = f", mean and range of {len(scores)} seeds" if len(scores) > 1 else ""
+    curves.supxlabel(f"sampling steps (lower is better{seeds})", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _column(scores: dict[str, dict[int, Score]], field: str) -> dict[str, list[float]]:
+    return {
+        name: [getattr(score, field) for score in by_steps.values()]
+        for name, by_steps in scores.items()
+    }
+
+
+def _show(axis: Any, image: np.ndarray, colour: str) -> None:
+    axis.imshow(image, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_color(colour)
+        spine.set_linewidth(1.5)
+
+
+def _curve(axis: Any, config: Config, by_seed: list[dict[str, list[float]]], floor: float) -> None:
+    steps = np.array(config.steps)
+    for name in ("teacher", "student"):
+        values = np.array([one[name] for one in by_seed])
+        axis.plot(
+            steps, values.mean(axis=0), color=COLOURS[name], marker=MARKERS[name], lw=2, label=name
+        )
+        if len(values) > 1:
+            low, high = values.min(axis=0), values.max(axis=0)
+            axis.fill_between(steps, low, high, color=COLOURS[name], alpha=0.2, lw=0)
+    axis.axhline(floor, color=GREY, ls="--", lw=1.2, label="real digits (noise floor)")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(steps, [str(step) for step in steps])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
