@@ -34,6 +34,13 @@ lint: $(VENV)/.stamp-dev
 test: lint
 	$(BIN)/python -m pytest --quiet tests di4c_fast -m "not gpu" $(ARGS)
 
+# What needs a GPU, and registers, shared memory and spills of every kernel (needs none).
+gpu: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest --quiet tests -m gpu $(ARGS)
+
+aot: $(VENV)/.stamp-dev
+	env -u TRITON_INTERPRET $(BIN)/python -m di4c_fast.kernels.compile_report $(ARGS)
+
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 

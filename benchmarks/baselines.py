@@ -1,13 +1,17 @@
-"""What a user would write without this library: the loss in plain PyTorch, dense.
+"""What a user would write without this library, in plain PyTorch, dense.
 
-Shapes as in `di4c_fast.loss`: student (B, N, D, V), teacher (B, D, V), consistency (B, K, D, V).
-Both versions compute the same numbers as `di4c_fast.loss` with `mask_id`, `xt` and `xu`, draw the
-consistency tokens themselves where none are given, and are differentiated by autograd.
+Shapes as in `di4c_fast`: student (B, N, D, V), teacher (B, D, V), consistency (B, K, D, V). The
+losses compute the same numbers as `di4c_fast.loss`, draw the consistency tokens themselves where
+none are given, and are differentiated by autograd. Half-precision logits are cast to fp32 first,
+as the logarithms need it. No baseline does work that is known to be needless besides its being
+dense: the teacher runs without a graph, and its logits for identical copies are averaged once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +21,26 @@ from torch import Tensor
 NEGATIVE = -1e6
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
+
 def substitute(logits: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
-    """The SUBS parameterisation: no mask column, one-hot at tokens that are not masked."""
-    column = F.one_hot(torch.tensor(mask_id, device=logits.device), logits.shape[-1]).bool()
-    log_prob = logits.masked_fill(column, NEGATIVE).log_softmax(-1)
+    """The SUBS parameterisation: no mask column, one-hot at tokens that are not masked.
+
+    tokens: the leading shape of `logits`, or one that broadcasts to it.
+    """
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    log_prob = log_softmax(logits.float().masked_fill(columns == mask_id, NEGATIVE))
     revealed = (tokens != mask_id).unsqueeze(-1)
-    one_hot = F.one_hot(tokens, logits.shape[-1]).bool()
-    certain = torch.where(one_hot, 0.0, NEGATIVE).to(log_prob.dtype)
+    certain = torch.where(columns == tokens.unsqueeze(-1), 0.0, NEGATIVE)
     return torch.where(revealed, certain, log_prob)
 
 
-def _draw(log_prob: Tensor) -> Tensor:
-    return torch.distributions.Categorical(logits=log_prob).sample()
+def draw_tokens(log_prob: Tensor) -> Tensor:
+    """One token per row of (..., V), with `torch.multinomial`."""
+    rows = log_prob.exp().flatten(0, -2)
+    return torch.multinomial(rows, 1).view(log_prob.shape[:-1])
 
 
 def dense_loss(
@@ -38,24 +50,34 @@ def dense_loss(
     *,
     consistency: Tensor,
     consistency_x: Tensor | None = None,
-    xt: Tensor,
-    xu: Tensor,
-    mask_id: int,
+    xt: Tensor | None = None,
+    xu: Tensor | None = None,
+    mask_id: int | None = None,
     data_weight: float = 1.0,
     one_gather: bool = False,
 ) -> Tensor:
     """The loss, mean over the batch.
 
     Args:
+        xt, xu, mask_id: all three, or none for processes without a mask.
         one_gather: gather all targets at once instead of one row of tokens after the other.
     """
     components = student.shape[1]
-    log_prob = substitute(student, xt.unsqueeze(1).expand(student.shape[:3]), mask_id)
+    if mask_id is None:
+        log_prob = log_softmax(student)
+    else:
+        assert xt is not None
+        log_prob = substitute(student, xt.unsqueeze(1), mask_id)
     with torch.no_grad():
-        log_teacher = substitute(teacher, xt, mask_id)
-        log_consistency = substitute(consistency, xu, mask_id)
+        if mask_id is None:
+            log_teacher, log_consistency = log_softmax(teacher), log_softmax(consistency)
+        else:
+            assert xt is not None
+            assert xu is not None
+            log_teacher = substitute(teacher, xt, mask_id)
+            log_consistency = substitute(consistency, xu, mask_id)
         if consistency_x is None:
-            consistency_x = _draw(log_consistency)
+            consistency_x = draw_tokens(log_consistency)
         target = log_consistency.exp().mean(1)
         log_target = log_consistency.logsumexp(1) - math.log(consistency.shape[1])
     marginal = log_prob.logsumexp(1) - math.log(components)
@@ -79,3 +101,151 @@ def dense_loss(
     consistency_term = (target * (log_target - marginal)).sum((1, 2))
     per_example = data_weight * rows[:, 0] + teacher_term + rows[:, 1:].mean(1) + consistency_term
     return per_example.mean()
+
+
+def vectorised_loss(student: Tensor, teacher: Tensor, x0: Tensor, **arguments: object) -> Tensor:
+    """`dense_loss` with one gather for all targets, marginals taken at the targets alone."""
+    return dense_loss(student, teacher, x0, one_gather=True, **arguments)  # type: ignore[arg-type]
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """-log likelihood of the targets, summed, from hidden states (R, C) through a linear head."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+# Draws of one token per row ---------------------------------------------------------------------
+
+
+def multinomial_draw(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax, `torch.multinomial`, gather: tokens (R,) and their log-probabilities."""
+    probs = logits.float().softmax(-1)
+    token = torch.multinomial(probs, 1)
+    return token.squeeze(-1), probs.gather(-1, token).squeeze(-1).log()
+
+
+def gumbel_draw(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """argmax of exp(logits) / -log u, computed in `dtype`, and the token's log-probability."""
+    wide = logits.to(dtype)
+    noise = -torch.rand_like(wide).clamp_min(torch.finfo(dtype).tiny).log()
+    peak = wide.amax(-1, keepdim=True)
+    token = ((wide - peak).exp() / noise).argmax(-1)
+    log_total = wide.logsumexp(-1)
+    return token, wide.gather(-1, token.unsqueeze(-1)).squeeze(-1) - log_total
+
+
+# Samplers and steps -----------------------------------------------------------------------------
+
+Model = Callable[..., Tensor]
+
+
+@torch.no_grad()
+def ancestral_sample(
+    model: Model,
+    shape: tuple[int, int],
+    *,
+    mask_id: int,
+    steps: int,
+    t_min: float = 1e-5,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The usual loop of masked diffusion: full logits, softmax and noise for each token.
+
+    Args:
+        model: (tokens (B, D), t (B,)) -> logits (B, D, V).
+    """
+    tokens = torch.full(shape, mask_id, dtype=torch.int64, device=device)
+    times = torch.linspace(1.0, t_min, steps + 1, device=device)
+    for t, s in itertools.pairwise(times):
+        q = _without_mask(model(tokens, t.expand(shape[0])), mask_id).softmax(-1) * (t - s)
+        q[..., mask_id] = s
+        noise = -(torch.rand_like(q) + 1e-10).log() + 1e-10
+        drawn = (q / noise).argmax(-1)
+        tokens = torch.where(tokens == mask_id, drawn, tokens)
+    if bool((tokens == mask_id).any()):
+        logits = _without_mask(model(tokens, times[-1].expand(shape[0])), mask_id)
+        tokens = torch.where(tokens == mask_id, logits.argmax(-1), tokens)
+    return tokens
+
+
+def _without_mask(logits: Tensor, mask_id: int) -> Tensor:
+    logits = logits.float()
+    logits[..., mask_id] = float("-inf")
+    return logits
+
+
+@torch.no_grad()
+def ancestral_step(logits: Tensor, xt: Tensor, t: Tensor, u: Tensor, mask_id: int) -> Tensor:
+    """One step of a masked diffusion teacher from t to u, for rows (R, D) with logits (R, D, V)."""
+    t, u = t[:, None, None], u[:, None, None]
+    q = _without_mask(logits, mask_id).softmax(-1) * (t - u)
+    q[..., mask_id] = u.squeeze(-1)
+    noise = -(torch.rand_like(q) + 1e-10).log() + 1e-10
+    return torch.where(xt == mask_id, (q / noise).argmax(-1), xt)
+
+
+def distill_step(
+    student: Model,
+    teacher: Model,
+    x0: Tensor,
+    *,
+    t: Tensor,
+    teacher_step: float,
+    mask_id: int,
+    components: int,
+    data_weight: float,
+    latent: Tensor | None = None,
+    xt: Tensor | None = None,
+    xu: Tensor | None = None,
+    latent_u: Tensor | None = None,
+    consistency_x: Tensor | None = None,
+    mark: Callable[[str], None] = lambda phase: None,
+) -> Tensor:
+    """One distillation step as the formulas read: every model sees N copies, all logits exist.
+
+    Args:
+        student: (tokens (R, D), t (R,), latent (R, 1)) -> logits (R, D, V).
+        teacher: (tokens (R, D), t (R,)) -> logits (R, D, V).
+        t: (B,).
+        latent, xt, xu, latent_u, consistency_x: drawn here where None.
+        mark: called with the name of each phase when it ends.
+
+    Returns:
+        The loss, a scalar.
+    """
+    batch, positions = x0.shape
+    rows = batch * components
+    if xt is None:
+        masked = torch.rand(batch, positions, device=x0.device) < t[:, None]
+        xt = torch.where(masked, mask_id, x0)
+    u = t - torch.minimum(t.new_tensor(teacher_step), t / 2)
+    copies = xt.repeat_interleave(components, 0)
+    t_rows, u_rows = t.repeat_interleave(components), u.repeat_interleave(components)
+    if latent is None:
+        latent = torch.rand(rows, 1, device=x0.device)
+    if latent_u is None:
+        latent_u = torch.rand(rows, 1, device=x0.device)
+    sizes = (batch, components)
+    with torch.no_grad():
+        teacher_logits = teacher(copies, t_rows)
+        mark("teacher")
+        if xu is None:
+            xu = ancestral_step(teacher_logits, copies, t_rows, u_rows, mask_id)
+            xu = xu.unflatten(0, sizes)
+        mark("process")
+        consistency = student(xu.flatten(0, 1), u_rows, latent_u).unflatten(0, sizes)
+        mark("student at x_u")
+    prediction = student(copies, t_rows, latent).unflatten(0, sizes)
+    mark("student at x_t")
+    loss = dense_loss(
+        prediction,
+        teacher_logits.unflatten(0, sizes)[:, 0],
+        x0,
+        consistency=consistency,
+        consistency_x=consistency_x,
+        xt=xt,
+        xu=xu,
+        mask_id=mask_id,
+        data_weight=data_weight,
+    )
+    mark("loss")
+    return loss

@@ -1,0 +1,88 @@
+"""Floors: the least that a computation must move and multiply, over what the machine can do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .cases import Case
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Measured ceilings: bytes (read and written) per second of a copy, FLOP/s of a product."""
+
+    bytes_per_second: float
+    flops: dict[str, float]  # by dtype name
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Bytes that must cross the memory bus, and operations of matrix products."""
+
+    bytes: int
+    flops: int = 0
+
+    def seconds(self, machine: Machine, dtype: str) -> float:
+        """The longer of both times: no version runs much faster."""
+        moving = self.bytes / machine.bytes_per_second
+        if not self.flops:
+            return moving
+        return max(moving, self.flops / machine.flops[dtype])
+
+
+def loss_floor(case: Case) -> Work | None:
+    """Each input read once at the active positions, each gradient written once.
+
+    With a linear head the products that nothing avoids: the logits of student, teacher and
+    draws, and the gradients of hidden states and weight. None for a logistic head, whose bytes
+    are next to nothing: it is bound by exponentials.
+    """
+    if case.head == "logistic":
+        return None
+    size = case.torch_dtype.itemsize
+    active = case.batch * case.active_positions
+    rows = active * case.components
+    everything = case.batch * case.components * case.positions
+    if case.head == "logits":
+        read = (2 * rows + active) * case.vocabulary  # student, draws (K = N), teacher
+        return Work(size * (read + everything * case.vocabulary))
+    product = 2 * case.width * case.vocabulary
+    weight = case.width * case.vocabulary
+    if case.cross_entropy:
+        return Work(
+            size * (2 * rows * case.width + 2 * weight),
+            3 * rows * product,
+        )
+    hidden = 2 * rows + active + everything
+    return Work(
+        size * (hidden * case.width + 3 * weight),
+        (4 * rows + active) * product,
+    )
+
+
+def loss_plan(case: Case) -> Work | None:
+    """What the fused kernels are planned to move, on the active positions.
+
+    From logits: 3 reads and 1 write of the student's, 2 reads of the draws'. From hidden
+    states: the products alone, student twice, draws once, gradients of hidden and weight.
+    """
+    if case.head == "logistic":
+        return None
+    size = case.torch_dtype.itemsize
+    rows = case.batch * case.active_positions * case.components
+    if case.head == "logits":
+        return Work(size * 6 * rows * case.vocabulary)
+    product = 2 * case.width * case.vocabulary
+    products = 3 if case.cross_entropy else 5
+    return Work(0, products * rows * product)
+
+
+def draw_floor(case: Case) -> Work:
+    """One read of the logits; with a linear head one product, hidden states and weight read."""
+    size = case.torch_dtype.itemsize
+    if case.head == "logits":
+        return Work(size * case.positions * case.vocabulary)
+    return Work(
+        size * case.width * (case.positions + case.vocabulary),
+        2 * case.positions * case.width * case.vocabulary,
+    )

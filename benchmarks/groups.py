@@ -1,0 +1,176 @@
+"""What belongs to one shape: its variants, inputs, checks and floor."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+import torch
+
+from .cases import Case
+from .floors import Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to compute the same thing."""
+
+    name: str
+    title: str
+    library: bool = False  # di4c_fast itself, not something to compare with
+    timed: bool = True  # False: it destroys its inputs, so that only its memory is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """How far a variant is from the truth; `problem` says what is wrong, None if nothing is."""
+
+    problem: str | None
+    loss_error: float | None = None
+    gradient_error: float | None = None
+    limit: float | None = None
+    p_value: float | None = None
+
+
+class Unavailable(RuntimeError):
+    """A variant cannot run here; the text says why."""
+
+
+class Group(abc.ABC):
+    """One case and the variants that compute it."""
+
+    def __init__(self, case: Case):
+        self.case = case
+
+    @abc.abstractmethod
+    def variants(self) -> list[Variant]:
+        """All variants that this kind of case has, in the order of the tables."""
+
+    def unavailable(self, name: str) -> str | None:
+        """Why a variant cannot run on this machine; None if it can."""
+        return unavailable(name, self.case)
+
+    @abc.abstractmethod
+    def make_inputs(self, seed: int) -> Any:
+        """Fresh random inputs on the case's device."""
+
+    @abc.abstractmethod
+    def call(self, name: str, inputs: Any) -> Any:
+        """What is timed. Returns what it allocated, so that it counts as memory."""
+
+    @abc.abstractmethod
+    def truth(self, inputs: Any) -> Any:
+        """What the variants should compute from these inputs."""
+
+    @abc.abstractmethod
+    def check(self, name: str, inputs: Any, truth: Any) -> Check:
+        """Compare a variant with the truth."""
+
+    @abc.abstractmethod
+    def input_bytes(self) -> int: ...
+
+    @abc.abstractmethod
+    def call_bytes(self, name: str) -> int:
+        """A guess at a variant's peak memory above the inputs, to skip what cannot fit."""
+
+    def work(self) -> Work | None:
+        """The bytes and operations that nothing can avoid."""
+        return None
+
+    def plan_work(self) -> Work | None:
+        """The bytes and operations of this library's plan, where a target names them."""
+        return None
+
+    def details(self, name: str, inputs: Any) -> dict[str, Any]:
+        """Further measurements of a variant that passed its check."""
+        return {}
+
+    def reset(self) -> None:
+        """Forget what was compiled; called before the group is measured.
+
+        The limit of recompilations would silently turn later shapes into eager ones.
+        """
+        torch.compiler.reset()
+
+
+def make_group(case: Case) -> Group:
+    """The group of a case."""
+    if case.kind == "loss":
+        from .loss_group import LossGroup
+
+        return LossGroup(case)
+    if case.kind == "draw":
+        from .draw_group import DrawGroup
+
+        return DrawGroup(case)
+    if case.kind == "ancestral":
+        from .ancestral_group import AncestralGroup
+
+        return AncestralGroup(case)
+    from .step_group import StepGroup
+
+    return StepGroup(case)
+
+
+def all_variants() -> dict[str, str]:
+    """Names and titles of every variant of every kind."""
+    from .cases import SHAPES, make_case
+
+    found = {}
+    for kind, shapes in SHAPES.items():
+        for shape in shapes if kind == "loss" else list(shapes)[:1]:
+            for variant in make_group(make_case(shape, "tiny", "fp32", "cpu")).variants():
+                found[variant.name] = variant.title
+    return found
+
+
+PEERS = {
+    "liger": "liger_kernel",
+    "cut-cross-entropy": "cut_cross_entropy",
+    "flashinfer": "flashinfer",
+}
+
+
+def unavailable(name: str, case: Case) -> str | None:
+    """Why a variant cannot run for a case on this machine; None if it can."""
+    device = torch.device(case.device)
+    if name in PEERS:
+        if importlib.util.find_spec(PEERS[name]) is None:
+            return f"{PEERS[name]} is not installed"
+        if device.type != "cuda":
+            return f"{PEERS[name]} needs a GPU"
+    if name == "linear-cross-entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no F.linear_cross_entropy"
+    if name.endswith("compiled"):
+        return no_compiler(device.type)
+    if name.startswith("triton"):
+        return _no_triton(case, device)
+    return None
+
+
+def _no_triton(case: Case, device: torch.device) -> str | None:
+    from di4c_fast.backends import triton_unavailable
+
+    # The interpreter goes through everything at tiny sizes; its speed means nothing.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and case.size == "tiny"
+    if device.type == "cpu" and not interpreted:
+        return "it needs a GPU"
+    if case.kind == "draw" and importlib.util.find_spec("di4c_fast.fused_sample") is None:
+        return "this version of di4c_fast has no Triton kernels for sample"
+    return triton_unavailable(device)
+
+
+@functools.cache
+def no_compiler(device_type: str) -> str | None:
+    """Why torch.compile cannot work here; None if it should."""
+    named = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in (named, "g++", "clang++", "c++") if name):
+        return "torch.compile needs a C++ compiler, none found"
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton on a GPU"
+    return None

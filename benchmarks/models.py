@@ -1,0 +1,65 @@
+"""The transformer of the benchmarks: a plain encoder with time, and λ as an extra token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from di4c_fast import LinearHead
+from di4c_fast.latent import LatentEmbedding, LatentToken
+
+
+class Block(nn.Module):
+    """Self-attention and a feed-forward layer, each normalised before and added after."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_feed = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.project_in, self.project_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed_in, self.feed_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (R, D, C) -> (R, D, C)
+        qkv = self.project_in(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (R, heads, D, C / heads)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.project_out(mixed.transpose(1, 2).flatten(2))
+        return x + self.feed_out(F.gelu(self.feed_in(self.norm_feed(x))))
+
+
+class Transformer(nn.Module):
+    """(tokens (R, D), t (R,)[, latent (R, 1)]) -> logits (R, D, V).
+
+    `forward` returns the logits, `as_head` a `LinearHead` of the same numbers.
+    """
+
+    def __init__(
+        self, vocabulary: int, positions: int, width: int, layers: int, *, latent: bool = False
+    ):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.randn(positions, width))
+        self.time = LatentEmbedding(width)
+        self.latent = LatentToken(width) if latent else None
+        self.blocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, vocabulary, bias=False)
+
+    def hidden(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
+        x = self.embedding(tokens) + self.position
+        x = x + self.time(t.float().unsqueeze(-1)).to(x.dtype)
+        if self.latent is not None:
+            assert latent is not None
+            x = self.latent(x, latent)
+        for block in self.blocks:
+            x = block(x)
+        if self.latent is not None:
+            x = self.latent.strip(x)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
+        return self.output(self.hidden(tokens, t, latent))
+
+    def as_head(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> LinearHead:
+        return LinearHead(self.hidden(tokens, t, latent), self.output.weight)

@@ -1,0 +1,219 @@
+"""`python -m benchmarks.tune`: find launch parameters of the Triton kernels for this GPU.
+
+Coordinate descent over the fields of `di4c_fast.kernels.tuning.LaunchParameters`, each judged by
+the shapes it matters for, against the default in the same run. A candidate must compute the same
+numbers as the default, and is kept only if it is faster by more than the noise. Writes JSON in the
+format of `kernels/configs/<device>.json`; nothing uses it until it is put there (or given to the
+benchmarks with `--launch-parameters`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import make_case
+from .groups import Group, make_group
+from .harness import Clock, quantile
+from .machine import describe
+from .store import write_atomically
+
+# Field, its candidates, the shapes that it matters for.
+SEARCH: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
+    ("tile_elements", (1024, 2048, 4096, 8192, 16384), ("language", "image")),
+    ("forward_warps", (4, 8, 16), ("language", "image")),
+    ("backward_warps", (4, 8, 16), ("language", "image")),
+    ("split_columns", (1024, 2048, 4096, 8192, 16384), ("language",)),
+    ("row_elements", (1024, 2048, 4096, 8192), ("language", "image")),
+    ("row_warps", (4, 8, 16), ("language", "image")),
+    ("logistic_elements", (1024, 2048, 4096), ("pixel",)),
+    ("logistic_warps", (4, 8), ("pixel",)),
+    ("draw_elements", (1024, 2048, 4096, 8192), ("rows",)),
+    ("draw_warps", (4, 8, 16), ("rows",)),
+    ("draw_kernel_rows", (1, 4, 16), ("rows",)),
+    ("minimum_rows", (512, 1024, 2048, 4096), ("language-hidden",)),
+    ("budget_bytes", (256 << 20, 512 << 20, 1024 << 20), ("language-hidden",)),
+)
+KEEP = 0.985  # a candidate must take at most this share of the time before it
+TOLERANCE = 1e-3  # of the gradient, against the defaults: other tiles sum in another order
+
+
+@dataclasses.dataclass
+class Problem:
+    """A group with inputs, what the default computes, and the time of the best so far."""
+
+    group: Group
+    inputs: Any
+    expected: list[Tensor]
+    seconds: float = 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--size", default=None, help="full, small or tiny")
+    parser.add_argument("--seconds", type=float, default=75.0, help="stop after this long")
+    parser.add_argument("--output", type=Path, default=Path("tuning.json"))
+    options = parser.parse_args(arguments)
+    gpu = options.device.startswith("cuda")
+    dtype = options.dtype or ("bf16" if gpu else "fp32")
+    size = options.size or ("full" if gpu else "tiny")
+    try:
+        from di4c_fast.kernels import tuning
+    except ImportError as error:
+        print(f"nothing to tune: {error}")
+        return 0
+    deadline = time.monotonic() + options.seconds
+    search = Search(options.device, dtype, size, tuning, deadline)
+    try:
+        search.run()
+    except KeyboardInterrupt:
+        print("interrupted: keeping what was found", flush=True)
+    found = search.found()
+    found["_measured"] |= {
+        "device": describe(options.device, torch.get_num_threads())["device"],
+        "torch": torch.__version__,
+        "dtype": dtype,
+        "size": size,
+    }
+    write_atomically(options.output, json.dumps(found, indent=1) + "\n")
+    print(f"written {options.output.name}: " + json.dumps(_fields(found)))
+    return 0
+
+
+def _fields(found: dict[str, Any]) -> dict[str, int]:
+    return {key: value for key, value in found.items() if not key.startswith("_")}
+
+
+class Search:
+    """The descent; what `run` has found so far is there at any time."""
+
+    def __init__(self, device: str, dtype: str, size: str, tuning: Any, deadline: float):
+        self.device, self.dtype, self.size = device, dtype, size
+        self.tuning, self.deadline = tuning, deadline
+        self.clock = Clock(device)
+        self.known = {f.name for f in dataclasses.fields(tuning.LaunchParameters)}
+        self.best: dict[str, int] = {}
+        self.log: list[dict[str, Any]] = []
+        self.seconds: dict[str, dict[str, float]] = {}  # by shape: with the defaults, and now
+        self.finished = False
+
+    def found(self) -> dict[str, Any]:
+        """The overrides, with their measurements under `_measured`."""
+        measured = {"finished": self.finished, "seconds": self.seconds, "log": self.log}
+        return {**self.best, "_measured": measured}
+
+    def run(self) -> None:
+        """Go through all fields until the deadline."""
+        shapes: dict[str, Problem | None] = {}
+        for field, candidates, names in SEARCH:
+            if field not in self.known:
+                continue
+            # Shapes of other fields go: together they may not fit.
+            shapes = {name: shapes[name] for name in names if name in shapes}
+            for name in names:
+                if name not in shapes and not self._late():
+                    shapes[name] = self._problem(name)
+            problems = [problem for problem in shapes.values() if problem is not None]
+            for candidate in candidates:
+                if self._late():
+                    return
+                if problems and candidate != self._current(field):
+                    self._try(field, candidate, problems)
+        self.finished = True
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def _current(self, field: str) -> int:
+        with self._overridden(self.best) as parameters:
+            return int(getattr(parameters, field))
+
+    def _overridden(self, fields: dict[str, int]) -> contextlib.AbstractContextManager[Any]:
+        return self.tuning.override(**fields)
+
+    def _problem(self, shape: str) -> Problem | None:
+        group = make_group(make_case(shape, self.size, self.dtype, self.device))
+        reason = group.unavailable("triton")
+        if reason is not None:
+            print(f"{shape}: {reason}", flush=True)
+            return None
+        try:
+            inputs = group.make_inputs(0)
+            with self._overridden(self.best):
+                problem = Problem(group, inputs, self._result(group, inputs))
+                problem.seconds = self._time(problem)
+        except Exception as error:
+            print(f"{shape}: not tuned, {type(error).__name__}: {error}", flush=True)
+            return None
+        self.seconds.setdefault(shape, {"default": problem.seconds})["tuned"] = problem.seconds
+        print(f"{shape}: {problem.seconds * 1e3:.3f} ms", flush=True)
+        return problem
+
+    def _result(self, group: Group, inputs: Any) -> list[Tensor]:
+        """What must not change: loss and gradients, or nothing for draws (checked by tests)."""
+        if not hasattr(group, "evaluate"):
+            return []
+        loss, gradients = group.evaluate("triton", inputs, given=True)
+        return [loss.detach(), *(gradient.detach() for gradient in gradients)]
+
+    def _time(self, problem: Problem) -> float:
+        call = functools.partial(problem.group.call, "triton", problem.inputs)
+        if not self.clock.gpu:  # the interpreter: only to go through everything
+            return self.clock.round([call])[0]
+        self.clock.round([call] * 2)  # compiles
+        once = self.clock.round([call])[0]
+        return quantile(
+            self.clock.round([call] * max(3, min(20, int(0.15 / max(once, 1e-6))))), 0.5
+        )
+
+    def _try(self, field: str, candidate: int, problems: Sequence[Problem]) -> None:
+        entry: dict[str, Any] = {"field": field, "value": candidate}
+        self.log.append(entry)
+        try:
+            with self._overridden({**self.best, field: candidate}):
+                seconds = []
+                for problem in problems:
+                    self._check(problem)
+                    seconds.append(self._time(problem))
+        except Exception as error:  # too many registers, too much shared memory, a wrong result
+            entry["error"] = f"{type(error).__name__}: {str(error)[:120]}"
+            print(f"  {field}={candidate}: {entry['error']}", flush=True)
+            return
+        entry["ms"] = [round(value * 1e3, 4) for value in seconds]
+        ratio = 1.0
+        for value, problem in zip(seconds, problems, strict=True):
+            ratio *= (value / problem.seconds) ** (1.0 / len(problems))
+        kept = ratio <= KEEP
+        print(
+            f"  {field}={candidate}: {ratio:.3f} of the time{', kept' if kept else ''}", flush=True
+        )
+        if kept:
+            self.best[field] = candidate
+            for value, problem in zip(seconds, problems, strict=True):
+                problem.seconds = value
+                self.seconds[problem.group.case.shape]["tuned"] = value
+
+    def _check(self, problem: Problem) -> None:
+        actual = self._result(problem.group, problem.inputs)
+        limit = TOLERANCE if problem.group.case.dtype == "fp32" else 10 * TOLERANCE
+        for ours, expected in zip(actual, problem.expected, strict=True):
+            error = float((ours.float() - expected.float()).norm() / expected.float().norm())
+            if not error <= limit:
+                raise ArithmeticError(f"another result, relative difference {error:.1e}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
