@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# On a machine with a GPU, the Python that has its PyTorch; nothing is installed there.
+GPU_PYTHON ?= $(PYTHON)
 RUN_DIR ?= runs/digits
 
 .PHONY: demo test bench gpu aot lint clean
@@ -32,17 +34,20 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest --quiet tests di4c_fast -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile --durations 15 \
+		tests di4c_fast -m "not gpu" $(ARGS)
 
-# What needs a GPU, and registers, shared memory and spills of every kernel (needs none).
-gpu: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest --quiet tests -m gpu $(ARGS)
+# What needs a GPU: its tests, the tuning of launch parameters, the benchmarks (under 8 minutes).
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
+# Registers, shared memory and spills of every kernel for every target; needs no GPU.
 aot: $(VENV)/.stamp-dev
 	env -u TRITON_INTERPRET $(BIN)/python -m di4c_fast.kernels.compile_report $(ARGS)
 
+# Everything under benchmarks/ in at most 8 minutes; results go to benchmarks/results/.
 bench: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks runs

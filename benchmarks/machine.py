@@ -65,9 +65,8 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("DI4C_FAST_COMMIT", "no-commit")
     # Results, figures and the README's tables come after the measurement.
-    sources = [
-        line for line in changed if not re.search(r" (benchmarks/(results|figures)/|README\.md)", line)
-    ]
+    derived = re.compile(r" (benchmarks/(results|figures)/|README\.md)")
+    sources = [line for line in changed if not derived.search(line)]
     return f"{head}-dirty" if sources else head
 
 
