@@ -204,7 +204,7 @@ CASES = {
         "xt must be on the device of student (cpu), got meta",
     ),
     "xt: range": (
-        {"xt": changed("xt", (1, 1), V)},
+        {"xt": changed("xt", (1, 1), V), "valid": None},
         ValueError,
         f"xt must hold token ids in [0, {V}), got {V} at index (1, 1)",
     ),
@@ -573,7 +573,7 @@ ROW_CASES = {
         "x must be on the device of student (cpu), got meta",
     ),
     "x: range": (
-        {"x": changed("consistency_x", (1, 1, 1), V)},
+        {"x": changed("consistency_x", (1, 1, 1), V), "valid": None},
         ValueError,
         f"x must hold token ids in [0, {V}), got {V} at index (1, 1, 1)",
     ),
