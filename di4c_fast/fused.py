@@ -34,7 +34,7 @@ KNOWN = len(dataclasses.fields(Known))
 def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, LossTerms]:
     """The loss of every example (B,) times `scale` (None: 1), and its unweighted terms.
 
-    Equivalent mathematics: design section "The loss"; arXiv 2410.08709, sections 3.2 to 3.4.
+    Equivalent mathematics: that of `di4c_fast.loss`.
     Differentiable with respect to the student's tensors and the component log-weights, once.
     """
     if inputs.dtype == torch.float64:

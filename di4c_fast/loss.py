@@ -174,8 +174,9 @@ def loss(
             RuntimeError at the next synchronising call.
         RuntimeError: `backend="triton"` where Triton cannot run.
 
-    Source: Di4C (arXiv 2410.08709), sections 3.2 (losses), 3.4 (control variates) and the
-    published training code of its three systems, whose losses and gradients it reproduces.
+    Source: the distillation, data and consistency losses with control variates of Di4C (arXiv
+    2410.08709), and the published training code of its three systems, whose losses and gradients
+    it reproduces.
     """
     check_choice(reduction, "reduction", REDUCTIONS)
     check_choice(backend, "backend", backends.LOSS_BACKENDS)
@@ -242,7 +243,8 @@ def mixture_log_prob(
     Raises:
         TypeError, ValueError, RuntimeError: as `loss`.
 
-    Source: Di4C (arXiv 2410.08709), equation (6); `loss` uses it when `control_variate` is off.
+    Source: the mixture denoiser of Di4C (arXiv 2410.08709); `loss` uses it when `control_variate`
+    is off.
     """
     return _token_rows(student, x, xt, mask_id, valid, log_weights, backend, correlation=False)
 
@@ -270,7 +272,7 @@ def correlation(
 
     Differentiable with respect to the tensors behind `student` and to `log_weights`.
 
-    Source: Di4C (arXiv 2410.08709), section 3.4.
+    Source: the control variates of Di4C (arXiv 2410.08709).
     """
     return _token_rows(student, x, xt, mask_id, valid, log_weights, backend, correlation=True)
 

@@ -549,3 +549,27 @@ def test_reference_adds_up_columns_of_large_logits_without_losing_digits():
         backend="reference",
     )
     assert abs(run_loss(problem, backend="reference") - truth) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_infinite_component_term_of_weight_zero_leaves_gradients_finite(backend):
+    student = torch.randn(
+        1, 2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    student[0, 0, 1, 2] = float("-inf")  # the teacher wants what component 0 cannot give
+    student.requires_grad_()
+    log_weights = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    value, terms = di4c_fast.loss(
+        student,
+        torch.zeros(1, 3, 4, dtype=torch.float64),
+        torch.zeros(1, 3, dtype=torch.int64),
+        log_weights=log_weights,
+        component_weight=0.0,
+        backend=backend,
+        return_terms=True,
+    )
+    value.backward()
+    assert torch.isinf(terms.component).all()
+    assert torch.isfinite(value)
+    assert torch.isfinite(student.grad).all()
+    assert torch.isfinite(log_weights.grad).all()

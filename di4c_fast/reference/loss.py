@@ -140,7 +140,7 @@ def alive_positions(log_prob: Tensor, active: Tensor | None) -> Tensor:
 def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, LossTerms]:
     """The loss of every example (B,) times `scale`, and its unweighted terms, dense.
 
-    Equivalent mathematics: design section "The loss"; arXiv 2410.08709, sections 3.2 to 3.4.
+    Equivalent mathematics: that of `di4c_fast.loss`.
     """
     dtype, mask_id = inputs.dtype, inputs.mask_id
     log_weights = inputs.log_weights
@@ -175,6 +175,10 @@ def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, L
     present = log_weights > NEG_INF
     per_component = torch.where(present, per_component, torch.zeros_like(per_component))
     component = (log_weights.exp() * per_component).sum(1)
+    # Where its weight is 0, an infinite divergence must not reach the gradient of log_weights.
+    asked = (inputs.component_weight > 0).unsqueeze(-1)
+    counted = torch.where(asked, per_component, torch.zeros_like(per_component))
+    counted_component = (log_weights.exp() * counted).sum(1)
     if not inputs.control_variate:
         teacher_marginal, consistency_marginal = zero, zero
 
@@ -189,7 +193,7 @@ def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, L
     # A term of weight 0 is left out rather than multiplied, so that an infinite one cannot turn
     # the sum into NaN.
     total = zero
-    for term, weight in zip(terms, weights, strict=True):
+    for term, weight in zip((*terms[:4], counted_component), weights, strict=True):
         total = total + torch.where(weight > 0, term, zero) * weight
     total = total if scale is None else total * scale
     return total, LossTerms(*(term.detach() for term in terms))
