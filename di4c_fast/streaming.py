@@ -117,7 +117,6 @@ class _Evaluation:
         self.b, self.d = active_positions(
             inputs.active, inputs.batch, inputs.positions, self.device
         )
-        self.student.start(self.b, self.d)
         self.chunks = list(chunks(self.b, self.d, size))
         # All (B,), times the scale.
         self.teacher_weight = inputs.teacher_weight * scale
@@ -507,7 +506,6 @@ class _TokenRows(torch.autograd.Function):
         joint = joint_terms(stats, log_weights, problem.correlation)
         alpha = upstream if problem.correlation else -upstream
         if source.wants_gradient:
-            source.start(stats.b, stats.d)
             kappa = kappa_coefficients(joint, stats.b, alpha)
             for chunk in chunks(stats.b, stats.d, source.chunk_size()):
                 shifted, _ = source.load_shifted(chunk, problem.mask_id)

@@ -10,6 +10,7 @@ import abc
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from .heads import Head, LinearHead, TensorHead
 NEG_INF = float("-inf")
 # Bytes of fp32 logits in a chunk. On the CPU a chunk and its scratch space should stay in the
 # second-level caches; on an accelerator it should be large enough to fill the device.
-CPU_CHUNK_BYTES = 2 << 20
+CPU_CHUNK_BYTES = 4 << 20
 CPU_LINEAR_CHUNK_BYTES = 16 << 20
 ACCELERATOR_CHUNK_BYTES = 128 << 20
 # A matrix product of fewer rows than this runs far below its peak rate.
@@ -147,9 +148,6 @@ class Source(abc.ABC):
         per_position = max(1, self.components * self.vocabulary * item)
         return max(self.min_positions, self.chunk_bytes // per_position)
 
-    def start(self, b: Tensor, d: Tensor) -> None:  # noqa: B027 - most sources need none
-        """Learn the active positions, both (A,), before the first chunk."""
-
     @abc.abstractmethod
     def load(self, chunk: Chunk) -> Tensor:
         """Logits (P, N, V) of the chunk, a fresh tensor that the caller may overwrite."""
@@ -196,6 +194,18 @@ class Source(abc.ABC):
         return False
 
 
+def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.zeros`, on the CPU in memory that the system hands out zeroed when it is touched.
+
+    NumPy asks for such memory, in huge pages where there are any: rows that are never written
+    then cost no pass, and the others no page fault for every 4 KiB.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(shape.numel(), dtype=f"u{dtype.itemsize}")
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
 def make_source(head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()) -> Source:
     # Not isinstance: a subclass may compute its logits in another way.
     if type(head) is TensorHead:
@@ -214,22 +224,8 @@ class TensorSource(Source):
         self.logits = logits if logits.ndim == 4 else logits.unsqueeze(1)
         self.gradient: Tensor | None = None
         if self.wants_gradient:
-            # Not empty_like: the gradient of an expanded tensor needs memory of its own.
-            self.gradient = torch.empty(
-                self.logits.shape, dtype=self.logits.dtype, device=self.logits.device
-            )
-
-    def start(self, b: Tensor, d: Tensor) -> None:
-        if self.gradient is None:
-            return
-        # Chunks overwrite the active positions; a pass of zeros over those would be wasted.
-        idle = torch.ones(self.logits.shape[0], self.positions, dtype=torch.bool, device=b.device)
-        idle[b, d] = False
-        if not self._by_row(self.gradient):
-            self.gradient.masked_fill_(idle[:, None, :, None], 0.0)
-            return
-        for example, position in idle.nonzero().tolist():
-            self.gradient[example, :, position] = 0.0
+            # Not zeros_like: the gradient of an expanded tensor needs memory of its own.
+            self.gradient = zeros(self.logits.shape, self.logits.dtype, self.logits.device)
 
     @property
     def keep_bytes(self) -> int:
