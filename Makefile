@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(PYTHON)
 RUN_DIR ?= runs/digits
 
-.PHONY: demo test bench gpu aot lint clean
+.PHONY: demo test bench report gpu aot lint clean
 
 # Set-up is stamped by extra, so that `make demo` installs only what the demo needs.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -48,6 +48,10 @@ aot: $(VENV)/.stamp-dev
 # Everything under benchmarks/ in at most 8 minutes; results go to benchmarks/results/.
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# Tables and figures from the newest complete results; ARGS=--write puts them into the README.
+report: $(VENV)/.stamp-dev
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks runs

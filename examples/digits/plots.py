@@ -87,7 +87,7 @@ def draw_picture(
     _curve(right, config, [_column(one, "pair_tv") for one in scores], floor.pair_tv)
     right.set_ylim(bottom=0.0)
     right.set_ylabel("distance of pixel-pair joints (TV)")
-    right.legend(frameon=False, loc="lower left", fontsize=9.5)
+    left.legend(frameon=False, loc="upper right", fontsize=9.5)
     seeds = f", mean and range of {len(scores)} seeds" if len(scores) > 1 else ""
     curves.supxlabel(f"sampling steps (lower is better{seeds})", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,9 +23,6 @@ from .rundir import RunDirectory, RunError
 WARMUP = 50
 FINAL_RATE = 0.05  # of the peak learning rate
 TEACHER_DECAY, STUDENT_DECAY = 0.995, 0.99
-LATENT_RATE = 1.0
-TEACHER_WEIGHT = 1.0
-BETA2 = 0.99
 MAX_GRADIENT_NORM = 1.0
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Below one masked pixel in 64 most examples carry no loss at all.
@@ -66,11 +63,8 @@ class Training:
         self.iterations, self.peak_rate = iterations, peak_rate
         self.checkpoint_every = checkpoint_every
         self.average = EMA(model, decay, warmup=False)
-        latent = [p for name, p in model.named_parameters() if name.startswith("latent.")]
-        other = [p for name, p in model.named_parameters() if not name.startswith("latent.")]
-        groups = [{"params": other, "scale": 1.0}, {"params": latent, "scale": LATENT_RATE}]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=peak_rate, betas=(0.9, BETA2), weight_decay=0.01, fused=True
+            model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.losses: list[float] = []
@@ -105,7 +99,7 @@ class Training:
     def _iterate(self) -> None:
         rate = learning_rate(self.iteration, self.iterations, self.peak_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+            group["lr"] = rate
         loss = self.batch_loss(self.generator)
         value = loss.item()
         if not math.isfinite(value):
@@ -218,7 +212,6 @@ def distill_student(
         teacher_step=config.teacher_step,
         data_weight=config.data_weight,
         data_schedule="constant",
-        teacher_weight=TEACHER_WEIGHT,
         low_t=0.0,
         low_t_probability=0.0,
         latent_dim=config.latent_dim,
