@@ -14,22 +14,13 @@ Source: the samplers of MDLM (arXiv 2406.07524) and of the masked language exper
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import rng
-from .._checks import (
-    check_floating,
-    check_int64,
-    check_number,
-    check_same_device,
-    check_tensor,
-    describe,
-)
-from .._draws import check_generator
+from .._checks import check_number
 from .._models import (
     Context,
     call_model,
@@ -40,11 +31,21 @@ from .._models import (
 )
 from ..heads import HeadLike
 from ..sample import sample
+from ._shared import (
+    PLAN,
+    REPLAN,
+    check_counts,
+    check_filters,
+    check_hooks,
+    check_sizes,
+    device_of,
+    fill_prompt,
+    latents_of,
+    project,
+    seed_of,
+)
 
 __all__ = ["plan_unmask_steps", "sample_masked"]
-
-# Step numbers of the counter-based generator that no sampling step uses.
-_PLAN, _REPLAN = 2**32 - 1, 2**31
 
 
 def plan_unmask_steps(
@@ -66,7 +67,7 @@ def plan_unmask_steps(
     """
     batch, positions = shape
     keys = torch.arange(batch) + first_sequence
-    u = rng.uniform(seed, _PLAN, keys, positions, dtype=torch.float64)
+    u = rng.uniform(seed, PLAN, keys, positions, dtype=torch.float64)
     return _step_of(u, times)
 
 
@@ -188,25 +189,47 @@ def sample_masked(
         TypeError, ValueError: naming the argument, what was expected and what came; a model or
             project_fn that returns the wrong shape as soon as it does.
     """
-    batch, positions = _check_sizes(shape, steps, mask_id, vocab_size, latent_dim, first_sequence)
+    batch, positions = check_sizes(
+        shape,
+        steps=(steps, 1),
+        mask_id=(mask_id, 0),
+        latent_dim=(latent_dim, 0),
+        first_sequence=(first_sequence, 0),
+    )
+    if vocab_size is not None:
+        check_counts([("vocab_size", vocab_size, 2)])
+        if mask_id >= vocab_size:
+            raise ValueError(
+                f"mask_id must be in [0, vocab_size) = [0, {vocab_size}), got {mask_id}"
+            )
     check_callable(model, "model")
-    _check_options(t_min, temperature, top_k, top_p, project_fn, callback, history)
+    check_number(t_min, "t_min")
+    if not 0.0 < t_min < 1.0:
+        raise ValueError(f"t_min must be in (0, 1), got {t_min}")
+    check_filters(temperature, top_k, top_p)
+    check_hooks(callback, history, project_fn)
     tokens = torch.full(
-        (batch, positions), mask_id, dtype=torch.int64, device=_device_of(device, prompt, model)
+        (batch, positions), mask_id, dtype=torch.int64, device=device_of(device, prompt, model)
     )
     device = tokens.device
     context = check_context(context, batch, device)
-    seed = _seed_of(seed, generator)
+    seed = seed_of(seed, generator)
     top_token = mask_id
     if prompt is not None:
-        top_token = max(top_token, _fill_prompt(tokens, prompt, vocab_size))
-    if latent is not None:
-        _check_latent(latent, steps, batch, latent_dim, device)
-    elif latent_dim:
-        latent = _draw_latents(seed, steps, batch, latent_dim, first_sequence).to(device)
+        top_token = max(top_token, fill_prompt(tokens, prompt, vocab_size))
+    latent = latents_of(
+        latent,
+        latent_dim,
+        steps + 1,
+        batch,
+        seed=seed,
+        first_sequence=first_sequence,
+        device=device,
+        letter="S + 1",
+    )
 
     if project_fn is not None:
-        tokens = _project(project_fn, tokens)
+        tokens = project(project_fn, tokens)
     times = torch.linspace(1.0, t_min, steps + 1, dtype=torch.float64)
     plan = plan_unmask_steps(times, (batch, positions), seed=seed, first_sequence=first_sequence)
     plan[(tokens != mask_id).cpu()] = -1
@@ -252,7 +275,7 @@ def sample_masked(
                 # Not in place: the model may have kept the tensor it was given.
                 tokens = tokens.flatten().index_copy(0, flat, draw.token).view(batch, positions)
             if project_fn is not None:
-                tokens = _project(project_fn, tokens)
+                tokens = project(project_fn, tokens)
                 if step < steps and _replan(
                     plan, tokens, step, times, mask_id, seed, first_sequence
                 ):
@@ -284,92 +307,10 @@ def _replan(
     plan[~masked] = -1
     if bool(again.any()):
         keys = torch.arange(plan.shape[0]) + first_sequence
-        u = rng.uniform(seed, _REPLAN + step, keys, plan.shape[1], dtype=torch.float64)
+        u = rng.uniform(seed, REPLAN + step, keys, plan.shape[1], dtype=torch.float64)
         fresh = _step_of(u * times[step + 1], times)
         plan[again] = fresh[again]
     return bool(filled.any()) or bool(again.any())
-
-
-def _draw_latents(
-    seed: int, steps: int, batch: int, latent_dim: int, first_sequence: int
-) -> Tensor:
-    """λ of every step and sequence, (S + 1, B, L), on the CPU."""
-    step = torch.arange(steps + 1).repeat_interleave(batch)
-    keys = (torch.arange(batch) + first_sequence).repeat(steps + 1)
-    drawn = rng.uniform(seed, step, keys, latent_dim)
-    return drawn.view(steps + 1, batch, latent_dim)
-
-
-def _project(project_fn: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    # A copy, since many projections write into their argument.
-    projected = project_fn(tokens.clone())
-    check_int64(projected, "the output of project_fn")
-    if projected.shape != tokens.shape:
-        raise ValueError(
-            f"project_fn must return tokens of shape (B, D) = {tuple(tokens.shape)}, "
-            f"got {tuple(projected.shape)}"
-        )
-    check_same_device(projected, "the output of project_fn", tokens, "its input")
-    return projected
-
-
-def _check_sizes(
-    shape: Sequence[int],
-    steps: int,
-    mask_id: int,
-    vocab_size: int | None,
-    latent_dim: int,
-    first_sequence: int,
-) -> tuple[int, int]:
-    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 2:
-        raise TypeError(f"shape must be (B, D), got {describe(shape)}")
-    counts = [
-        ("shape[0]", shape[0], 0),
-        ("shape[1]", shape[1], 1),
-        ("steps", steps, 1),
-        ("mask_id", mask_id, 0),
-        ("latent_dim", latent_dim, 0),
-        ("first_sequence", first_sequence, 0),
-    ]
-    if vocab_size is not None:
-        counts.append(("vocab_size", vocab_size, 2))
-    for name, value, minimum in counts:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {describe(value)}")
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    if vocab_size is not None and mask_id >= vocab_size:
-        raise ValueError(f"mask_id must be in [0, vocab_size) = [0, {vocab_size}), got {mask_id}")
-    return shape[0], shape[1]
-
-
-def _check_options(
-    t_min: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    project_fn: Any,
-    callback: Any,
-    history: Any,
-) -> None:
-    check_number(t_min, "t_min")
-    if not 0.0 < t_min < 1.0:
-        raise ValueError(f"t_min must be in (0, 1), got {t_min}")
-    check_number(temperature, "temperature", minimum=0.0)
-    if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise TypeError(f"top_k must be an int or None, got {describe(top_k)}")
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None:
-        check_number(top_p, "top_p")
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    for name, hook in (("project_fn", project_fn), ("callback", callback)):
-        if hook is not None:
-            check_callable(hook, name)
-    if history is not None and not isinstance(history, list):
-        raise TypeError(f"history must be a list to fill or None, got {describe(history)}")
 
 
 def _check_vocabulary(vocabulary: int, mask_id: int, top_token: int) -> None:
@@ -382,71 +323,3 @@ def _check_vocabulary(vocabulary: int, mask_id: int, top_token: int) -> None:
         raise ValueError(
             f"prompt must hold token ids in [0, V) = [0, {vocabulary}) of model, got {top_token}"
         )
-
-
-def _device_of(device: Any, prompt: Any, model: Any) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if isinstance(prompt, Tensor):
-        return prompt.device
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return torch.device("cpu")
-
-
-def _seed_of(seed: int | None, generator: torch.Generator | None) -> int:
-    check_generator(generator)
-    if seed is None:
-        source = None if generator is None else generator.device
-        return int(torch.randint(2**63 - 1, (), generator=generator, device=source))
-    if generator is not None:
-        raise ValueError("seed and generator exclude each other: pass one of them")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or None, got {describe(seed)}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2^63), got {seed}")
-    return seed
-
-
-def _fill_prompt(tokens: Tensor, prompt: Any, vocab_size: int | None) -> int:
-    """Write the prompt into the tokens; the largest id in it."""
-    check_int64(prompt, "prompt")
-    batch, positions = tokens.shape
-    if prompt.ndim not in (1, 2) or (prompt.ndim == 2 and prompt.shape[0] != batch):
-        raise ValueError(
-            f"prompt must have shape (B, P) or (P,) with B = {batch}, got {tuple(prompt.shape)}"
-        )
-    length = prompt.shape[-1]
-    if length > positions:
-        raise ValueError(
-            f"prompt must not be longer than the sequence, D = {positions}, got {length} tokens"
-        )
-    check_same_device(prompt, "prompt", tokens, "the samples")
-    if prompt.numel() == 0:
-        return 0
-    low, high = torch.stack(prompt.aminmax()).tolist()
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        bound = "V" if vocab_size is None else str(vocab_size)
-        raise ValueError(
-            f"prompt must hold token ids in [0, {bound}), got {low if low < 0 else high}"
-        )
-    tokens[:, :length] = prompt
-    return high
-
-
-def _check_latent(
-    latent: Any, steps: int, batch: int, latent_dim: int, device: torch.device
-) -> None:
-    check_tensor(latent, "latent")
-    check_floating(latent, "latent")
-    if latent_dim < 1:
-        raise ValueError(f"latent needs latent_dim >= 1, got {latent_dim}")
-    allowed = [(batch, latent_dim), (steps + 1, batch, latent_dim)]
-    if tuple(latent.shape) not in allowed:
-        raise ValueError(
-            f"latent must have shape (B, L) = {allowed[0]} or (S + 1, B, L) = {allowed[1]}, "
-            f"got {tuple(latent.shape)}"
-        )
-    if latent.device != device:
-        raise ValueError(f"latent must be on {device}, got {latent.device}")
