@@ -14,8 +14,8 @@ at a position is
 
 The joint weights couple all positions, so there are two sweeps over them. The first reads z once
 and leaves everything local: log-probabilities of the targets, R_n, the divergences, q/s, and, where
-there is room (such as in the gradient tensor), e^{z - max}. The second, once the joint weights are
-known, multiplies these with a matrix of rank 2 per position and adds the sparse part.
+z is costly and there is room, its exponentials. The second, once the joint weights are known,
+multiplies the exponentials with a matrix of rank 2 per position and adds the sparse part.
 
 Gradients are computed in the forward pass, times the scale of the reduction, and handed over by
 the first backward; a second backward computes them again.
@@ -33,44 +33,24 @@ from ._autograd import first_order_only
 from ._checks import without_autocast
 from .heads import Head
 from .inputs import LossInputs, LossTerms
-from .streaming_sample import (
-    SAMPLE_BLOCK,
-    block_sums,
-    block_uniforms,
-    blocks_of,
-    choose_block,
-    run_race,
-    take_block,
-    token_uniforms,
-)
 from .streaming_sources import (
-    Chunk,
     GradientUpdate,
-    Keep,
     Source,
     chunks,
     make_source,
     placeholder,
     without_tensors,
 )
+from .streaming_sweeps import Evaluation
 from .streaming_terms import (
     Statistics,
     active_positions,
-    exponentials_,
+    exponentials,
     joint_grad_log_weights,
     joint_terms,
     kappa_coefficients,
-    kl_divergence,
-    load_logits,
-    marginal_from_logs,
-    marginal_from_values,
-    mixture_of,
-    shares,
     target_index,
 )
-
-# Random numbers made at once for the draws; each takes about 20 bytes of scratch space.
-DRAW_NUMBERS = 1 << 19
 
 
 def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, LossTerms]:
@@ -93,307 +73,6 @@ def token_rows(
     """Joint log-likelihood, or the correlation term, of token rows (B, J, D): (B, J)."""
     problem = _Rows(student, targets, active, mask_id, correlation)
     return _TokenRows.apply(problem, log_weights, *student.tensors())
-
-
-class _Evaluation:
-    """One evaluation of the loss: the sweeps, their results, and the gradients if wanted."""
-
-    def __init__(self, inputs: LossInputs, scale: Tensor, needs_grad: tuple[bool, ...]):
-        """scale: (B,), multiplies loss and gradients; needs_grad: one flag per student tensor
-        and a last one for the component log-weights."""
-        self.inputs = inputs
-        self.dtype, self.device = inputs.dtype, inputs.student.device
-        self.student = make_source(inputs.student, self.dtype, needs_grad[:-1])
-        self.teacher = make_source(inputs.teacher, self.dtype)
-        self.consistency = None
-        if inputs.consistency is not None and self._asked("consistency_weight"):
-            self.consistency = make_source(inputs.consistency, self.dtype)
-        self.wants_component = self._asked("component_weight")
-        self.wants_marginals = inputs.control_variate and (
-            self._asked("teacher_weight") or self.consistency is not None
-        )
-        sources = [s for s in (self.student, self.teacher, self.consistency) if s is not None]
-        size = min(source.chunk_size() for source in sources)
-        self.b, self.d = active_positions(
-            inputs.active, inputs.batch, inputs.positions, self.device
-        )
-        self.chunks = list(chunks(self.b, self.d, size))
-        # All (B,), times the scale.
-        self.teacher_weight = inputs.teacher_weight * scale
-        self.consistency_weight = inputs.consistency_weight * scale
-        self.component_weight = inputs.component_weight * scale
-        self.data_weight = inputs.data_weight * scale
-        self.scale = scale
-        self.weights = inputs.log_weights.exp()  # [B, N]
-
-    def _asked(self, weight: str) -> bool:
-        return self.inputs.return_terms or weight not in self.inputs.static_zero
-
-    def run(self) -> None:
-        inputs = self.inputs
-        self.targets = self._targets()  # [B, J, D]
-        draws = self.targets.shape[1] - 1
-        self._forward_sweep()
-        joint = joint_terms(self.stats, inputs.log_weights, inputs.control_variate)
-        alpha = self.data_weight.unsqueeze(-1)  # [B, J]
-        if draws:
-            per_draw = (self.consistency_weight / draws).unsqueeze(-1).expand(-1, draws)
-            alpha = torch.cat([alpha, per_draw], dim=-1)
-        self.grad_log_weights += joint_grad_log_weights(joint, self.b, alpha)
-        if self.student.wants_gradient:
-            self._backward_sweep(kappa_coefficients(joint, self.b, alpha))
-
-        zeros = torch.zeros(inputs.batch, dtype=self.dtype, device=self.device)
-        self.terms = LossTerms(
-            data_correlation=joint.value[:, 0],
-            teacher_marginal=self.teacher_sum,
-            consistency_correlation=joint.value[:, 1:].mean(1) if draws else zeros,
-            consistency_marginal=self.consistency_sum,
-            component=self.component_sum,
-        )
-        weights = (
-            inputs.data_weight,
-            inputs.teacher_weight,
-            inputs.consistency_weight,
-            inputs.consistency_weight,
-            inputs.component_weight,
-        )
-        total = zeros
-        for term, weight in zip(self.terms, weights, strict=True):
-            # Left out rather than multiplied with 0: an infinite term must not give NaN.
-            total = total + torch.where(weight > 0, term, 0.0) * weight
-        self.per_example = total * self.scale
-
-    # The sweep over the consistency logits ------------------------------------------------
-
-    def _targets(self) -> Tensor:
-        """x0 and the consistency draws, (B, J, D)."""
-        x0 = self.inputs.x0.unsqueeze(1)
-        if self.consistency is None:
-            return x0
-        draws = self.inputs.consistency_x
-        if draws is None:
-            draws = self._draw(self.consistency)
-        if self.inputs.xu is not None:
-            draws = torch.where(self._revealed(self.inputs.xu), self.inputs.xu, draws)
-        return torch.cat([x0, draws], dim=1)
-
-    def _revealed(self, tokens: Tensor) -> Tensor:
-        assert self.inputs.mask_id is not None
-        return tokens != self.inputs.mask_id
-
-    def _draw(self, source: Source) -> Tensor:
-        """One token per component and active position (B, K, D), keeping q_u where it fits."""
-        inputs, vocabulary = self.inputs, self.inputs.vocabulary
-        draws = torch.zeros(
-            inputs.batch, inputs.draws, inputs.positions, dtype=torch.int64, device=self.device
-        )
-        if not self.chunks:
-            return draws
-        assert inputs.seed is not None
-        # Random numbers are made for many chunks at once: Philox is a hundred small operations.
-        numbers = self.chunks[0].size * inputs.draws * (blocks_of(vocabulary) + SAMPLE_BLOCK)
-        group_size = max(1, DRAW_NUMBERS // numbers)
-        for begin in range(0, len(self.chunks), group_size):
-            group = self.chunks[begin : begin + group_size]
-            rows = [chunk.size * inputs.draws for chunk in group]
-            keys = torch.cat([c.rows(inputs.draws, inputs.positions).flatten() for c in group])
-            uniforms = block_uniforms(inputs.seed, 0, keys, vocabulary, self.dtype)
-            parts = []
-            for chunk, numbers_of_chunk in zip(group, uniforms.split(rows), strict=True):
-                values, inverse = self._exponentials(source, chunk)
-                by_row = values.flatten(0, 1)
-                chosen = choose_block(block_sums(by_row), numbers_of_chunk)
-                parts.append((chosen, take_block(by_row, chosen)))
-                if self.wants_marginals:
-                    source.keep(chunk, self._mean_draw(values, inverse, chunk))
-            chosen = torch.cat([block for block, _ in parts])
-            race = token_uniforms(inputs.seed, 0, keys, chosen, self.dtype)
-            winner = run_race(torch.cat([candidates for _, candidates in parts]), race)
-            tokens = chosen * SAMPLE_BLOCK + winner
-            for chunk, drawn in zip(group, tokens.split(rows), strict=True):
-                draws[chunk.b, :, chunk.d] = drawn.view(chunk.size, inputs.draws)
-        return draws
-
-    def _exponentials(self, source: Source, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        shifted, _ = source.load_shifted(chunk, self.inputs.mask_id)
-        return exponentials_(shifted)[:2]
-
-    def _mean_draw(self, values: Tensor, inverse: Tensor, chunk: Chunk) -> Tensor:
-        """q_u (P, V): the mean over draws, one-hot where a draw has revealed the token."""
-        share = inverse / inverse.shape[1]
-        if self.inputs.xu is None:
-            return torch.bmm(share.unsqueeze(1), values).squeeze(1)
-        tokens = self.inputs.xu[chunk.b, :, chunk.d]  # [P, K]
-        revealed = self._revealed(tokens)
-        mean = torch.bmm(share.masked_fill(revealed, 0.0).unsqueeze(1), values).squeeze(1)
-        return mean.scatter_add_(-1, tokens, revealed.to(mean.dtype) / inverse.shape[1])
-
-    # The distributions that the marginal is pulled towards ----------------------------------
-
-    def _distributions(self, chunk: Chunk, alive: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """q_T, q_u and their weighted sum q, each (P, V); zero at positions that are not alive."""
-        values, inverse = self._exponentials(self.teacher, chunk)
-        share = inverse / inverse.shape[1] * alive.unsqueeze(-1)
-        teacher = torch.bmm(share.unsqueeze(1), values).squeeze(1)
-        mean_draw = None
-        if self.consistency is not None and self.wants_marginals:
-            mean_draw = self.consistency.kept(chunk)
-            if mean_draw is None:
-                mean_draw = self._mean_draw(*self._exponentials(self.consistency, chunk), chunk)
-            mean_draw = mean_draw * alive.unsqueeze(-1)
-        if not self.wants_marginals:
-            return teacher, None, torch.zeros_like(teacher)
-        wanted = teacher * self.teacher_weight[chunk.b].unsqueeze(-1)
-        if mean_draw is not None:
-            factor = self.consistency_weight[chunk.b].unsqueeze(-1)
-            wanted = torch.addcmul(wanted, mean_draw, factor)
-        return teacher, mean_draw, wanted
-
-    # The first sweep over the student's logits -----------------------------------------------
-
-    def _forward_sweep(self) -> None:
-        inputs, count = self.inputs, self.b.shape[0]
-        self.stats = Statistics.empty(
-            self.b, self.d, inputs.components, self.targets.shape[1], self.dtype
-        )
-        self.mass = torch.zeros(count, inputs.components, dtype=self.dtype, device=self.device)
-        self.inverse = torch.zeros_like(self.mass)
-        self.grad_log_weights = torch.zeros(
-            inputs.batch, inputs.components, dtype=self.dtype, device=self.device
-        )
-        zeros = torch.zeros(inputs.batch, dtype=self.dtype, device=self.device)
-        self.teacher_sum, self.consistency_sum, self.component_sum = zeros, zeros, zeros
-        self.ratios = Keep(self.student.keep_bytes)  # q/s of a chunk, [P, V]
-        self.log_chunks: set[int] = set()  # those that exponentials were too small for
-        for chunk in self.chunks:
-            self._forward_chunk(chunk)
-
-    def _forward_chunk(self, chunk: Chunk) -> None:
-        shifted, peak = self.student.load_shifted(chunk, self.inputs.mask_id)
-        picked = shifted.gather(-1, target_index(self.targets, chunk, self.student.components))
-        values, inverse, log_total = exponentials_(shifted)
-        self.stats.put(chunk, picked, peak, log_total)
-        self.inverse[chunk.part] = inverse
-        if self.wants_marginals or self.wants_component:
-            self._forward_marginal(chunk, values, inverse)
-        if self.student.wants_gradient:
-            self.student.keep(chunk, values)
-
-    def _forward_marginal(self, chunk: Chunk, values: Tensor, inverse: Tensor) -> None:
-        alive = (inverse > 0).any(1).to(self.dtype)  # [P]
-        inputs, b = self.inputs, chunk.b
-        teacher, mean_draw, wanted = self._distributions(chunk, alive)
-        result = None
-        if self._from_values:
-            reported = None
-            if inputs.return_terms:
-                reported = teacher if mean_draw is None else teacher + mean_draw
-            result = marginal_from_values(
-                values,
-                inverse,
-                self.weights[b],
-                wanted,
-                teacher,
-                reported if self.wants_marginals else None,
-                self.wants_component,
-            )
-        if result is None:
-            result = marginal_from_logs(
-                self._log_prob(chunk),
-                inputs.log_weights[b],
-                wanted,
-                teacher,
-                self.wants_component,
-            )
-            self.log_chunks.add(chunk.index)
-        elif self.student.wants_gradient:
-            assert result.ratio is not None
-            self.ratios.put(chunk.index, result.ratio)
-        self.mass[chunk.part] = result.mass
-        if self.wants_marginals:
-            self.grad_log_weights.index_add_(0, b, result.mass, alpha=-1.0)
-            divergence = kl_divergence(teacher, result.log_marginal)
-            self.teacher_sum = self.teacher_sum.index_add(0, b, divergence)
-            if mean_draw is not None:
-                divergence = kl_divergence(mean_draw, result.log_marginal)
-                self.consistency_sum = self.consistency_sum.index_add(0, b, divergence)
-        if self.wants_component:
-            assert result.divergence is not None
-            # A component of weight 0 is as good as absent, even where it is infinitely far.
-            counts = (alive.unsqueeze(-1) > 0) & (self.weights[b] > 0)
-            weighted = self.weights[b] * torch.where(counts, result.divergence, 0.0)
-            self.component_sum = self.component_sum.index_add(0, b, weighted.sum(-1))
-            factor = self.component_weight[b].unsqueeze(-1)
-            self.grad_log_weights.index_add_(0, b, torch.where(factor > 0, weighted, 0.0) * factor)
-
-    @property
-    def _from_values(self) -> bool:
-        """Whether exponentials may be used: their underflow check waits for the device."""
-        return self.device.type == "cpu"
-
-    def _log_prob(self, chunk: Chunk) -> Tensor:
-        logits = load_logits(self.student, chunk, self.inputs.mask_id)
-        return self.stats.normalise_(chunk, logits)
-
-    # The second sweep over the student's logits ----------------------------------------------
-
-    def _backward_sweep(self, kappa: Tensor) -> None:
-        for chunk in self.chunks:
-            row = self.mass[chunk.part] - kappa[chunk.part].sum(-1)  # [P, N]
-            teacher_factor = None
-            if self.wants_component:
-                teacher_factor = self.component_weight[chunk.b].unsqueeze(-1)
-                teacher_factor = teacher_factor * self.weights[chunk.b]
-                row = row + teacher_factor
-            index = target_index(self.targets, chunk, self.student.components)
-            update = GradientUpdate(index, kappa[chunk.part])
-            if teacher_factor is not None:
-                alive = self.stats.alive[chunk.part].to(self.dtype)
-                update.teacher = self._distributions(chunk, alive)[0]
-                update.teacher_factor = teacher_factor
-            if chunk.index in self.log_chunks:
-                gradient = self._gradient_from_logs(chunk, row)
-                self.student.store_gradient(chunk, update.add_to_(gradient))
-                continue
-            ratio, values = self.ratios.get(chunk.index), None
-            if ratio is None and self.wants_marginals:
-                values = self._student_values(chunk)
-                ratio = self._ratio(chunk, values)
-            factor = self._value_factor(chunk, row, ratio)
-            if not self.student.update_kept(chunk, factor, update):
-                values = self._student_values(chunk) if values is None else values
-                self.student.store_gradient(chunk, update.add_to_(values.mul_(factor)))
-
-    def _student_values(self, chunk: Chunk) -> Tensor:
-        """The student's exponentials (P, N, V), as they were kept or once more."""
-        values = self.student.kept(chunk)
-        return self._exponentials(self.student, chunk)[0] if values is None else values
-
-    def _ratio(self, chunk: Chunk, values: Tensor) -> Tensor:
-        """q/s (P, V) of a chunk for which there was no room."""
-        wanted = self._distributions(chunk, self.stats.alive[chunk.part].to(self.dtype))[2]
-        scaled = self.weights[chunk.b] * self.inverse[chunk.part]
-        return wanted / mixture_of(values, scaled)
-
-    def _value_factor(self, chunk: Chunk, row: Tensor, ratio: Tensor | None) -> Tensor:
-        """What the kept exponentials are multiplied with to give the dense part of dL/dz."""
-        inverse = self.inverse[chunk.part]
-        scaled_row = (row * inverse).unsqueeze(-1)  # [P, N, 1]
-        if ratio is None:
-            return scaled_row
-        # row_n - w_n ratio_v as a product of rank 2: one pass, whatever the weights.
-        rows = torch.cat([scaled_row, -(self.weights[chunk.b] * inverse).unsqueeze(-1)], dim=-1)
-        columns = torch.stack([torch.ones_like(ratio), ratio], dim=1)  # [P, 2, V]
-        return torch.bmm(rows, columns)
-
-    def _gradient_from_logs(self, chunk: Chunk, row: Tensor) -> Tensor:
-        log_prob = self._log_prob(chunk)
-        alive = self.stats.alive[chunk.part].to(self.dtype)
-        wanted = self._distributions(chunk, alive)[2]
-        _, share = shares(log_prob, self.inputs.log_weights[chunk.b])
-        gradient = log_prob.exp_().mul_(row.unsqueeze(-1))
-        return gradient.sub_(share.mul_(wanted.unsqueeze(1)))
 
 
 class _Loss(torch.autograd.Function):
@@ -420,7 +99,7 @@ class _Loss(torch.autograd.Function):
             dtype=record.dtype,
             device=record.student.device,
         )
-        evaluation = _Evaluation(record, factor, needs)
+        evaluation = Evaluation(record, factor, needs)
         evaluation.run()
         ctx.gradients = _gradients(evaluation) if any(needs) else None
         ctx.mark_non_differentiable(*evaluation.terms)
@@ -434,7 +113,7 @@ class _Loss(torch.autograd.Function):
             record = ctx.record.with_tensors(ctx.saved_tensors)
             factor = upstream if ctx.scale is None else upstream * ctx.scale
             with without_autocast(upstream.device):
-                evaluation = _Evaluation(record, factor.to(record.dtype), _needs(ctx))
+                evaluation = Evaluation(record, factor.to(record.dtype), _needs(ctx))
                 evaluation.run()
             gradients = _gradients(evaluation)
         else:
@@ -459,7 +138,7 @@ def _needs(ctx: Any) -> tuple[bool, ...]:
     return (*flags[: ctx.students], flags[ctx.log_weights])
 
 
-def _gradients(evaluation: _Evaluation) -> list[Tensor | None]:
+def _gradients(evaluation: Evaluation) -> list[Tensor | None]:
     return [*evaluation.student.gradients(), evaluation.grad_log_weights]
 
 
@@ -507,13 +186,15 @@ class _TokenRows(torch.autograd.Function):
         alpha = upstream if problem.correlation else -upstream
         if source.wants_gradient:
             kappa = kappa_coefficients(joint, stats.b, alpha)
+            targets = problem.targets[stats.b, :, stats.d]
             for chunk in chunks(stats.b, stats.d, source.chunk_size()):
-                shifted, _ = source.load_shifted(chunk, problem.mask_id)
-                values, inverse, _ = exponentials_(shifted)
-                factor = -kappa[chunk.part].sum(-1) * inverse
-                index = target_index(problem.targets, chunk, source.components)
+                loaded = exponentials(source, chunk, problem.mask_id)
+                factor = -kappa[chunk.part].sum(-1) * loaded.inverse
+                index = target_index(targets, chunk, source.components)
                 update = GradientUpdate(index, kappa[chunk.part])
-                source.store_gradient(chunk, update.add_to_(values.mul_(factor.unsqueeze(-1))))
+                source.store_gradient(
+                    chunk, update.add_to_(loaded.values.mul_(factor.unsqueeze(-1)))
+                )
         grad_log_weights = None
         if ctx.needs_input_grad[1]:
             grad_log_weights = joint_grad_log_weights(joint, stats.b, alpha)
@@ -525,8 +206,8 @@ def _row_statistics(source: Source, problem: _Rows) -> Statistics:
     batch, rows, positions = problem.targets.shape
     b, d = active_positions(problem.active, batch, positions, problem.targets.device)
     stats = Statistics.empty(b, d, source.components, rows, source.dtype)
+    targets = problem.targets[b, :, d]
     for chunk in chunks(b, d, source.chunk_size()):
-        shifted, peak = source.load_shifted(chunk, problem.mask_id)
-        picked = shifted.gather(-1, target_index(problem.targets, chunk, source.components))
-        stats.put(chunk, picked, peak, exponentials_(shifted)[2])
+        index = target_index(targets, chunk, source.components)
+        stats.put(chunk, exponentials(source, chunk, problem.mask_id, index))
     return stats

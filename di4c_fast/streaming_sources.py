@@ -17,15 +17,17 @@ from torch import Tensor
 from .heads import Head, LinearHead, TensorHead
 
 NEG_INF = float("-inf")
-# Bytes of fp32 logits in a chunk. On the CPU a chunk and its scratch space should stay in the
-# second-level caches; on an accelerator it should be large enough to fill the device.
-CPU_CHUNK_BYTES = 4 << 20
+# Bytes of fp32 logits in a chunk. On the CPU a chunk should stay in the second-level caches, yet
+# be worth the hundred small operations it costs; on an accelerator it should fill the device.
+CPU_CHUNK_BYTES = 8 << 20
 CPU_LINEAR_CHUNK_BYTES = 16 << 20
 ACCELERATOR_CHUNK_BYTES = 128 << 20
 # A matrix product of fewer rows than this runs far below its peak rate.
 LINEAR_MIN_ROWS = 64
-# From this many classes on, copying row by row is faster than one indexed gather.
+# From this many classes on, writing row by row is faster than one indexed copy.
 COPY_ROWS_FROM = 1024
+# From this many logits of a position on, it is read straight from the caller's tensor.
+DIRECT_FROM = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +96,36 @@ def chunks(b: Tensor, d: Tensor, size: int) -> Iterator[Chunk]:
         yield Chunk(index, b[start:stop], d[start:stop], start)
 
 
+class Room:
+    """How many bytes may be kept from one sweep to the next, by all that share the room."""
+
+    def __init__(self, size: int):
+        self.left = size
+
+    def take(self, size: int) -> bool:
+        """Take `size` bytes if they are left."""
+        fits = size <= self.left
+        if fits:
+            self.left -= size
+        return fits
+
+    def reserve(self, size: int) -> Room:
+        """A room of its own for `size` bytes, or for what is left."""
+        part = min(size, self.left)
+        self.left -= part
+        return Room(part)
+
+
 class Keep:
     """Tensors by number, as many as there is room for."""
 
-    def __init__(self, room: int):
+    def __init__(self, room: Room):
         self.room = room
         self._tensors: dict[int, Tensor] = {}
 
-    def put(self, number: int, values: Tensor) -> None:
-        size = values.numel() * values.element_size()
-        if size <= self.room:
-            self.room -= size
-            self._tensors[number] = values
+    def put(self, number: int, values: Tensor, *, copy: bool = False) -> None:
+        if self.room.take(values.numel() * values.element_size()):
+            self._tensors[number] = values.clone() if copy else values
 
     def get(self, number: int) -> Tensor | None:
         return self._tensors.get(number)
@@ -118,6 +138,8 @@ class Source(abc.ABC):
         head: shape (B, N, D, V), or (B, D, V) for N = 1.
         dtype: of the chunks.
         needs_grad: for each tensor of `head.tensors()`, whether its gradient is asked for.
+
+    What is loaded may lie in memory that the next load of the same source uses again.
     """
 
     def __init__(self, head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()):
@@ -126,7 +148,8 @@ class Source(abc.ABC):
         self.components = head.shape[1] if len(head.shape) == 4 else 1
         self.positions, self.vocabulary = head.shape[-2:]
         self.needs_grad = needs_grad or (False,) * len(head.tensors())
-        self._kept = Keep(self.keep_bytes)
+        self._kept = Keep(Room(0))
+        self._buffer: Tensor | None = None
 
     @property
     def wants_gradient(self) -> bool:
@@ -150,7 +173,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def load(self, chunk: Chunk) -> Tensor:
-        """Logits (P, N, V) of the chunk, a fresh tensor that the caller may overwrite."""
+        """Logits (P, N, V) of the chunk, which the caller may overwrite."""
 
     def load_shifted(self, chunk: Chunk, mask_id: int | None) -> tuple[Tensor, Tensor]:
         """Logits (P, N, V) minus the largest of their row, and that, (P, N).
@@ -159,10 +182,26 @@ class Source(abc.ABC):
         """
         logits = self.load(chunk)
         if mask_id is not None:
-            logits[..., mask_id] = NEG_INF
+            logits[..., mask_id].fill_(NEG_INF)
         peak = logits.amax(-1)
         peak = torch.where(peak == NEG_INF, 0.0, peak)
         return logits.sub_(peak.unsqueeze(-1)), peak
+
+    def load_exponentials(self, chunk: Chunk, mask_id: int | None) -> Tensor | None:
+        """exp(logits) (P, N, V) as they are, 0 in the mask column; too large or too small if so.
+
+        None where this is no cheaper than `load_shifted`, or the result cannot be looked at
+        without waiting for a device.
+        """
+        return None
+
+    def buffer(self, chunk: Chunk) -> Tensor | None:
+        """Memory (P, N, V) that holds nothing but what was loaded last, where there is some."""
+        return None
+
+    def release(self) -> None:
+        """Let go of the memory that loads use; a later load takes it again."""
+        self._buffer = None
 
     @abc.abstractmethod
     def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
@@ -174,24 +213,35 @@ class Source(abc.ABC):
 
     @property
     def keep_bytes(self) -> int:
-        """How much of one kind may be kept from one sweep to the next."""
+        """How much may be kept from one sweep to the next, by all sources of an evaluation."""
         return 4 * self.chunk_bytes
+
+    def keep_within(self, room: Room) -> None:
+        """Where values are kept from now on; without this call none are."""
+        self._kept = Keep(room)
 
     def keep(self, chunk: Chunk, values: Tensor) -> None:
         """Keep values of a chunk for a later sweep if there is room."""
-        self._kept.put(chunk.index, values)
+        self._kept.put(chunk.index, values, copy=self.buffer(chunk) is not None)
 
     def kept(self, chunk: Chunk) -> Tensor | None:
         """The values kept for a chunk, or None."""
         return self._kept.get(chunk.index)
 
-    def update_kept(self, chunk: Chunk, factor: Tensor, update: GradientUpdate) -> bool:
-        """Turn values kept in the gradient tensor into the gradient where they stand.
-
-        They are multiplied with `factor`, which broadcasts to (P, N, V), and get `update` added.
-        Returns False, having done nothing, where they are not kept there.
-        """
+    @property
+    def writes_directly(self) -> bool:
+        """Whether `write_gradient` may be used for chunks that `load_exponentials` gave."""
         return False
+
+    def write_gradient(
+        self, chunk: Chunk, mask_id: int | None, factor: Tensor, update: GradientUpdate
+    ) -> None:
+        """Write exp(logits) * factor + `update` straight into the gradient tensor.
+
+        `factor` broadcasts to (P, N, V). The exponentials are computed once more, which is cheaper
+        than a copy of them on their way through memory.
+        """
+        raise NotImplementedError
 
 
 def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -216,12 +266,13 @@ def make_source(head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = (
 
 
 class TensorSource(Source):
-    """Logits that exist. Their gradient tensor doubles as the place where values are kept."""
+    """Logits that exist."""
 
     def __init__(self, head: TensorHead, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()):
         super().__init__(head, dtype, needs_grad)
         logits = self.head.logits()
         self.logits = logits if logits.ndim == 4 else logits.unsqueeze(1)
+        self._by_row = _rows_of(self.logits)
         self.gradient: Tensor | None = None
         if self.wants_gradient:
             # Not zeros_like: the gradient of an expanded tensor needs memory of its own.
@@ -233,93 +284,91 @@ class TensorSource(Source):
         logits = self.head.logits()
         return max(self.chunk_bytes, logits.numel() * self.dtype.itemsize // 8)
 
+    def buffer(self, chunk: Chunk) -> Tensor:
+        count = chunk.size * self.components
+        if self._buffer is None or self._buffer.shape[0] < count:
+            shape = (count, self.vocabulary)
+            self._buffer = torch.empty(shape, dtype=self.dtype, device=self.logits.device)
+        return self._buffer[:count].view(chunk.size, self.components, self.vocabulary)
+
     def load(self, chunk: Chunk) -> Tensor:
-        return self._gather(self.logits, chunk).to(self.dtype)
+        values = self.buffer(chunk)
+        if self._by_row is None:
+            return values.copy_(self.logits[chunk.b, :, chunk.d])
+        rows = chunk.rows(self.components, self.positions).flatten()
+        if self._by_row.dtype == values.dtype:
+            torch.index_select(self._by_row, 0, rows, out=values.flatten(0, 1))
+            return values
+        return values.copy_(self._by_row.index_select(0, rows).view(values.shape))
 
-    def load_shifted(self, chunk: Chunk, mask_id: int | None) -> tuple[Tensor, Tensor]:
-        if not self._by_row(self.logits) or self.logits.dtype != self.dtype:
-            return super().load_shifted(chunk, mask_id)
-        # Straight from the caller's logits, without a copy of them in between.
-        shape = (chunk.size, self.components, self.vocabulary)
-        shifted, peak = (
-            torch.empty(shape, dtype=self.dtype),
-            torch.empty(shape[:2], dtype=self.dtype),
-        )
-        views = zip(shifted, peak, peak.unsqueeze(-1), _pairs(chunk), strict=True)
-        for to, top, column, (b, d) in views:
-            logits = self.logits[b, :, d]
-            torch.amax(_without_column(logits, mask_id), -1, out=top)
-            torch.sub(logits, column, out=to)
-        if mask_id is not None:
-            shifted[..., mask_id] = NEG_INF
-        dead = peak == NEG_INF
-        if bool(dead.any()):
-            shifted[dead] = NEG_INF
-            peak[dead] = 0.0
-        return shifted, peak
-
-    def keep(self, chunk: Chunk, values: Tensor) -> None:
-        if self.gradient is not None and self.gradient.dtype == self.dtype:
-            self._scatter(self.gradient, chunk, values)
+    def load_exponentials(self, chunk: Chunk, mask_id: int | None) -> Tensor | None:
+        if self.logits.device.type != "cpu" or self.logits.dtype != self.dtype:
+            return None
+        values = self.buffer(chunk)
+        if self.components * self.vocabulary < DIRECT_FROM:
+            self.load(chunk).exp_()
         else:
-            super().keep(chunk, values)
+            for to, logits in zip(values, _positions_of(self.logits, chunk), strict=True):
+                torch.exp(logits, out=to)
+        if mask_id is not None:
+            values[..., mask_id].fill_(0.0)
+        return values
 
-    def kept(self, chunk: Chunk) -> Tensor | None:
-        if self.gradient is not None and self.gradient.dtype == self.dtype:
-            return self._gather(self.gradient, chunk)
-        return super().kept(chunk)
+    @property
+    def writes_directly(self) -> bool:
+        return (
+            self.gradient is not None
+            and self.gradient.dtype == self.dtype
+            and self.components * self.vocabulary >= DIRECT_FROM
+        )
 
-    def update_kept(self, chunk: Chunk, factor: Tensor, update: GradientUpdate) -> bool:
-        if self.gradient is None or self.gradient.dtype != self.dtype:
-            return False
-        if not self._by_row(self.gradient):
-            return False
-        for one, scale, (b, d) in zip(update.positions(), factor, _pairs(chunk), strict=True):
-            one.add_to_(self.gradient[b, :, d].mul_(scale))  # a view, [N, V]
-        return True
+    def write_gradient(
+        self, chunk: Chunk, mask_id: int | None, factor: Tensor, update: GradientUpdate
+    ) -> None:
+        assert self.gradient is not None
+        parts = zip(
+            _positions_of(self.gradient, chunk),
+            _positions_of(self.logits, chunk),
+            factor,
+            update.positions(),
+            strict=True,
+        )
+        for to, logits, scale, one in parts:
+            torch.exp(logits, out=to)
+            if mask_id is not None:
+                to[:, mask_id].fill_(0.0)
+            one.add_to_(to.mul_(scale))
 
     def store_gradient(self, chunk: Chunk, gradient: Tensor) -> None:
         assert self.gradient is not None
-        self._scatter(self.gradient, chunk, gradient)
+        if not self._writes_by_row:
+            self.gradient[chunk.b, :, chunk.d] = gradient.to(self.gradient.dtype)
+            return
+        for to, values in zip(_positions_of(self.gradient, chunk), gradient, strict=True):
+            to.copy_(values)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         if self.gradient is None:
             return (None,)
         return (self.gradient.view(self.head.shape),)
 
-    def _gather(self, tensor: Tensor, chunk: Chunk) -> Tensor:
-        if not self._by_row(tensor):
-            return tensor[chunk.b, :, chunk.d]
-        values = tensor.new_empty(chunk.size, self.components, self.vocabulary)
-        for to, (b, d) in zip(values, _pairs(chunk), strict=True):
-            to.copy_(tensor[b, :, d])
-        return values
-
-    def _scatter(self, tensor: Tensor, chunk: Chunk, values: Tensor) -> None:
-        if not self._by_row(tensor):
-            tensor[chunk.b, :, chunk.d] = values.to(tensor.dtype)
-            return
-        for value, (b, d) in zip(values, _pairs(chunk), strict=True):
-            tensor[b, :, d].copy_(value)
-
-    def _by_row(self, tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and self.vocabulary >= COPY_ROWS_FROM
+    @property
+    def _writes_by_row(self) -> bool:
+        return self.logits.device.type == "cpu" and self.vocabulary >= COPY_ROWS_FROM
 
 
-def _without_column(logits: Tensor, column: int | None) -> Tensor:
-    """The logits (N, V) without a column; a view if that is the first or the last."""
-    last = logits.shape[-1] - 1
-    if column is None:
-        return logits
-    if column == 0:
-        return logits[:, 1:]
-    if column == last:
-        return logits[:, :last]
-    return torch.stack([logits[:, :column].amax(-1), logits[:, column + 1 :].amax(-1)], dim=-1)
+def _positions_of(tensor: Tensor, chunk: Chunk) -> Iterator[Tensor]:
+    """Views (N, V) of a tensor (B, N, D, V), one for each position of the chunk."""
+    for b, d in zip(chunk.b.tolist(), chunk.d.tolist(), strict=True):
+        yield tensor[b].select(1, d)
 
 
-def _pairs(chunk: Chunk) -> Iterator[tuple[int, int]]:
-    return zip(chunk.b.tolist(), chunk.d.tolist(), strict=True)
+def _rows_of(tensor: Tensor) -> Tensor | None:
+    """A tensor (..., V) as (rows, V) if that needs no copy."""
+    try:
+        return tensor.view(tensor.shape[:-1].numel(), tensor.shape[-1])
+    except RuntimeError:
+        return None
 
 
 class LinearSource(Source):

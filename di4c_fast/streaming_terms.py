@@ -7,13 +7,18 @@ P positions of a chunk. Everything is in nats. The equations stand in `streaming
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
+from .streaming_sample import block_sums
 from .streaming_sources import Chunk, Source
 
 NEG_INF = float("-inf")
+# Between these bounds sums of exponentials of logits that were not shifted, and their inverses, are
+# far from the ends of fp32; a class 60 nats below the largest is far from them, too.
+UNSHIFTED = (1e-9, 1e17)
 
 
 @dataclasses.dataclass
@@ -25,8 +30,8 @@ class Statistics:
     log_prob: Tensor  # [A, N, J] of the targets, -inf where impossible
     # The two parts of the logsumexp, [A, N]: added up, they would carry the rounding of large
     # logits, which a logit minus the first and then the second does not.
-    peak: Tensor  # the largest logit, 0 for a row without a class
-    log_total: Tensor  # log sum exp(logit - peak), -inf for a row without a class
+    shift: Tensor  # the largest logit, or 0
+    total: Tensor  # sum exp(logit - shift), 0 for a row without a class
 
     @classmethod
     def empty(cls, b: Tensor, d: Tensor, components: int, targets: int, dtype: torch.dtype):
@@ -39,25 +44,29 @@ class Statistics:
             torch.empty(rows, components, dtype=dtype, device=device),
         )
 
-    def put(self, chunk: Chunk, picked: Tensor, peak: Tensor, log_total: Tensor) -> None:
-        """Record the shifted target logits (P, N, J) and the parts (P, N) of the logsumexp."""
-        self.peak[chunk.part] = peak
-        self.log_total[chunk.part] = log_total
-        self.log_prob[chunk.part] = picked.sub_(finite_or_zero(log_total).unsqueeze(-1))
+    def put(self, chunk: Chunk, loaded: Exponentials) -> None:
+        """Record a chunk: its targets and the parts of its logsumexp."""
+        assert loaded.log_prob is not None
+        self.log_prob[chunk.part] = loaded.log_prob
+        self.put_total(chunk, loaded)
+
+    def put_total(self, chunk: Chunk, loaded: Exponentials) -> None:
+        self.shift[chunk.part] = loaded.shift
+        self.total[chunk.part] = loaded.total
 
     def normalise_(self, chunk: Chunk, logits: Tensor) -> Tensor:
         """Turn logits (P, N, ...) of a chunk into log-probabilities, in place."""
-        logits.sub_(self.peak[chunk.part].unsqueeze(-1))
-        return logits.sub_(finite_or_zero(self.log_total[chunk.part]).unsqueeze(-1))
+        logits.sub_(self.shift[chunk.part].unsqueeze(-1))
+        return logits.sub_(finite_or_zero(self.total[chunk.part].log()).unsqueeze(-1))
 
     @property
     def alive(self) -> Tensor:
         """Positions at which some component allows some class: (A,)."""
-        return (self.log_total > NEG_INF).any(1)
+        return (self.total > 0).any(1)
 
     def occupied(self, batch: int) -> Tensor:
         """Examples with a position that counts: (B,)."""
-        counts = self.peak.new_zeros(batch).index_add_(0, self.b, self.alive.to(self.peak.dtype))
+        counts = self.total.new_zeros(batch).index_add_(0, self.b, self.alive.to(self.total.dtype))
         return counts > 0
 
 
@@ -83,21 +92,76 @@ def load_logits(source: Source, chunk: Chunk, mask_id: int | None) -> Tensor:
     return logits
 
 
-def target_index(targets: Tensor, chunk: Chunk, components: int) -> Tensor:
-    """Targets (B, J, D) as an index (P, N, J) into the chunk's logits."""
-    return targets[chunk.b, :, chunk.d].unsqueeze(1).expand(-1, components, -1)
+def target_index(rows: Tensor, chunk: Chunk, components: int) -> Tensor:
+    """Targets (A, J) of all active positions as an index (P, N, J) into the chunk's logits."""
+    return rows[chunk.part].unsqueeze(1).expand(-1, components, -1)
 
 
-def exponentials_(shifted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Overwrite shifted logits (..., V), at most 0, with their exponentials.
+@dataclasses.dataclass
+class Exponentials:
+    """A chunk as exponentials: the softmax is `values * inverse`."""
 
-    Returns these, 1 / their sum (0 for a row without a class) and the log of the sum, so that
-    the softmax is the first times the second.
+    values: Tensor  # [P, N, V] exp(logit - shift)
+    shift: Tensor | float  # [P, N], the largest logit, or 0.0 if none was needed
+    total: Tensor  # [P, N] sum of the values, 0 for a row without a class
+    inverse: Tensor  # [P, N] 1 / total, 0 for a row without a class
+    log_prob: Tensor | None = None  # [P, N, J] at the index that was given
+    sums: Tensor | None = None  # [P * N, G] sums over blocks, if asked for
+
+    @property
+    def shifted(self) -> bool:
+        """False only if no logit needed a shift; then no row is without a class either."""
+        return isinstance(self.shift, Tensor)
+
+
+def exponentials(
+    source: Source,
+    chunk: Chunk,
+    mask_id: int | None,
+    index: Tensor | None = None,
+    *,
+    blocks: bool = False,
+    shift: bool = False,
+) -> Exponentials:
+    """Load a chunk as exponentials; index (P, N, J) names classes whose log-probability is wanted.
+
+    Logits of a usual size need no shift. Whether they did shows in the result, which costs less
+    than a pass for their maximum. `shift=True` shifts them in any case.
     """
+
+    def total_of(values: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not blocks:
+            return values.sum(-1), None
+        sums = block_sums(values.flatten(0, 1))
+        return sums.sum(-1).view(values.shape[:2]), sums
+
+    values = None if shift else source.load_exponentials(chunk, mask_id)
+    if values is not None:
+        total, sums = total_of(values)
+        if _within(total, *UNSHIFTED):
+            inverse, log_prob = total.reciprocal(), None
+            picked = None if index is None else values.gather(-1, index)
+            if picked is not None and _within(picked, smallest(picked.dtype)):
+                # Not log(value) - log(total), which rounds as large logits do.
+                log_prob = picked.mul_(inverse.unsqueeze(-1)).log_()
+            if index is None or log_prob is not None:
+                return Exponentials(values, 0.0, total, inverse, log_prob, sums)
+    shifted, peak = source.load_shifted(chunk, mask_id)
+    picked = None if index is None else shifted.gather(-1, index)
     values = shifted.exp_()
-    total = values.sum(-1)
+    total, sums = total_of(values)
     inverse = torch.where(total > 0, 1.0 / total, 0.0)
-    return values, inverse, total.log()
+    if picked is not None:
+        picked.sub_(finite_or_zero(total.log()).unsqueeze(-1))
+    return Exponentials(values, peak, total, inverse, picked, sums)
+
+
+def _within(values: Tensor, low: float, high: float = math.inf) -> bool:
+    """Whether all values lie between the bounds; False for NaN."""
+    if not values.numel():
+        return True
+    least, most = values.aminmax()
+    return low < float(least) and float(most) < high
 
 
 def masked_logsumexp(values: Tensor, dim: int) -> Tensor:
@@ -162,9 +226,9 @@ def joint_grad_log_weights(joint: Joint, b: Tensor, alpha: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Marginal:
-    """What the marginal terms need of one chunk, for the distributions q_T and q of `Wanted`."""
+    """What the marginal terms need of one chunk."""
 
-    log_marginal: Tensor  # [P, V] m, at least where q or q_T is positive
+    log_marginal: Tensor  # [P, V] m, finite wherever q_T, q_u and q are zero
     mass: Tensor  # [P, N] R_n
     divergence: Tensor | None  # [P, N] KL(q_T || p_n), where the component term is asked for
     ratio: Tensor | None  # [P, V] q / exp(m); None if it was computed from logs
@@ -176,36 +240,47 @@ def marginal_from_values(
     weights: Tensor,
     wanted: Tensor,
     teacher: Tensor,
-    reported: Tensor | None,
+    reported: list[Tensor],
     want_component: bool,
+    mask_id: int | None,
 ) -> Marginal | None:
     """The chunk from exponentials (P, N, V); None where they underflow and logs are needed.
 
     inverse (P, N) normalises the exponentials; weights (P, N) are those of the components;
-    reported (P, V) is positive where the marginal is asked for beside the support of `wanted`.
+    reported: distributions (P, V) on whose support the marginal is needed beside that of `wanted`.
     """
-    tiny = torch.finfo(values.dtype).tiny / torch.finfo(values.dtype).eps
+    tiny = smallest(values.dtype)
     scaled = weights * inverse
     mixture = mixture_of(values, scaled)  # e^m, [P, V]
-    needed = wanted if reported is None else wanted + reported
-    if bool(((mixture <= tiny) & (needed > 0)).any()):
-        return None
+    if mask_id is not None:  # nobody asks for it
+        mixture[:, mask_id].fill_(1.0)
+    # Most often nothing is small. What is may be a class that nobody allows or asks for.
+    if not float(mixture.amin()) > tiny:
+        low = mixture <= tiny
+        if any(bool((low & (asked > 0)).any()) for asked in (wanted, *reported)):
+            return None
+        mixture.clamp_min_(tiny)
     ratio = wanted / mixture
-    mass = torch.bmm(values, ratio.unsqueeze(-1)).squeeze(-1) * scaled
+    mass = torch.bmm(ratio.unsqueeze(1), values.transpose(1, 2)).squeeze(1) * scaled
     divergence = None
     if want_component:
         if bool(((values.amin(1) < tiny) & (teacher > 0)).any()):
             return None
-        cross = torch.xlogy(teacher.unsqueeze(1), values).sum(-1)  # the peak has value 1
+        cross = torch.xlogy(teacher.unsqueeze(1), values).sum(-1)
         divergence = negative_entropy(teacher).unsqueeze(-1) - cross
         divergence -= teacher.sum(-1, keepdim=True) * torch.where(inverse > 0, inverse.log(), 0.0)
-    return Marginal(mixture.log(), mass, divergence, ratio)
+    return Marginal(mixture.log_(), mass, divergence, ratio)
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """A number from which on nothing is lost to denormal numbers."""
+    info = torch.finfo(dtype)
+    return info.tiny / info.eps
 
 
 def mixture_of(values: Tensor, weights: Tensor) -> Tensor:
-    """sum_n weights_n values_nv, (P, N, V) -> (P, V), at least a number far above underflow."""
-    info = torch.finfo(values.dtype)
-    return torch.bmm(weights.unsqueeze(1), values).squeeze(1).clamp_min_(info.tiny / info.eps)
+    """sum_n weights_n values_nv, (P, N, V) -> (P, V)."""
+    return torch.bmm(weights.unsqueeze(1), values).squeeze(1)
 
 
 def marginal_from_logs(
@@ -236,5 +311,11 @@ def negative_entropy(prob: Tensor) -> Tensor:
 
 def kl_divergence(target: Tensor, log_prob: Tensor) -> Tensor:
     """sum_v q (log q - log p), (..., V) -> (...), with 0 log 0 = 0; +inf where q > 0 = p."""
-    cross = torch.where(target > 0, target * log_prob, 0.0).sum(-1)
-    return negative_entropy(target) - cross
+    difference = target.clamp_min(torch.finfo(target.dtype).tiny).log_() - log_prob
+    return torch.where(target > 0, target * difference, 0.0).sum(-1)
+
+
+def kl_divergence_finite(target: Tensor, log_prob: Tensor) -> Tensor:
+    """The same for log-probabilities that are finite where the target is 0."""
+    difference = target.clamp_min(torch.finfo(target.dtype).tiny).log_().sub_(log_prob)
+    return torch.linalg.vecdot(target, difference)
