@@ -11,7 +11,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .._checks import check_floating, check_same_device, check_shape, check_values
+from .._checks import (
+    check_floating,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    check_values,
+)
 from ..heads import HeadLike
 
 
@@ -27,6 +33,15 @@ class Process(Protocol):
         """The mask token that the loss leaves out of every softmax; None if every class counts.
 
         If it is not None, the loss is given x_t and x_u and counts masked positions only.
+        """
+
+    @property
+    def component_time(self) -> float | None:
+        """Time in (0, 1] of the component term's own pass; None if it has none.
+
+        None: examples with t < low_t get the component term instead of the consistency terms. A
+        number: every step compares student and teacher at x ~ q(. | x_0) at that time, N
+        draws per example with one λ each, and `low_t` is not used.
         """
 
     def sample_times(
@@ -63,9 +78,13 @@ class Process(Protocol):
         teacher_head: HeadLike,
         draws: int,
         *,
+        valid: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """K draws of x_u | x_t, (B, K, D), all from one teacher pass (B, D, V) or (B, M, D, V)."""
+        """K draws of x_u | x_t, (B, K, D), all from one teacher pass (B, D, V) or (B, M, D, V).
+
+        Positions outside `valid` (B, D) keep their token, whatever it is.
+        """
 
 
 def check_times(t: Any, name: str, batch: int, like: Tensor) -> None:
@@ -74,3 +93,12 @@ def check_times(t: Any, name: str, batch: int, like: Tensor) -> None:
     check_shape(t, name, "B,", (batch,))
     check_same_device(t, name, like, "the tokens")
     check_values((t > 0) & (t <= 1), f"{name} must hold times in (0, 1]", t)
+
+
+def check_valid(valid: Any, tokens: Tensor, name: str) -> None:
+    """A bool for each of the tokens (B, D), on their device."""
+    check_tensor(valid, "valid")
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid must have dtype torch.bool, got {valid.dtype}")
+    check_shape(valid, "valid", "B, D", tokens.shape)
+    check_same_device(valid, "valid", tokens, name)

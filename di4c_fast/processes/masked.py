@@ -28,7 +28,7 @@ from .._draws import uniform
 from ..heads import HeadLike, as_head
 from ..rng import draw_seed
 from ..sample import sample
-from .base import check_times
+from .base import check_times, check_valid
 
 __all__ = ["MaskedProcess"]
 
@@ -73,6 +73,11 @@ class MaskedProcess:
     def loss_mask_id(self) -> int:
         """`mask_id`: the loss counts masked positions only and never predicts the mask."""
         return self.mask_id
+
+    @property
+    def component_time(self) -> None:
+        """None: the component term is for examples with t < low_t."""
+        return None
 
     def sample_times(
         self,
@@ -151,11 +156,7 @@ class MaskedProcess:
         check_times(t, "t", x0.shape[0], x0)
         clean = x0 != self.mask_id
         if valid is not None:
-            check_tensor(valid, "valid")
-            if valid.dtype != torch.bool:
-                raise TypeError(f"valid must have dtype torch.bool, got {valid.dtype}")
-            check_shape(valid, "valid", "B, D", x0.shape)
-            check_same_device(valid, "valid", x0, "x0")
+            check_valid(valid, x0, "x0")
             clean = clean | ~valid
         check_values(clean, f"x0 must not hold mask_id = {self.mask_id}")
         masked = uniform(x0.shape, generator=generator, device=x0.device) < t.unsqueeze(-1)
@@ -184,6 +185,7 @@ class MaskedProcess:
         teacher_head: HeadLike,
         draws: int,
         *,
+        valid: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """K ancestral draws of x_u | x_t from one teacher pass.
@@ -198,6 +200,7 @@ class MaskedProcess:
             t, u: (B,) times, 0 <= u < t <= 1.
             teacher_head: (B, D, V) or (B, M, D, V) logits or a head, the denoiser at (x_t, t).
             draws: K >= 1.
+            valid: (B, D) bool; positions where it is False keep their token, masks too.
             generator: source of randomness.
 
         Returns:
@@ -231,7 +234,11 @@ class MaskedProcess:
 
         chance = ((t - u) / t).view(batch, 1, 1)
         unmask = uniform((batch, draws, positions), generator=generator, device=xt.device) < chance
-        unmask = unmask & (xt == self.mask_id).unsqueeze(1)
+        waiting = xt == self.mask_id
+        if valid is not None:
+            check_valid(valid, xt, "xt")
+            waiting = waiting & valid
+        unmask = unmask & waiting.unsqueeze(1)
         xu = xt.unsqueeze(1).repeat(1, draws, 1)
         where = unmask.flatten().nonzero().squeeze(-1)
         d = where % positions

@@ -1,0 +1,1 @@
+"""Drop-ins for other repositories, one module each."""

@@ -1,0 +1,277 @@
+"""Drop-ins for tauLDR and for its fork by the authors of Di4C (discretised Gaussian pixels).
+
+    import lib.sampling.sampling as sampling
+    import lib.losses.losses as losses
+    from di4c_fast.integrations.tauldr import accelerate_tauldr
+
+    with accelerate_tauldr(sampling, losses):      # or handle = ...; handle.remove()
+        samples, x_hist, x0_hist = sampler.sample(model, 50, 10)
+
+replaces `TauLeaping.sample` and `PCTauLeaping.sample` of the first module, and the draws of
+`DistilChain.calc_pst` of the second, on which the fork's sampling script and its training rest.
+Without replacing anything, and with everything that `sample_gaussian` offers:
+
+    tokens = sample_gaussian(
+        as_model(student), (50, 3 * 32 * 32), process=process_of(student), steps=10,
+        latent_dim=student.lam_raw_dim, teacher=as_model(teacher), teacher_steps=2,
+        device=student.device,
+    )
+
+Nothing of the repositories is imported. What is the same: arguments, shapes and kinds of what
+comes back, the times, the law of a step. What differs:
+
+* `sample` takes steps from the exact posterior instead of tau-leaps, at the times
+  linspace(1, min_t, num_steps), and no corrector steps: `num_steps` model calls, as in the
+  fork's script. A student of the fork gets a fresh λ per step and sample;
+* transition matrices are float64 and cached; nothing is added to probabilities, where the fork
+  adds 1e-9 to each; an x_0 that cannot have led to x_t leaves x_s to q(x_t | x_s);
+* randomness comes from one seed drawn from torch's default generator;
+* with an odd number of classes "gaussian" starts from the exact stationary law, whose middle is
+  half a class from the repositories'.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_int64, check_shape, check_values, describe
+from ..heads import HeadLike, LogisticHead, as_head
+from ..processes.gaussian import GaussianProcess
+from ..rng import draw_seed
+from ..sample import sample
+from ..samplers.gaussian import sample_gaussian
+from ..transitions import draw_by_weights, fine_uniform
+
+__all__ = ["Handle", "accelerate_tauldr", "as_model", "process_of"]
+
+_NUMBERS = ("S", "rate_sigma", "Q_sigma", "time_base", "time_exponential")
+_SAMPLERS = ("TauLeaping", "PCTauLeaping")
+_LOSS = "DistilChain"
+_LAWS = {"gaussian": "target", "uniform": "uniform"}
+_FLOOR = 1e-30
+
+
+class Handle:
+    """Undoes replacements: call `remove()`, or use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, bool, Any]] = []
+
+    def replace(self, owner: Any, name: str, replacement: Any) -> None:
+        # What is inherited comes back by deleting what hides it.
+        own = vars(owner)
+        self._undo.append((owner, name, name in own, own.get(name)))
+        setattr(owner, name, replacement)
+
+    def remove(self) -> None:
+        """Put back what was there before. Calling it again does nothing."""
+        while self._undo:
+            owner, name, had, old = self._undo.pop()
+            if had:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def accelerate_tauldr(*modules: ModuleType) -> Handle:
+    """Replace the reverse sampling of tauLDR, or of the fork, by `di4c_fast.samplers`.
+
+    Args:
+        modules: `lib.sampling.sampling`, `lib.losses.losses` (of the fork), or both, in any
+            order; whatever has the classes `TauLeaping`, `PCTauLeaping` or `DistilChain`.
+
+    Returns:
+        `Handle`.
+
+    Raises:
+        TypeError: no module, or one without any of these classes; nothing is then replaced.
+        ValueError, TypeError (when sampling): the model has no Gaussian rate, an unknown
+            `initial_dist`, and what `sample_gaussian` raises.
+    """
+    if not modules:
+        raise TypeError("accelerate_tauldr needs lib.sampling.sampling or lib.losses.losses")
+    found: list[tuple[Any, str, Callable[..., Any]]] = []
+    for module in modules:
+        classes = [(name, getattr(module, name, None)) for name in (*_SAMPLERS, _LOSS)]
+        here = [(name, value) for name, value in classes if isinstance(value, type)]
+        if not here:
+            raise TypeError(
+                f"modules must have one of the classes {', '.join((*_SAMPLERS, _LOSS))}, "
+                f"got {describe(module)}"
+            )
+        for name, owner in here:
+            if name == _LOSS:
+                found.append((owner, "calc_pst", _posterior_of(vars(owner)["calc_pst"])))
+            else:
+                found.append((owner, "sample", _sample))
+    handle = Handle()
+    for replaced in found:
+        handle.replace(*replaced)
+    return handle
+
+
+def process_of(network: Any, *, t_min: float = 0.01) -> GaussianProcess:
+    """The process of a model with `GaussianTargetRate`.
+
+    Raises:
+        TypeError: the model has another rate.
+    """
+    missing = [name for name in _NUMBERS if not hasattr(network, name)]
+    if missing:
+        raise TypeError(
+            f"network must have a Gaussian rate, with the attributes {', '.join(_NUMBERS)}, got "
+            f"{type(network).__name__} without {', '.join(missing)}"
+        )
+    return GaussianProcess(
+        int(network.S),
+        rate_sigma=float(network.rate_sigma),
+        target_sigma=float(network.Q_sigma),
+        time_base=float(network.time_base),
+        time_exponential=float(network.time_exponential),
+        t_min=t_min,
+    )
+
+
+def as_model(network: Any) -> Callable[..., HeadLike]:
+    """A model of this package: (tokens, t[, latent]) to a head.
+
+    An image model, with `net` giving location and scale of a truncated logistic per pixel,
+    becomes a `LogisticHead`, so that its 256 bins need not exist; others give their logits.
+
+    The mode of the network stays as it is: call `network.eval()` first, which also puts its
+    averaged weights in place.
+    """
+    if not callable(network):
+        raise TypeError(f"network must be callable, got {describe(network)}")
+    if not all(hasattr(network, name) for name in ("net", "data_shape", "fix_logistic", "S")):
+        return lambda tokens, t, *latent: network(tokens, t, *latent)
+
+    def model(tokens: Tensor, t: Tensor, *latent: Tensor) -> LogisticHead:
+        channels = network.data_shape[0]
+        images = tokens.view(-1, *network.data_shape)
+        output = network.net(images, t, *latent)
+        return LogisticHead(
+            output[:, :channels].flatten(1),
+            output[:, channels:].flatten(1),
+            int(network.S),
+            eps=1e-6,
+            clamp="min" if network.fix_logistic else "left",
+        )
+
+    return model
+
+
+def _latent_dim(network: Any) -> int:
+    """L of a student of the fork, 0 of every other model."""
+    inner = getattr(network, "net", None)
+    inner = getattr(inner, "module", inner)
+    if not getattr(inner, "do_lam_embed", False):
+        return 0
+    return int(getattr(network, "lam_raw_dim", None) or 1)
+
+
+@torch.no_grad()
+def _sample(self: Any, model: Any, N: int, num_intermediates: int) -> tuple[Any, Any, Any]:
+    """`sample` of the sampler classes: x_0, x_t and the denoiser's argmax at some steps."""
+    config = self.cfg.sampler
+    check_choice(config.initial_dist, "cfg.sampler.initial_dist", tuple(_LAWS))
+    process = process_of(model, t_min=float(config.min_t))
+    device = torch.device(model.device)
+    steps, kept = int(config.num_steps), int(num_intermediates)
+    saved = set(torch.linspace(0, steps - 1, kept, dtype=torch.float64).long().tolist())
+    states: list[Tensor] = []
+    guesses: list[Tensor] = []
+    inner, calls = as_model(model), iter(range(steps))
+
+    def recording(tokens: Tensor, t: Tensor, *latent: Tensor) -> HeadLike:
+        head = inner(tokens, t, *latent)
+        if next(calls) in saved:
+            states.append(tokens)
+            guesses.append(sample(head, temperature=0.0, want=()).token)
+        return head
+
+    tokens = sample_gaussian(
+        recording,
+        (N, math.prod(self.cfg.data.shape)),
+        process=process,
+        steps=steps,
+        latent_dim=_latent_dim(model),
+        initial=_LAWS[config.initial_dist],  # type: ignore[arg-type]
+        device=device,
+    )
+    return tokens.cpu().numpy(), _stacked(states), _stacked(guesses)
+
+
+def _stacked(rows: list[Tensor]) -> Any:
+    return torch.stack(rows).cpu().numpy() if rows else torch.empty(0, dtype=torch.int64).numpy()
+
+
+def _posterior_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`calc_pst` with its draws replaced; whatever it computes besides stays as it was."""
+
+    @functools.wraps(original)
+    def calc_pst(
+        self: Any,
+        model: Any,
+        x_t: Tensor,
+        p0t: Tensor,
+        ts: Tensor,
+        ss: Tensor,
+        sample: bool = False,
+        x_0: Tensor | None = None,
+        log_prob: bool = False,
+        sample_zero: bool = False,
+    ) -> Any:
+        if not sample:
+            return original(self, model, x_t, p0t, ts, ss, False, x_0, log_prob, sample_zero)
+        return _draw_posterior(process_of(model), x_t, p0t, ts, ss, x_0, sample_zero)
+
+    return calc_pst
+
+
+@torch.no_grad()
+def _draw_posterior(
+    process: GaussianProcess,
+    x_t: Tensor,
+    p0t: Tensor,
+    ts: Tensor,
+    ss: Tensor,
+    x_0: Tensor | None,
+    sample_zero: bool,
+) -> Any:
+    """x_s (B, D) and its probabilities (B·D, V), given x_0 or x_0 drawn from p0t (B, D, V)."""
+    head = as_head(p0t, "p0t")
+    batch, positions, classes = head.shape
+    if classes != process.num_classes:
+        raise ValueError(f"p0t must have V = {process.num_classes} classes, got {classes}")
+    x_t = x_t.long()
+    check_shape(x_t, "x_t", "B, D", (batch, positions))
+    if x_0 is None:
+        x_0 = sample(p0t.log(), want=()).token
+    if sample_zero:
+        return x_0
+    x_0 = x_0.long().view(batch, positions)
+    check_int64(x_0, "x_0")
+    check_values((ss >= 0) & (ss <= ts), "ss must hold times with 0 <= ss <= ts", ss)
+    transitions = process.transitions
+    example = torch.arange(batch, device=x_t.device).unsqueeze(-1) * classes
+    to_s = transitions.batched(0.0, ss).float().flatten(0, 1)
+    from_s = transitions.batched(ss, ts, columns=True).float().flatten(0, 1)
+    weights = (to_s[example + x_0] + _FLOOR).mul_(from_s[example + x_t]).flatten(0, 1)
+    keys = torch.arange(batch * positions, device=x_t.device)
+    uniforms = fine_uniform(draw_seed(None, x_t.device), 0, keys, 1)
+    x_s = draw_by_weights(weights, uniforms).view(batch, positions)
+    return x_s, weights / weights.sum(-1, keepdim=True)

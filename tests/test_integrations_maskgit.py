@@ -1,0 +1,322 @@
+"""The MaskGIT drop-ins, on stand-ins with the signatures and attributes of the repositories."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from di4c_fast._reveal import reveal_counts
+from di4c_fast.integrations.maskgit import (
+    ConfidenceSampler,
+    accelerate_di4c,
+    accelerate_valeoai,
+)
+
+SIDE, CODES, CLASSES = 4, 8, 3
+POSITIONS = SIDE * SIDE
+
+
+class Network(nn.Module):
+    """forward(codes (B, h, w), label, drop_label[, z]) to (B, h·w, codes + 1), by label alone."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.nclass = CLASSES
+        torch.manual_seed(seed)
+        self.table = nn.Parameter(2 * torch.randn(CLASSES + 1, CODES + 1))
+        self.calls: list[SimpleNamespace] = []
+
+    def answer(self, img_token: Tensor, y: Tensor, drop_label: Tensor, z: Tensor | None):
+        assert img_token.shape[1:] == (SIDE, SIDE)
+        self.calls.append(
+            SimpleNamespace(rows=len(y), y=y, drop=drop_label, z=z, training=self.training)
+        )
+        label = torch.where(drop_label, self.nclass, y)
+        return self.table[label].unsqueeze(1).expand(-1, POSITIONS, -1)
+
+
+class FirstNetwork(Network):
+    def forward(self, img_token, y=None, drop_label=None, return_attn=False):
+        return self.answer(img_token, y, drop_label, None)
+
+
+class ForkNetwork(Network):
+    def forward(self, img_token, y=None, drop_label=None, return_attn=False, z=None):
+        return self.answer(img_token, y, drop_label, z)
+
+
+class TodaysNetwork(Network):
+    def forward(self, x, y, drop_label, mask=None):
+        return self.answer(x, y, drop_label, None)
+
+
+class Decoder:
+    def decode_code(self, code: Tensor) -> Tensor:
+        assert int(code.min()) >= 0
+        assert int(code.max()) < CODES
+        return code.float().unsqueeze(1)
+
+
+class ViTTrainer:
+    """The names of the first version and of the fork."""
+
+    def __init__(self, network: Network, **args):
+        self.vit, self.ae = network, Decoder()
+        self.codebook_size, self.patch_size, self.latent_dim = CODES, SIDE, 1
+        self.args = SimpleNamespace(device="cpu", mask_value=CODES, **args)
+
+    def sample(
+        self,
+        init_code=None,
+        nb_sample=50,
+        labels=None,
+        sm_temp=1,
+        w=3,
+        randomize="linear",
+        r_temp=4.5,
+        sched_mode="arccos",
+        step=12,
+        teacher=None,
+    ):
+        return "original"
+
+
+class OriginalSampler:
+    def __init__(
+        self, sm_temp=1, w=3, randomize="linear", r_temp=4.5, sched_mode="arccos", step=12
+    ):
+        self.sm_temp, self.w, self.randomize = sm_temp, w, randomize
+        self.r_temp, self.sched_mode, self.step = r_temp, sched_mode, step
+
+    def __call__(self, trainer, init_code=None, nb_sample=50, labels=None, verbose=True):
+        return "original"
+
+
+class TodaysTrainer:
+    """The names of today's version."""
+
+    def __init__(self, sampler, use_ema: bool = False):
+        self.vit, self.ae, self.sampler = TodaysNetwork(), Decoder(), sampler
+        self.ema = TodaysNetwork(1)
+        self.input_size = SIDE
+        self.args = SimpleNamespace(
+            device="cpu", mask_value=CODES, codebook_size=CODES, use_ema=use_ema
+        )
+
+
+LABELS = torch.tensor([0, 1, 2])
+
+
+def test_the_fork_samples_through_the_package_and_gets_its_method_back():
+    trainer = ViTTrainer(ForkNetwork(), is_student=True)
+    with accelerate_di4c(trainer):
+        images, codes, masks = trainer.sample(nb_sample=3, labels=LABELS, step=4, w=6)
+    assert trainer.sample() == "original"
+    assert "sample" not in vars(trainer)
+    assert images.shape == (3, 1, SIDE, SIDE)
+    assert len(codes) == len(masks) == 4
+    left = torch.stack([mask.sum((-1, -2)) for mask in masks])
+    revealed = -torch.diff(left, dim=0, prepend=torch.full((1, 3), POSITIONS)).T
+    assert revealed.tolist() == [reveal_counts(4, POSITIONS)] * 3
+    assert torch.equal(images[:, 0].long(), codes[-1])
+    assert int(codes[-1].max()) < CODES
+
+
+def test_the_fork_draws_a_latent_per_step_shared_by_both_halves():
+    network = ForkNetwork()
+    with accelerate_di4c(ViTTrainer(network, is_student=True)) as handle:
+        handle._owner.sample(nb_sample=3, labels=LABELS, step=3)
+    assert [call.rows for call in network.calls] == [3, 6, 6]  # the first weight is 0
+    for call in network.calls:
+        assert call.z.shape == (call.rows, 1)
+        assert torch.equal(call.z[:3], call.z[-3:])
+        assert not bool(call.drop[:3].any())
+        assert not call.training
+        assert torch.equal(call.y[:3], LABELS)
+    assert all(bool(call.drop[3:].all()) for call in network.calls)
+    assert not torch.equal(network.calls[0].z, network.calls[1].z[:3])
+    assert network.training
+
+
+def test_a_teacher_that_is_no_student_is_called_without_a_latent():
+    network = ForkNetwork()
+    trainer = ViTTrainer(network, is_student=False)
+    with accelerate_di4c(trainer):
+        trainer.sample(nb_sample=3, labels=LABELS, step=2, w=0)
+    assert [call.z for call in network.calls] == [None, None]
+
+
+def test_the_teacher_of_the_fork_gives_the_unconditional_logits():
+    student, teacher = ForkNetwork(0), ForkNetwork(1)
+    trainer = ViTTrainer(student, is_student=True)
+    with accelerate_di4c(trainer):
+        trainer.sample(nb_sample=3, labels=LABELS, step=3, teacher=SimpleNamespace(vit=teacher))
+    assert [call.rows for call in student.calls] == [3, 3, 3]
+    assert not any(bool(call.drop.any()) for call in student.calls)
+    assert [call.rows for call in teacher.calls] == [3, 3]
+    assert all(bool(call.drop.all()) and call.z is None for call in teacher.calls)
+    assert not any(call.training for call in teacher.calls)
+    assert teacher.training
+
+
+def test_one_step_of_the_fork_works():
+    trainer = ViTTrainer(ForkNetwork(), is_student=True)
+    with accelerate_di4c(trainer):
+        _, codes, masks = trainer.sample(nb_sample=2, labels=LABELS[:2], step=1)
+    assert len(codes) == 1
+    assert float(masks[0].sum()) == 0
+
+
+def test_the_softmax_temperature_multiplies_the_logits():
+    network = ForkNetwork()
+    trainer = ViTTrainer(network)
+    with accelerate_di4c(trainer):
+        _, codes, _ = trainer.sample(nb_sample=3, labels=LABELS, sm_temp=1e4, w=0, step=2)
+    best = network.table[:CLASSES, :CODES].argmax(-1)
+    assert bool((codes[-1] == best.view(3, 1, 1)).all())
+
+
+def test_own_counts_and_given_codes_are_respected():
+    trainer = ViTTrainer(ForkNetwork())
+    init = torch.full((3, SIDE, SIDE), CODES)
+    init[:, 0] = 5
+    with accelerate_di4c(trainer):
+        _, codes, masks = trainer.sample(
+            init, nb_sample=3, labels=LABELS, sched_mode=[4, 4, 8], w=0
+        )
+    assert [float(mask[0].sum()) for mask in masks] == [8, 4, 0]
+    assert all(bool((code[:, 0] == 5).all()) for code in codes)
+    assert int((init == CODES).sum()) == 3 * (POSITIONS - SIDE)
+
+
+def test_the_mask_is_drawn_and_clamped_on_request_only():
+    network = ForkNetwork()
+    with torch.no_grad():
+        network.table[:, CODES] = 30.0
+    trainer = ViTTrainer(network)
+    with accelerate_di4c(trainer, exclude_mask=False):
+        images, codes, _ = trainer.sample(nb_sample=3, labels=LABELS, step=2, w=0)
+    assert bool((codes[-1] == CODES).all())
+    assert bool((images == CODES - 1).all())
+    with accelerate_di4c(trainer):
+        _, codes, _ = trainer.sample(nb_sample=3, labels=LABELS, step=2, w=0)
+    assert int(codes[-1].max()) < CODES
+
+
+def test_labels_are_drawn_where_there_are_none():
+    network = ForkNetwork()
+    trainer = ViTTrainer(network)
+    with accelerate_di4c(trainer):
+        images, _, _ = trainer.sample(nb_sample=7, step=2)
+    assert images.shape[0] == 7
+    assert network.calls[0].y.shape == (7,)
+    assert int(network.calls[0].y.max()) < CLASSES
+
+
+def test_the_seed_of_torch_decides():
+    trainer = ViTTrainer(ForkNetwork())
+    with accelerate_di4c(trainer):
+        results = []
+        for seed in (3, 3, 4):
+            torch.manual_seed(seed)
+            results.append(trainer.sample(nb_sample=3, labels=LABELS, step=3)[1][-1])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_the_first_version_follows_its_own_counts():
+    trainer = ViTTrainer(FirstNetwork())
+    handle = accelerate_valeoai(trainer)
+    _, _, masks = trainer.sample(nb_sample=3, labels=LABELS, step=4)
+    handle.remove()
+    handle.remove()
+    assert trainer.sample() == "original"
+    left = [POSITIONS, *(int(mask[0].sum()) for mask in masks)]
+    counts = reveal_counts(4, POSITIONS, "arccos", "valeoai_v1")
+    assert [a - b for a, b in itertools.pairwise(left)] == counts
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_the_sampler_of_today_is_replaced_with_its_settings(use_ema):
+    original = OriginalSampler(w=2.0, step=5, r_temp=1.5, sched_mode="cosine")
+    trainer = TodaysTrainer(original, use_ema)
+    with accelerate_valeoai(trainer):
+        assert "Steps: 5" in str(trainer.sampler)
+        assert trainer.sampler.r_temp == 1.5
+        images, codes, masks = trainer.sampler(trainer=trainer, nb_sample=3, labels=LABELS)
+    assert trainer.sampler is original
+    assert images.shape == (3, 1, SIDE, SIDE)
+    assert float(images.max()) <= 1.0
+    left = [POSITIONS, *(int(mask[0].sum()) for mask in masks)]
+    counts = reveal_counts(5, POSITIONS, "cosine", "valeoai")
+    assert [a - b for a, b in itertools.pairwise(left)] == counts
+    # Filled positions are drawn anew at every step.
+    assert any(
+        bool((before != after)[before != CODES].any())
+        for before, after in itertools.pairwise(codes)
+    )
+    used, unused = (trainer.ema, trainer.vit) if use_ema else (trainer.vit, trainer.ema)
+    assert len(used.calls) == 5
+    assert unused.calls == []
+
+
+def test_a_sampler_of_ones_own_is_called_as_the_original():
+    trainer = TodaysTrainer(None)
+    trainer.sampler = ConfidenceSampler(w=0, step=3)
+    images, codes, _ = trainer.sampler(trainer, None, 3, LABELS, False)
+    assert images.shape[0] == 3
+    assert int(codes[-1].max()) < CODES
+
+
+def test_an_attribute_of_the_instance_comes_back():
+    trainer = ViTTrainer(ForkNetwork())
+    trainer.sample = mine = lambda: "mine"
+    with accelerate_di4c(trainer):
+        assert trainer.sample is not mine
+    assert trainer.sample is mine
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("accelerate", [accelerate_di4c, accelerate_valeoai])
+def test_what_is_no_trainer_is_named(accelerate):
+    with pytest.raises(TypeError, match="trainer must have the attributes vit, ae"):
+        accelerate(SimpleNamespace(vit=1))
+    with pytest.raises(TypeError, match="exclude_mask must be True or False"):
+        accelerate(ViTTrainer(ForkNetwork()), exclude_mask=1)
+
+
+def test_another_sampler_than_the_confidence_sampler_is_named():
+    trainer = TodaysTrainer(SimpleNamespace(w=4, step=32))
+    with pytest.raises(TypeError, match=r"must be a ConfidenceSampler.* without sm_temp, random"):
+        accelerate_valeoai(trainer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sm_temp": 0}, ValueError, "sm_temp must be positive, got 0"),
+        ({"labels": LABELS[:2]}, ValueError, r"labels must have shape \(nb_sample,\) = \(3,\)"),
+        ({"labels": [0, 1, 2]}, TypeError, "labels must be a Tensor"),
+        ({"init_code": LABELS}, ValueError, r"init_code must have shape \(nb_sample, 4, 4\)"),
+        ({"init_code": 3}, TypeError, "init_code must be a Tensor"),
+        ({"sched_mode": "cubic"}, ValueError, "schedule must be one of"),
+        ({"r_temp": -1}, ValueError, "gumbel_temperature must be finite and at least 0"),
+    ],
+)
+def test_wrong_arguments_of_a_sample_are_named(changes, error, message):
+    trainer = ViTTrainer(ForkNetwork())
+    with accelerate_di4c(trainer), pytest.raises(error, match=message):
+        trainer.sample(**{"nb_sample": 3, "labels": LABELS, **changes})
+
+
+def test_random_tokens_in_place_of_masks_are_refused():
+    trainer = ViTTrainer(ForkNetwork())
+    trainer.args.mask_value = -1
+    with accelerate_di4c(trainer), pytest.raises(ValueError, match="mask_value must not be neg"):
+        trainer.sample(nb_sample=3, labels=LABELS)

@@ -1,0 +1,480 @@
+"""The MaskGIT process: times, corruption, confident teacher steps, and whole distillation steps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from di4c_fast._reveal import SCHEDULES, masked_share
+from di4c_fast.distill import DistillConfig, distill_step
+from di4c_fast.heads import LinearHead, TensorHead
+from di4c_fast.processes import MaskGITProcess, Process, maskgit
+from di4c_fast.testing import P_VALUE, assert_counts_match
+
+MASK = 4
+VOCAB = 5
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_maskgit_process_is_a_process_whose_loss_counts_everything():
+    process = MaskGITProcess(MASK)
+    assert isinstance(process, Process)
+    assert process.loss_mask_id is None
+    assert process.component_time is None
+
+
+# Times and corruption
+
+
+def test_times_are_uniform_in_r_with_the_share_of_the_component_term():
+    process = MaskGITProcess(MASK)
+    t = process.sample_times(20_000, low_t=0.05, low_t_probability=0.05, generator=rng())
+    assert t.dtype == torch.float32
+    assert float(t.min()) >= 1e-5
+    assert float(t.max()) <= 1.0
+    assert stats.kstest(1 - t.numpy(), "uniform").pvalue > P_VALUE
+    other = process.sample_times(20_000, low_t=0.05, low_t_probability=0.3, generator=rng(1))
+    assert stats.binomtest(int((other < 0.05).sum()), 20_000, 0.3).pvalue > P_VALUE
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_example_is_masked_at_the_share_of_its_own_ratio(schedule):
+    t = torch.tensor([0.05, 0.3, 0.9, 1.0])
+    x0 = torch.arange(4).repeat(4000).expand(4, -1)
+    xt = MaskGITProcess(MASK, schedule=schedule).corrupt(x0, t, generator=rng(5))
+    noised = xt == MASK
+    shares = masked_share(1 - t.double(), schedule).tolist()
+    assert shares[-1] == 1.0
+    for row, share in zip(noised, shares, strict=True):
+        assert stats.binomtest(int(row.sum()), row.numel(), share).pvalue > P_VALUE
+    assert torch.equal(xt[~noised], x0[~noised])
+
+
+def test_positions_outside_valid_are_never_masked():
+    x0 = torch.randint(0, 4, (3, 50), generator=rng())
+    x0[:, 45:] = MASK
+    valid = torch.arange(50).expand(3, -1) < 40
+    xt = MaskGITProcess(MASK).corrupt(x0, torch.ones(3), valid=valid, generator=rng())
+    assert bool((xt[:, :40] == MASK).all())
+    assert torch.equal(xt[:, 40:], x0[:, 40:])
+
+
+def test_a_step_adds_to_the_ratio_and_ends_at_one():
+    t = torch.tensor([1.0, 0.5, 0.05, 0.02])
+    u = MaskGITProcess(MASK).step_time(t, 0.05)
+    torch.testing.assert_close(u, torch.tensor([0.95, 0.45, 0.0, 0.0]))
+
+
+# The teacher's step
+
+
+def step(process, xt, t, u, head, draws, **arguments):
+    return process.teacher_step(xt, torch.tensor(t), torch.tensor(u), head, draws, **arguments)
+
+
+def test_an_even_grid_of_ratios_is_not_rounded_away():
+    xt = torch.full((1, 20), MASK)
+    for k in range(1, 20):
+        process = MaskGITProcess(MASK, schedule="linear")
+        xu = step(process, xt, [1.0], [k / 20], torch.zeros(1, 20, VOCAB), 1, generator=rng())
+        assert int((xu == MASK).sum()) == k
+
+
+def test_every_example_and_draw_reveals_exactly_its_count():
+    positions, draws = 37, 6
+    t = torch.tensor([1.0, 0.8, 0.5, 0.3, 0.06, 0.04, 0.9])
+    process = MaskGITProcess(MASK)
+    x0 = torch.randint(0, MASK, (7, positions), generator=rng())
+    xt = process.corrupt(x0, t, generator=rng(1))
+    xt[6] = x0[6]
+    xt[6, :2] = MASK  # fewer masks than the later ratio allows: nothing to do
+    u = process.step_time(t, 0.05)
+    logits = torch.randn(7, positions, VOCAB, generator=rng(2))
+    xu = process.teacher_step(xt, t, u, logits, draws, generator=rng(3))
+    assert xu.shape == (7, draws, positions)
+    masked = (xt == MASK).sum(-1)
+    for b in range(7):
+        keep = math.ceil(math.acos(1 - float(u[b])) * 2 / math.pi * positions)
+        expected = min(int(masked[b]), keep)
+        assert (xu[b] == MASK).sum(-1).tolist() == [expected] * draws
+    assert int((xu[4] == MASK).sum()) > 0
+    assert not bool((xu[5] == MASK).any())
+    known = (xt != MASK).unsqueeze(1).expand_as(xu)
+    assert torch.equal(xu[known], xt.unsqueeze(1).expand_as(xu)[known])
+
+
+def test_draws_have_the_exact_law_of_tokens_and_positions():
+    """Two of three masked positions: tokens by softmax, positions by a Plackett-Luce order."""
+    process = MaskGITProcess(MASK, schedule="linear", teacher_steps=None, gumbel_temperature=2.0)
+    xt = torch.tensor([[MASK, 1, MASK, MASK]])
+    logits = 1.5 * torch.randn(1, 4, VOCAB, generator=rng(4))
+    draws = 40_000
+    # ceil(4·0.25) = 1 remains masked; the factor at r = 0.25 is 2·0.75.
+    xu = step(process, xt, [0.75], [0.25], logits, draws, generator=rng(5))[0]
+    p = logits[0].double()
+    p[:, MASK] = -math.inf
+    p = p.softmax(-1)
+    masked, factor = [0, 2, 3], 1.5
+    law: dict[tuple[int, ...], float] = {}
+    for tokens in itertools.product(range(MASK), repeat=3):
+        drawn = {d: float(p[d, v]) for d, v in zip(masked, tokens, strict=True)}
+        weight = {d: drawn[d] ** (1 / factor) for d in masked}
+        for first, second in itertools.permutations(masked, 2):
+            share = weight[first] / sum(weight.values())
+            share *= weight[second] / (sum(weight.values()) - weight[first])
+            row = [MASK] * 3
+            for d in (first, second):
+                row[masked.index(d)] = tokens[masked.index(d)]
+            key = tuple(row)
+            law[key] = law.get(key, 0.0) + math.prod(drawn.values()) * share
+    codes = (xu[:, masked] * torch.tensor([25, 5, 1])).sum(-1)
+    counts = torch.bincount(codes, minlength=125)
+    expected = torch.zeros(125, dtype=torch.float64)
+    for (a, b, c), share in law.items():
+        expected[25 * a + 5 * b + c] = share
+    assert_counts_match(counts, expected)
+
+
+def test_past_the_last_teacher_step_confidence_alone_decides():
+    """The authors' factor would be negative at r = 0.95 and prefer unlikely tokens."""
+    process = MaskGITProcess(MASK, schedule="linear", temperature=0.0, gumbel_temperature=50.0)
+    xt = torch.full((1, 20), MASK)
+    logits = torch.zeros(1, 20, VOCAB)
+    logits[0, :, 0] = torch.linspace(1.0, 4.0, 20)
+    xu = step(process, xt, [0.1], [0.05], logits, 50, generator=rng())
+    expected = torch.tensor([MASK] + [0] * 19)
+    assert bool((xu == expected).all())
+    # Before that, at a factor of 50·(1 − 0.5·8/7), positions are nearly random.
+    xu = step(process, xt, [0.5], [0.45], logits, 400, generator=rng())
+    revealed = (xu[0] != MASK).sum(0)
+    assert int(revealed.min()) > 0.3 * 400
+
+
+def test_equal_confidences_reveal_the_lowest_positions():
+    process = MaskGITProcess(MASK, schedule="linear", temperature=0.0, gumbel_temperature=0.0)
+    xt = torch.tensor([[MASK, 0, MASK, MASK, MASK]])
+    xu = step(process, xt, [0.8], [0.4], torch.zeros(1, 5, VOCAB), 3, generator=rng())
+    assert xu[0].tolist() == [[0, 0, 0, MASK, MASK]] * 3
+
+
+def test_draws_follow_the_components_of_the_teacher_in_turn():
+    logits = torch.full((2, 2, 6, VOCAB), -30.0)
+    logits[:, 0, :, 1] = 30.0
+    logits[:, 1, :, 2] = 30.0
+    xu = step(
+        MaskGITProcess(MASK),
+        torch.full((2, 6), MASK),
+        [1.0, 0.05],
+        [0.5, 0.0],
+        logits,
+        5,
+        generator=rng(),
+    )
+    for k in range(5):
+        tokens = xu[:, k][xu[:, k] != MASK]
+        assert bool((tokens == 1 + k % 2).all())
+        assert tokens.numel() > 6
+
+
+class CountingHead(TensorHead):
+    """A head that remembers which rows were asked for."""
+
+    def __init__(self, logits: Tensor, taken: list[Tensor] | None = None):
+        super().__init__(logits)
+        self.taken = [] if taken is None else taken
+
+    def take(self, rows: Tensor) -> TensorHead:
+        self.taken.append(rows)
+        return super().take(rows)
+
+    def with_tensors(self, tensors):
+        return CountingHead(tensors[0], self.taken)
+
+
+def test_logits_are_computed_once_per_masked_position_for_all_draws(monkeypatch):
+    monkeypatch.setattr(maskgit, "_PIECE", 3 * VOCAB)
+    xt = torch.tensor([[MASK, 0, MASK, MASK], [1, 1, MASK, 0], [MASK, MASK, MASK, MASK]])
+    head = CountingHead(torch.randn(3, 4, VOCAB, generator=rng()))
+    # The second example keeps its one mask, so that it needs no token.
+    step(MaskGITProcess(MASK), xt, [1.0] * 3, [0.2, 0.9, 0.2], head, 7, generator=rng())
+    rows = torch.cat(head.taken).tolist()
+    assert rows == [0, 2, 3, 8, 9, 10, 11]
+    assert max(piece.numel() for piece in head.taken) == 3
+
+
+def test_pieces_and_kinds_of_heads_do_not_change_the_draws(monkeypatch):
+    hidden = torch.randn(3, 8, 6, generator=rng(1))
+    weight = torch.randn(VOCAB, 6, generator=rng(2))
+    bias = torch.randn(8, VOCAB, generator=rng(3))
+    xt = torch.full((3, 8), MASK)
+    xt[1, :4] = 0
+    results = []
+    for head in (LinearHead(hidden, weight, bias), hidden @ weight.T + bias):
+        for piece in (2**24, 4 * VOCAB):
+            monkeypatch.setattr(maskgit, "_PIECE", piece)
+            results.append(
+                step(MaskGITProcess(MASK), xt, [1.0] * 3, [0.4] * 3, head, 4, generator=rng(9))
+            )
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+def test_the_mask_is_drawn_on_request_only():
+    logits = torch.zeros(1, 50, VOCAB)
+    logits[..., MASK] = 10.0
+    xt = torch.full((1, 50), MASK)
+    for exclude in (True, False):
+        process = MaskGITProcess(MASK, exclude_mask=exclude)
+        xu = step(process, xt, [0.05], [0.0], logits, 4, generator=rng())
+        assert bool((xu == MASK).any()) is not exclude
+    narrow = torch.zeros(1, 50, MASK)
+    xu = step(
+        MaskGITProcess(MASK, exclude_mask=False), xt, [0.5], [0.0], narrow, 2, generator=rng()
+    )
+    assert int(xu.max()) < MASK
+
+
+def test_valid_counts_only_its_own_positions():
+    xt = torch.full((2, 20), MASK)
+    valid = torch.zeros(2, 20, dtype=torch.bool)
+    valid[0, :10] = True
+    valid[1] = True
+    process = MaskGITProcess(MASK, schedule="linear")
+    logits = torch.zeros(2, 20, VOCAB)
+    xu = step(process, xt, [1.0, 1.0], [0.5, 0.5], logits, 3, valid=valid, generator=rng())
+    assert bool((xu[0, :, 10:] == MASK).all())
+    assert (xu == MASK).sum(-1).tolist() == [[15] * 3, [10] * 3]
+
+
+def test_the_same_generator_gives_the_same_draws_and_no_graph():
+    logits = torch.randn(2, 9, VOCAB, generator=rng(), requires_grad=True)
+    xt = torch.full((2, 9), MASK)
+    a, b, c = (
+        step(MaskGITProcess(MASK), xt, [1.0] * 2, [0.5] * 2, logits, 3, generator=rng(s))
+        for s in (1, 1, 2)
+    )
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert not a.requires_grad
+
+
+# Distillation
+
+CONFIG = DistillConfig(
+    components=4,
+    teacher_step=0.05,
+    data_weight=0.1,
+    component_weight=20.0,
+    low_t=0.05,
+    low_t_probability=0.05,
+)
+
+
+class TinyModel(nn.Module):
+    """Embeddings, one mixing layer over all positions and a head; λ and a label where given."""
+
+    def __init__(self, positions: int, latent: bool, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        width = 24
+        self.token = nn.Embedding(VOCAB, width)
+        self.place = nn.Parameter(0.3 * torch.randn(positions, width))
+        self.label = nn.Embedding(3, width)
+        self.mix = nn.Linear(positions * width, positions * width)
+        self.latent = nn.Linear(4, width) if latent else None
+        self.head = nn.Linear(width, VOCAB)
+
+    def forward(self, tokens, t, latent=None, label=None):
+        h = self.token(tokens) + self.place
+        if label is not None:
+            h = h + self.label(label).unsqueeze(1)
+        if self.latent is not None:
+            angle = 2 * math.pi * latent
+            waves = [angle.sin(), angle.cos(), (2 * angle).sin(), (2 * angle).cos()]
+            h = h + self.latent(torch.cat(waves, -1)).unsqueeze(1)
+        h = h + torch.tanh(self.mix(h.flatten(1))).view_as(h)
+        return LinearHead(h, self.head.weight, self.head.bias)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_distillation_step_with_mixed_times_gives_each_example_its_terms(backend):
+    positions = 6
+    student, teacher = TinyModel(positions, True, 1), TinyModel(positions, False, 2)
+    x0 = torch.randint(0, MASK, (4, positions), generator=rng())
+    config = DistillConfig(
+        components=4, teacher_step=0.05, component_weight=20.0, low_t=0.05, backend=backend
+    )
+    out = distill_step(
+        student,
+        teacher,
+        x0,
+        process=MaskGITProcess(MASK),
+        config=config,
+        t=torch.tensor([0.9, 0.03, 0.5, 0.01]),
+        context={"label": torch.tensor([0, 1, 2, 0])},
+        generator=rng(7),
+    )
+    assert out.low.tolist() == [False, True, False, True]
+    terms = out.terms
+    assert terms is not None
+    assert bool((terms.component[[1, 3]] > 0).all())
+    assert terms.consistency_marginal[[1, 3]].tolist() == [0, 0]
+    assert bool((terms.consistency_marginal[[0, 2]] > 0).all())
+    # All positions count, also the many that are known at t = 0.01.
+    assert bool((terms.teacher_marginal > 0.1).all())
+    assert out.xu is not None
+    assert bool((out.xu[[0, 2]] != MASK).any())
+    out.loss.backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_loss_of_a_step_is_the_formula_of_the_paper():
+    """One low and one high example against the terms written out."""
+    positions, n = 3, 4
+    student, teacher = TinyModel(positions, True, 3), TinyModel(positions, False, 4)
+    x0 = torch.tensor([[0, 1, 2], [3, 2, 1]])
+    t = torch.tensor([0.6, 0.02])
+    out = distill_step(
+        student,
+        teacher,
+        x0,
+        process=MaskGITProcess(MASK),
+        config=CONFIG,
+        t=t,
+        latent=torch.rand(2, n, 1, generator=rng(1)),
+        generator=rng(2),
+    )
+    assert out.terms is not None
+    rows = out.xt.repeat_interleave(n, 0)
+    logp = student(rows, t, out.latent.flatten(0, 1)).logits().log_softmax(-1)
+    logp = logp.view(2, n, positions, VOCAB)
+    marginal = logp.logsumexp(1) - math.log(n)
+    target = teacher(out.xt, t).logits().softmax(-1)
+    kl = (target * (target.log() - marginal)).sum((-1, -2))
+    component = (target.unsqueeze(1) * (target.log().unsqueeze(1) - logp)).sum((-1, -2)).mean(1)
+    at = x0.unsqueeze(-1)
+    joint = logp.gather(-1, at.unsqueeze(1).expand(-1, n, -1, -1)).squeeze(-1).sum(-1)
+    correlation = marginal.gather(-1, at).squeeze(-1).sum(-1) - joint.logsumexp(-1) + math.log(n)
+    weight = 0.1 * torch.sigmoid(20 * (t - 0.5))
+    terms = out.terms
+    expected = weight * correlation + kl
+    expected = expected + torch.stack(
+        [
+            (terms.consistency_correlation + terms.consistency_marginal)[0],
+            20 * component[1],
+        ]
+    )
+    torch.testing.assert_close(terms.component[1], component[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms.teacher_marginal, kl, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.loss, expected.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_falls_when_a_student_overfits_one_batch():
+    positions = 4
+    student, teacher = TinyModel(positions, True, 5), TinyModel(positions, False, 6)
+    x0 = torch.randint(0, MASK, (16, positions), generator=rng(3))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, betas=(0.9, 0.96))
+    generator = rng(4)
+    losses = []
+    for _ in range(120):
+        optimizer.zero_grad()
+        out = distill_step(
+            student,
+            teacher,
+            x0,
+            process=MaskGITProcess(MASK),
+            config=CONFIG,
+            generator=generator,
+            return_terms=False,
+        )
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.loss.item())
+    first, last = sum(losses[:10]) / 10, sum(losses[-30:]) / 30
+    assert last < 0.25 * first, (first, last)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mask_id": -1}, ValueError, "mask_id must not be negative"),
+        ({"mask_id": 1.0}, TypeError, "mask_id must be an int"),
+        ({"schedule": "cubic"}, ValueError, "schedule must be one of 'arccos'"),
+        ({"gumbel_temperature": -1.0}, ValueError, "gumbel_temperature must be finite and at"),
+        ({"teacher_steps": 1}, ValueError, "teacher_steps must be at least 2, got 1"),
+        ({"teacher_steps": 8.0}, TypeError, "teacher_steps must be an int or None"),
+        ({"temperature": -1.0}, ValueError, "temperature must be finite and at least 0"),
+        ({"exclude_mask": 1}, TypeError, "exclude_mask must be True or False"),
+        ({"t_min": 0.0}, ValueError, r"t_min must be in \(0, 1\)"),
+    ],
+)
+def test_wrong_settings_are_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        MaskGITProcess(**{"mask_id": MASK, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x0": torch.zeros(2, 3)}, TypeError, "x0 must have dtype torch.int64"),
+        ({"x0": torch.zeros(3, dtype=torch.int64)}, ValueError, "x0 must have 2 dimensions"),
+        ({"x0": torch.full((2, 3), MASK)}, ValueError, "x0 must not hold mask_id = 4"),
+        ({"t": torch.ones(3)}, ValueError, "t must have shape"),
+        ({"t": torch.tensor([0.0, 1.0])}, ValueError, r"t must hold times in \(0, 1\]"),
+        ({"valid": torch.ones(2, 3)}, TypeError, "valid must have dtype torch.bool"),
+        ({"valid": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "valid must have shape"),
+        ({"generator": 1}, TypeError, "generator must be a torch.Generator"),
+    ],
+)
+def test_wrong_input_of_corrupt_is_named(changes, error, message):
+    arguments = {"x0": torch.zeros(2, 3, dtype=torch.int64), "t": torch.ones(2), **changes}
+    with pytest.raises(error, match=message):
+        MaskGITProcess(MASK).corrupt(**arguments)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_a_step_outside_the_unit_interval_is_named(value):
+    with pytest.raises(ValueError, match=r"step must be in \(0, 1\]"):
+        MaskGITProcess(MASK).step_time(torch.ones(2), value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"xt": torch.zeros(2, 3)}, TypeError, "xt must have dtype torch.int64"),
+        ({"t": torch.tensor([1.0, 2.0])}, ValueError, "t must hold times"),
+        ({"u": torch.ones(2)}, ValueError, "u must hold times with 0 <= u < t"),
+        ({"u": torch.zeros(3)}, ValueError, "u must have shape"),
+        ({"draws": 0}, ValueError, "draws must be at least 1"),
+        ({"draws": 2.0}, TypeError, "draws must be an int"),
+        ({"teacher_head": torch.zeros(2, 4, VOCAB)}, ValueError, "teacher_head must have shape"),
+        ({"teacher_head": torch.zeros(2, 3, 4)}, ValueError, r"mask_id must be in \[0, V\)"),
+        ({"valid": torch.ones(2, 3)}, TypeError, "valid must have dtype torch.bool"),
+        ({"generator": 1}, TypeError, "generator must be a torch.Generator"),
+    ],
+)
+def test_wrong_input_of_the_teacher_step_is_named(changes, error, message):
+    arguments = {
+        "xt": torch.full((2, 3), MASK),
+        "t": torch.ones(2),
+        "u": torch.full((2,), 0.5),
+        "teacher_head": torch.zeros(2, 3, VOCAB),
+        "draws": 2,
+        **changes,
+    }
+    with pytest.raises(error, match=message):
+        MaskGITProcess(MASK).teacher_step(**arguments)
