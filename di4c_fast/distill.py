@@ -1,8 +1,9 @@
 """One Di4C distillation step.
 
 A step draws t and x_t, runs the teacher once without a graph (that pass gives the targets and
-all draws of x_u), runs the student at x_u without a graph and in eval mode, then at x_t with a
-graph, and calls `di4c_fast.loss`.
+all draws of x_u), runs the student at x_t with a graph, then at x_u without one and in eval mode,
+and calls `di4c_fast.loss`. Processes with a time of their own for the component term
+(`Process.component_time`) add one teacher pass and one student pass at that time.
 
 Source: Di4C (arXiv 2410.08709), the losses and training recipes of its three systems.
 """
@@ -11,14 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import backends
 from ._checks import (
-    check_choice,
     check_floating,
     check_int64,
     check_number,
@@ -26,97 +25,34 @@ from ._checks import (
     check_same_device,
     check_shape,
     describe,
+    without_autocast,
 )
+from ._component import call_components, component_step
 from ._draws import check_generator
 from ._models import (
     Context,
-    call_model,
     check_callable,
     check_context,
     evaluation_mode,
-    repeat_context,
     select_context,
     split_examples,
-    unflatten_rows,
 )
+from .distill_config import SCHEDULES, DistillConfig, Schedule, data_weights
 from .ema import EMA
 from .heads import HeadLike
 from .latent import draw_latents
 from .loss import LossTerms, loss
 from .processes import Process
 
-__all__ = ["EMA", "DistillConfig", "DistillOutput", "data_weights", "distill_step"]
-
-Schedule = Literal["sigmoid", "linear", "constant"]
-SCHEDULES = ("sigmoid", "linear", "constant")
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillConfig:
-    """The recipe of a step; the defaults are those of the paper's masked language experiment.
-
-    Args:
-        components: N, latent draws of the student per example (the paper: 16; images 32).
-        draws: K, draws of x_u per example; None for N, as in the paper.
-        teacher_step: length of the teacher's step; the step from t is min(teacher_step, t/2)
-            for masked diffusion (the paper: 1/1024).
-        data_weight: weight of the data correlation before its schedule (the paper: 0.1).
-        data_schedule: factor of `data_weight` over time, see `data_weights`.
-        teacher_weight: weight of KL(q_T || marginal) (the paper: 1).
-        consistency_weight: weight of both consistency terms where t >= low_t (the paper: 1).
-        component_weight: weight of the component term where t < low_t (the paper: 1; images
-            1/0.05).
-        low_t: below it the student's components are matched to the teacher directly and
-            there are no consistency terms (the paper: 0.02; images 0.05).
-        low_t_probability: share of training times below `low_t` (the paper: 0.3).
-        control_variate: as in `di4c_fast.loss`.
-        latent_dim: L, size of the student's λ (and of a Di4C teacher's).
-        teacher_components: M. 1: the teacher is called as teacher(tokens, t). M > 1: a Di4C
-            teacher ("di4c²"), called with M rows and fresh λ per example as a student is.
-        backend: of the loss.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
-    """
-
-    components: int = 16
-    draws: int | None = None
-    teacher_step: float = 1 / 1024
-    data_weight: float = 0.1
-    data_schedule: Schedule = "sigmoid"
-    teacher_weight: float = 1.0
-    consistency_weight: float = 1.0
-    component_weight: float = 1.0
-    low_t: float = 0.02
-    low_t_probability: float = 0.3
-    control_variate: bool = True
-    latent_dim: int = 1
-    teacher_components: int = 1
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
-
-    def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        if self.draws is not None:
-            counts["draws"] = self.draws
-        for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {describe(value)}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in _WEIGHTS:
-            check_number(getattr(self, name), name, minimum=0.0)
-        for name in ("teacher_step", "low_t", "low_t_probability"):
-            value = getattr(self, name)
-            check_number(value, name)
-            if not 0.0 <= value <= 1.0 or (name == "teacher_step" and value == 0.0):
-                bracket = "(" if name == "teacher_step" else "["
-                raise ValueError(f"{name} must be in {bracket}0, 1], got {value}")
-        check_choice(self.data_schedule, "data_schedule", SCHEDULES)
-        check_choice(self.backend, "backend", backends.LOSS_BACKENDS)
-
-
-_COUNTS = ("components", "latent_dim", "teacher_components")
-_WEIGHTS = ("data_weight", "teacher_weight", "consistency_weight", "component_weight")
+__all__ = [
+    "EMA",
+    "SCHEDULES",
+    "DistillConfig",
+    "DistillOutput",
+    "Schedule",
+    "data_weights",
+    "distill_step",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +60,10 @@ class DistillOutput:
     """What a step computed, in the order of x0. Nothing but `loss` has a graph.
 
     Attributes:
-        loss: scalar, mean over examples, in nats; differentiable.
-        terms: the unweighted terms (B,), consistency terms 0 where no x_u pass was needed; None
-            with `return_terms=False`.
+        loss: scalar, mean over examples, in nats; differentiable, unless `backward` was given.
+        terms: the unweighted terms (B,), consistency terms 0 where no x_u pass was needed, the
+            component term that of the pass at x_min where there is one; None with
+            `return_terms=False`.
         t, u: (B,) times.
         xt: (B, D) int64.
         xu: (B, K, D) int64; rows of examples without an x_u pass hold x_t. None if no
@@ -134,6 +71,9 @@ class DistillOutput:
         latent: (B, N, L), the student's λ at x_t.
         latent_u: (B, K, L), the student's λ at x_u.
         low: (B,) bool on the CPU, which examples took the low-t branch.
+        t_min: (B, N) times of the component pass; None, as the two below, if there was none.
+        x_min: (B, N, D) int64, its tokens.
+        latent_min: (B, N, L), the student's λ there.
     """
 
     loss: Tensor
@@ -145,28 +85,9 @@ class DistillOutput:
     latent: Tensor
     latent_u: Tensor
     low: Tensor
-
-
-def data_weights(t: Tensor, schedule: Schedule, weight: float = 1.0) -> Tensor:
-    """Weight of the data correlation at time t, where t = 1 is pure noise.
-
-    "sigmoid": weight·σ(20(t - 1/2)); "linear": weight·t; "constant": weight.
-
-    Args:
-        t: any shape, floating point.
-
-    Returns:
-        The shape and dtype of `t`.
-
-    >>> data_weights(torch.tensor([0.5, 1.0]), "linear", 0.1)
-    tensor([0.0500, 0.1000])
-    """
-    check_choice(schedule, "schedule", SCHEDULES)
-    if schedule == "sigmoid":
-        return weight * torch.sigmoid(20.0 * (t - 0.5))
-    if schedule == "linear":
-        return weight * t
-    return torch.full_like(t, weight)
+    t_min: Tensor | None = None
+    x_min: Tensor | None = None
+    latent_min: Tensor | None = None
 
 
 def distill_step(
@@ -180,16 +101,25 @@ def distill_step(
     latent: Tensor | None = None,
     latent_u: Tensor | None = None,
     latent_teacher: Tensor | None = None,
+    latent_min: Tensor | None = None,
     t: Tensor | None = None,
     valid: Tensor | None = None,
     context: Context | None = None,
     return_terms: bool = True,
+    backward: Callable[[Tensor], None] | None = None,
 ) -> DistillOutput:
     """The distillation loss of one batch, ready for `output.loss.backward()`.
 
-    Per step: one teacher pass of B rows (B·M for a Di4C teacher), one student pass of K rows
-    for each example with t >= low_t, one student pass of B·N rows with a graph. Examples
-    with t < low_t get the component term instead of the consistency terms.
+    Per step: one teacher pass of B rows (B·M for a Di4C teacher), one student pass of B·N rows
+    with a graph, one student pass of K rows for each example with t >= low_t. Examples with
+    t < low_t get the component term instead of the consistency terms.
+
+    If `process.component_time` is a number, no example takes the low-t branch. Instead one
+    teacher pass of B·N rows and one student pass of B·N rows with a graph follow, at
+    x_min ~ q(. | x0) drawn anew for every row, one λ per row, and the loss gains
+    component_weight · mean over n of Σ_d KL(q_T[d] ‖ p[n,d]) at x_min[n]. A Di4C teacher has one
+    λ per row there: q_T enters the gradient linearly, so that its expectation is that of
+    the teacher's whole mixture.
 
     Args:
         student: callable (tokens (R, D) int64, t (R,), latent (R, L), **context) to logits
@@ -199,17 +129,24 @@ def distill_step(
         x0: (B, D) int64 data.
         process: gives x_t, u and x_u.
         config: the recipe; None for the defaults.
-        generator: source of every draw made here: t, x_t, λ, x_u, x^k, in that order. The
-            same state gives the same step (dropout draws from the default generator).
+        generator: source of every draw made here: t, x_t, λ, x_u, x^k, then t, x and λ of the
+            component pass, in that order. The same state gives the same step (dropout draws
+            from the default generator).
         latent, latent_u: (B, N, L) and (B, K, L), λ of the student at x_t and at x_u; None
             draws U[0, 1). The loss is differentiable with respect to `latent` if it asks for it.
-        latent_teacher: (B, M, L), λ of a Di4C teacher.
+        latent_teacher: (B, M, L), λ of a Di4C teacher at x_t.
+        latent_min: (B, N, L), λ of the student at x_min, for processes with a component pass.
         t: (B,) times in (0, 1]; None draws them. Times may differ within the batch.
         valid: (B, D) bool; False (padding, prompt) keeps its token in x_t and x_u, carries no
             loss, and may hold mask tokens.
         context: tensors (B, ...) by keyword, repeated along the rows and given to both models
             (class labels, attention masks).
         return_terms: False leaves the unweighted terms out; terms of weight 0 then cost nothing.
+            A component pass of weight 0 is left out in any case, its term then being 0.
+        backward: called with every part of the loss, a scalar with a graph, as soon as it
+            exists: lambda part: part.backward(). With a component pass there are two parts,
+            and only one graph is alive at a time; the returned loss then has none. Autocast is
+            off during the call.
 
     The teacher and the x_u pass run without a graph, and in eval mode where the callable is an
     `nn.Module`; the pass at x_t runs in the mode that the student is in. Which examples need
@@ -217,7 +154,8 @@ def distill_step(
     otherwise, besides those of `process.teacher_step`.
 
     Returns:
-        `DistillOutput`.
+        `DistillOutput`. An empty batch calls no model and draws nothing: its loss is 0 with a
+        gradient of 0 for every parameter of a student that is an `nn.Module`.
 
     Raises:
         TypeError, ValueError: before any work for arguments, and as soon as a model returns
@@ -233,27 +171,39 @@ def distill_step(
         raise TypeError(f"process must be a Process such as MaskedProcess, got {describe(process)}")
     if not isinstance(config, DistillConfig):
         raise TypeError(f"config must be a DistillConfig or None, got {describe(config)}")
+    if backward is not None:
+        check_callable(backward, "backward")
+    component_time = process.component_time
+    if component_time is not None:
+        check_number(component_time, "process.component_time")
+        if not 0.0 < component_time <= 1.0:
+            raise ValueError(f"process.component_time must be in (0, 1], got {component_time}")
     batch = x0.shape[0]
     draws = config.components if config.draws is None else config.draws
     given = {
         "latent": (latent, config.components),
         "latent_u": (latent_u, draws),
         "latent_teacher": (latent_teacher, config.teacher_components),
+        "latent_min": (latent_min, config.components),
     }
     for name, (value, rows) in given.items():
         if value is not None:
             _check_latent(value, name, (batch, rows, config.latent_dim), x0)
     if latent_teacher is not None and config.teacher_components == 1:
         raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
+    if latent_min is not None and component_time is None:
+        raise ValueError(
+            f"latent_min needs a process with a component_time, got {describe(process)}"
+        )
     context = check_context(context, batch, x0.device)
-    if batch == 0:
-        raise ValueError(f"x0 must hold at least one example, got shape {tuple(x0.shape)}")
 
     t_host = _times_on_host(t, process, config, batch, generator)
     if t is None:
         t = t_host.to(x0.device, non_blocking=True)
     else:
         check_same_device(t, "t", x0, "x0")
+    if batch == 0:
+        return _empty_step(student, x0, t, latent, config, draws, return_terms, backward)
     xt = process.corrupt(x0, t, valid=valid, generator=generator)
     u = process.step_time(t, config.teacher_step, generator=generator)
 
@@ -267,7 +217,7 @@ def distill_step(
     if config.teacher_components > 1:
         latent_teacher = latents(latent_teacher, config.teacher_components)
 
-    low = t_host < config.low_t
+    low = t_host < config.low_t if component_time is None else torch.zeros_like(t_host).bool()
     # Examples that need the x_u pass first, so that both kinds are contiguous slices.
     order = torch.argsort(low.int(), stable=True)
     high = batch - int(low.sum())
@@ -279,12 +229,81 @@ def distill_step(
     value, terms, xu = _sorted_step(
         student, teacher, examples, high, draws, process, config, generator, return_terms
     )
+    if backward is not None:
+        value = _run_backward(backward, value)
     if permuted:
         inverse = torch.argsort(order)
         terms = None if terms is None else LossTerms(*(term[inverse] for term in terms))
         xu = None if xu is None else xu[inverse]
-    return DistillOutput(
+    output = DistillOutput(
         value, terms, t.detach(), u.detach(), xt, xu, latent.detach(), latent_u.detach(), low
+    )
+    if component_time is None:
+        return output
+    if config.component_weight == 0.0:
+        if terms is not None:
+            terms = terms._replace(component=torch.zeros_like(terms.component))
+        return dataclasses.replace(output, terms=terms)
+    latent_min = latents(latent_min, config.components)
+    part, component, t_min, x_min = component_step(
+        student, teacher, x0, latent_min, valid, context, component_time, process, config, generator
+    )
+    if backward is not None:
+        part = _run_backward(backward, part)
+    return dataclasses.replace(
+        output,
+        loss=value + part,
+        terms=None if terms is None else terms._replace(component=component),
+        t_min=t_min,
+        x_min=x_min,
+        latent_min=latent_min.detach(),
+    )
+
+
+def _run_backward(backward: Callable[[Tensor], None], part: Tensor) -> Tensor:
+    """The part's value, its graph handed to the caller's function."""
+    # Casts that autocast made in one pass belong to the graph that is about to be freed.
+    torch.clear_autocast_cache()
+    with without_autocast(part.device):
+        backward(part)
+    return part.detach()
+
+
+def _empty_step(
+    student: Callable[..., HeadLike],
+    x0: Tensor,
+    t: Tensor,
+    latent: Tensor | None,
+    config: DistillConfig,
+    draws: int,
+    return_terms: bool,
+    backward: Callable[[Tensor], None] | None,
+) -> DistillOutput:
+    """A step without examples: loss 0, which every weight of the student has a part in."""
+    sources: list[Tensor] = []
+    if isinstance(student, nn.Module):
+        sources = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if latent is not None and latent.requires_grad:
+        sources.append(latent)
+    value = torch.zeros((), device=x0.device, requires_grad=not sources)
+    for source in sources:  # sums of nothing: weights that are not finite leave no NaN
+        value = value + source.flatten()[:0].sum().to(value)
+    if backward is not None:
+        value = _run_backward(backward, value)
+
+    def empty(*sizes: int) -> Tensor:
+        return torch.zeros((0, *sizes), device=x0.device)
+
+    return DistillOutput(
+        value,
+        LossTerms(*(empty() for _ in LossTerms._fields)) if return_terms else None,
+        t.detach(),
+        t.detach().clone(),
+        x0.clone(),
+        None,
+        empty(config.components, config.latent_dim),
+        empty(draws, config.latent_dim),
+        torch.zeros(0, dtype=torch.bool),
     )
 
 
@@ -326,26 +345,32 @@ def _sorted_step(
     batch = examples.x0.shape[0]
     xu, consistency = None, None
     with torch.no_grad(), evaluation_mode(student, teacher):
-        targets = _component_pass(
+        targets = call_components(
             teacher, "teacher", examples.xt, examples.t, examples.latent_teacher, examples.context
         )
-        vocab_size = targets.shape[-1]
-        if high:
-            front = examples.select(slice(high))
-            front_targets = targets if high == batch else split_examples(targets, high)[0]
-            xu = process.teacher_step(
-                front.xt, front.t, front.u, front_targets, draws, generator=generator
-            )
-            if front.valid is not None:
-                xu = torch.where(front.valid.unsqueeze(1), xu, front.xt.unsqueeze(1))
-            consistency = _component_pass(
-                student, "student", xu, front.u, front.latent_u, front.context, vocab_size
-            )
+    vocab_size = targets.shape[-1]
     # Some versions of PyTorch reuse the casts that autocast made without a graph.
     torch.clear_autocast_cache()
-    prediction = _component_pass(
+    # Before the draws: a student of fewer classes must not be called with tokens it lacks.
+    prediction = call_components(
         student, "student", examples.xt, examples.t, examples.latent, examples.context, vocab_size
     )
+    if high:
+        front = examples.select(slice(high))
+        with torch.no_grad(), evaluation_mode(student, teacher):
+            front_targets = targets if high == batch else split_examples(targets, high)[0]
+            xu = process.teacher_step(
+                front.xt,
+                front.t,
+                front.u,
+                front_targets,
+                draws,
+                valid=front.valid,
+                generator=generator,
+            )
+            consistency = call_components(
+                student, "student", xu, front.u, front.latent_u, front.context, vocab_size
+            )
 
     def part_loss(
         part: _Examples, student_head: HeadLike, teacher_head: HeadLike, low: bool
@@ -390,39 +415,10 @@ def _sorted_step(
     return front_value + back_value, terms, torch.cat([xu, rest])
 
 
-def _component_pass(
-    model: Callable[..., HeadLike],
-    name: str,
-    tokens: Tensor,
-    t: Tensor,
-    latent: Tensor | None,
-    context: Context,
-    vocab_size: int | None = None,
-) -> Any:
-    """One call for all components of all examples; a head (B, N, D, V), or (B, D, V) without λ.
-
-    tokens: (B, D), the same for each component, or (B, N, D).
-    """
-    if latent is None:
-        return call_model(model, name, tokens, t, None, context, vocab_size)
-    batch, rows = latent.shape[:2]
-    if tokens.ndim == 2:
-        tokens = tokens.unsqueeze(1).expand(-1, rows, -1)
-    head = call_model(
-        model,
-        name,
-        tokens.flatten(0, 1),
-        t.repeat_interleave(rows),
-        latent.flatten(0, 1),
-        repeat_context(context, rows),
-        vocab_size,
-    )
-    return unflatten_rows(head, batch, rows)
-
-
 def _check_latent(value: Any, name: str, sizes: tuple[int, int, int], x0: Tensor) -> None:
     check_floating(value, name)
-    letters = {"latent": "B, N, L", "latent_u": "B, K, L", "latent_teacher": "B, M, L"}[name]
+    count = {"latent_u": "K", "latent_teacher": "M"}.get(name, "N")
+    letters = f"B, {count}, L"
     check_shape(value, name, letters, sizes)
     check_same_device(value, name, x0, "x0")
 
@@ -436,10 +432,11 @@ def _times_on_host(
 ) -> Tensor:
     """The times (B,) on the CPU, checked."""
     if t is None:
+        low = process.component_time is None
         return process.sample_times(
             batch,
-            low_t=config.low_t,
-            low_t_probability=config.low_t_probability,
+            low_t=config.low_t if low else 0.0,
+            low_t_probability=config.low_t_probability if low else 0.0,
             generator=generator,
             device="cpu",
         )

@@ -259,6 +259,18 @@ def test_the_mask_token_is_never_drawn_even_if_the_teacher_prefers_it():
     assert bool((xu != MASK).all())
 
 
+def test_positions_that_are_not_valid_keep_their_token():
+    xt = torch.tensor([[MASK, MASK, 1, MASK]])
+    valid = torch.tensor([[True, False, False, True]])
+    logits = torch.zeros(1, 4, VOCAB)
+    step = MaskedProcess(MASK).teacher_step
+    xu = step(xt, torch.ones(1), torch.zeros(1), logits, 3, valid=valid, generator=rng(4))
+    assert (xu[:, :, [0, 3]] != MASK).all()
+    assert torch.equal(xu[:, :, [1, 2]], xt[:, None, [1, 2]].expand(-1, 3, -1))
+    with pytest.raises(TypeError, match="valid must have dtype"):
+        step(xt, torch.ones(1), torch.zeros(1), logits, 3, valid=valid.long())
+
+
 def test_a_linear_head_steps_like_its_logits():
     hidden = torch.randn(2, 8, 3, generator=rng(13))
     weight, bias = torch.randn(VOCAB, 3, generator=rng(14)), torch.randn(8, VOCAB)

@@ -1,0 +1,256 @@
+"""Checkpoint files: safetensors written whole or not at all, nested states as JSON beside them.
+
+A file holds its tensors by name and, in the metadata of its header, `format` (which program reads
+it) and `values`, a JSON text with everything that is not a tensor and a CRC-32 of each tensor.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ._checks import describe
+
+PathLike = str | os.PathLike[str]
+
+
+def write_checkpoint(
+    path: PathLike, format_name: str, tensors: Mapping[str, Tensor], values: Any
+) -> None:
+    """Replace the file in one step: an interruption leaves the old file or the new one.
+
+    Args:
+        path: its folder must exist.
+        format_name: what `read_checkpoint` will ask for.
+        tensors: by name; on any device, of any strides, sharing memory or not.
+        values: anything that survives JSON.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        OSError: the file cannot be written; a file of that name is left as it was.
+    """
+    path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must lie in a folder that exists, got {path}")
+    if path.is_dir():
+        raise ValueError(f"path must be a file to write, got the folder {path}")
+    stored, aliases = _own_memory(tensors)
+    text = json.dumps(
+        {
+            "aliases": aliases,
+            "sums": {name: _sum_of(value) for name, value in stored.items()},
+            "values": values,
+        }
+    )
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            save_file(stored, str(temporary), metadata={"format": format_name, "values": text})
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name itself survives a crash once the folder is on disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_checkpoint(path: PathLike, format_name: str) -> tuple[dict[str, Tensor], Any]:
+    """What `write_checkpoint` wrote: tensors on the CPU, and values.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is a folder, torn, no safetensors file, of another program, or its content
+            does not match its sums.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise ValueError(f"path must be a checkpoint file, got the folder {path}")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != format_name:
+                raise ValueError(
+                    f"{path} is not a checkpoint of {format_name}: its format is "
+                    f"{metadata.get('format')!r}"
+                )
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error})") from error
+    try:
+        record = json.loads(metadata["values"])
+        sums, aliases, values = record["sums"], record["aliases"], record["values"]
+        damaged = sorted(sums.keys() ^ tensors.keys()) or [
+            name for name, value in tensors.items() if _sum_of(value) != sums[name]
+        ]
+        tensors |= {name: tensors[first] for name, first in aliases.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its header cannot be read ({error!r})") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged[0]!r} is not what was written")
+    return tensors, values
+
+
+def _own_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors on the CPU, none sharing memory, and for tied ones the name of the first."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_of: dict[tuple[Any, ...], str] = {}
+    memories: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach()
+        same = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and same in first_of:
+            aliases[name] = first_of[same]
+            continue
+        first_of[same] = name
+        own = value.cpu().contiguous()
+        memory = own.untyped_storage().data_ptr()
+        if memory in memories:
+            own = own.clone()
+        memories.add(memory)
+        stored[name] = own
+    return stored, aliases
+
+
+def _sum_of(value: Tensor) -> int:
+    if not value.numel():
+        return 0
+    return zlib.crc32(value.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A nested state as JSON values; its tensors go into `tensors` under names below `name`.
+
+    Raises:
+        TypeError: something that is neither a tensor, a container nor a plain value.
+    """
+    if value is None or isinstance(value, (bool, str, int, float)):
+        return value
+    if isinstance(value, Tensor):
+        while name in tensors:  # keys that hold a slash themselves
+            name += "'"
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, (list, tuple)):
+        items = [encode(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if isinstance(value, Mapping):
+        pairs = [
+            [encode(key, f"{name}/key", tensors), encode(item, f"{name}/{key}", tensors)]
+            for key, item in value.items()
+        ]
+        return {"counter" if isinstance(value, collections.Counter) else "dict": pairs}
+    raise TypeError(
+        f"{name} must consist of tensors, numbers, strings and containers of them to be saved, "
+        f"got {describe(value)}"
+    )
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `encode` was given, out of its result and the tensors of the file."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind in ("list", "tuple"):
+        items = [decode(item, tensors) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    pairs = {decode(key, tensors): decode(item, tensors) for key, item in content}
+    if kind == "counter":
+        return collections.Counter(pairs)
+    if kind == "dict":
+        return pairs
+    raise KeyError(kind)
+
+
+def same_structure(one: Any, other: Any) -> bool:
+    """Containers of the same kinds, keys and lengths all the way down, whatever the values.
+
+    >>> same_structure({"a": [1, 2.0]}, {"a": [3, None]}), same_structure([1], [1, 2])
+    (True, False)
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same_structure(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same_structure, one, other))
+    containers = (Mapping, list, tuple)
+    return not isinstance(one, containers) and not isinstance(other, containers)
+
+
+def identity(value: Any) -> Any:
+    """Plain values that tell one configuration from another: a class and its public settings.
+
+    Dataclasses give their fields, other objects their public attributes; tensors a sum of their
+    content. Attributes of other kinds give the name of their class.
+    """
+    if value is None or isinstance(value, (bool, str, int, float)):
+        return value
+    if isinstance(value, Tensor):
+        return [list(value.shape), str(value.dtype), _sum_of(value.detach().cpu().contiguous())]
+    if isinstance(value, (list, tuple)):
+        return [identity(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): identity(item) for key, item in value.items()}
+    settings: dict[str, Any] = {"class": type(value).__name__}
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+    else:
+        names = [name for name in vars(value) if not name.startswith("_")] if _open(value) else []
+    return settings | {name: identity(getattr(value, name)) for name in names}
+
+
+def _open(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not callable(value)
+
+
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """'config.components is 16 there and 8 here', for every plain value that differs.
+
+    >>> differences({"a": 1, "b": 2}, {"a": 1, "b": 3})
+    ['b is 2 there and 3 here']
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [*there, *(key for key in here if key not in there)]
+        return [
+            line
+            for key in keys
+            for line in differences(
+                there.get(key, _ABSENT), here.get(key, _ABSENT), f"{name}.{key}" if name else key
+            )
+        ]
+    if there == here:
+        return []
+    return [f"{name} is {_shown(there)} there and {_shown(here)} here"]
+
+
+_ABSENT = object()
+
+
+def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    if isinstance(value, dict) and "class" in value:
+        value = value["class"]
+    return repr(value)

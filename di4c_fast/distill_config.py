@@ -1,0 +1,115 @@
+"""The recipe of a distillation step: weights, their schedules over time, sizes.
+
+Source: Di4C (arXiv 2410.08709), the training recipes of its three systems.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._checks import check_choice, check_number, describe
+
+__all__ = ["SCHEDULES", "DistillConfig", "Schedule", "data_weights"]
+
+Schedule = Literal["sigmoid", "linear", "constant"]
+SCHEDULES = ("sigmoid", "linear", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """The recipe of a step; the defaults are those of the paper's masked language experiment.
+
+    Args:
+        components: N, latent draws of the student per example (the paper: 16; images 32).
+        draws: K, draws of x_u per example; None for N, as in the paper.
+        teacher_step: length of the teacher's step; the step from t is min(teacher_step, t/2)
+            for masked diffusion (the paper: 1/1024).
+        data_weight: weight of the data correlation before its schedule (the paper: 0.1).
+        data_schedule: factor of `data_weight` over time, see `data_weights`.
+        teacher_weight: weight of KL(q_T || marginal) (the paper: 1).
+        consistency_weight: weight of both consistency terms where t >= low_t (the paper: 1).
+        component_weight: weight of the component term where t < low_t, or of the component
+            pass of processes that have one (the paper: 1; VQ images 1/0.05; pixels 1).
+        component_spread: times of that pass are `process.component_time`, plus with
+            probability 1/2 a uniform number in [0, component_spread) (the paper's pixels: 0.01).
+        low_t: below it the student's components are matched to the teacher directly and
+            there are no consistency terms (the paper: 0.02; images 0.05). Not used for
+            processes with a component pass.
+        low_t_probability: share of training times below `low_t` (the paper: 0.3). Not used, as
+            `low_t`.
+        control_variate: as in `di4c_fast.loss`.
+        latent_dim: L, size of the student's λ (and of a Di4C teacher's).
+        teacher_components: M. 1: the teacher is called as teacher(tokens, t). M > 1: a Di4C
+            teacher ("di4c²"), called with M rows and fresh λ per example as a student is.
+        backend: of the loss.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    components: int = 16
+    draws: int | None = None
+    teacher_step: float = 1 / 1024
+    data_weight: float = 0.1
+    data_schedule: Schedule = "sigmoid"
+    teacher_weight: float = 1.0
+    consistency_weight: float = 1.0
+    component_weight: float = 1.0
+    component_spread: float = 0.0
+    low_t: float = 0.02
+    low_t_probability: float = 0.3
+    control_variate: bool = True
+    latent_dim: int = 1
+    teacher_components: int = 1
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        if self.draws is not None:
+            counts["draws"] = self.draws
+        for name, value in counts.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {describe(value)}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in _WEIGHTS:
+            check_number(getattr(self, name), name, minimum=0.0)
+        for name in ("teacher_step", "component_spread", "low_t", "low_t_probability"):
+            value = getattr(self, name)
+            check_number(value, name)
+            if not 0.0 <= value <= 1.0 or (name == "teacher_step" and value == 0.0):
+                bracket = "(" if name == "teacher_step" else "["
+                raise ValueError(f"{name} must be in {bracket}0, 1], got {value}")
+        check_choice(self.data_schedule, "data_schedule", SCHEDULES)
+        check_choice(self.backend, "backend", backends.LOSS_BACKENDS)
+
+
+_COUNTS = ("components", "latent_dim", "teacher_components")
+_WEIGHTS = ("data_weight", "teacher_weight", "consistency_weight", "component_weight")
+
+
+def data_weights(t: Tensor, schedule: Schedule, weight: float = 1.0) -> Tensor:
+    """Weight of the data correlation at time t, where t = 1 is pure noise.
+
+    "sigmoid": weight·σ(20(t - 1/2)); "linear": weight·t; "constant": weight.
+
+    Args:
+        t: any shape, floating point.
+
+    Returns:
+        The shape and dtype of `t`.
+
+    >>> data_weights(torch.tensor([0.5, 1.0]), "linear", 0.1)
+    tensor([0.0500, 0.1000])
+    """
+    check_choice(schedule, "schedule", SCHEDULES)
+    if schedule == "sigmoid":
+        return weight * torch.sigmoid(20.0 * (t - 0.5))
+    if schedule == "linear":
+        return weight * t
+    return torch.full_like(t, weight)
