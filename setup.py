@@ -11,9 +11,16 @@ assert VERSION is not None
 
 # PyTorch builds for a GPU bring their own Triton; beside a CPU build it serves the tests.
 TRITON = ["triton>=3.6; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"]
-EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.65"]
+EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.65", "sacrebleu>=2.4"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8", "tqdm>=4.65"]
-DEV = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11", "scipy>=1.11"]
+DEV = [
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "ruff>=0.6",
+    "mypy>=1.11",
+    "scipy>=1.11",
+    "transformers>=4.40",
+]
 
 setup(
     name="di4c_fast",

@@ -1,0 +1,333 @@
+"""Students from teachers: wrappers that give a model a latent λ without changing its code.
+
+    student = with_latent_token(bert)                     # one more token in a transformer's input
+    student = with_latent_shift(unet, "time_embedding")   # an addition to what a submodule returns
+
+A student is an `nn.Module` called as student(tokens, t, latent, **context). Its weights are the
+model's, below "model." in the state dictionary, and those of the conditioning, below "latent.".
+
+Which one starts exactly at the teacher? `with_latent_shift` with its zero-initialised projection
+(the default) returns the model's logits bit for bit for every λ until the first optimiser step,
+and learns from there. A token of `with_latent_token`, even the zero vector it starts as, is one
+more key that attention spreads over: the student starts near the teacher. With `mask_key=True`
+nothing attends to it and the student is the teacher up to rounding, but then λ does nothing and
+learns nothing.
+
+Source: the student architectures of Di4C (arXiv 2410.08709): an extra token for masked language
+and VQ images, an addition to the time embedding for pixels.
+"""
+
+from __future__ import annotations
+
+import copy as copies
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_bool, check_floating, describe
+from .heads import Head, LinearHead, TensorHead
+from .integrations._linear_output import call_for_head
+from .integrations.huggingface import MaskedLM, has_linear_head
+from .latent import LatentShift, LatentToken
+
+__all__ = ["ShiftedModel", "TokenModel", "with_latent_shift", "with_latent_token"]
+
+
+def with_latent_shift(
+    model: nn.Module,
+    module: str,
+    *,
+    width: int | None = None,
+    latent_dim: int = 1,
+    zero_init: bool = True,
+    frequencies: int = 128,
+    scale: float = 1000.0,
+    copy: bool = True,
+) -> ShiftedModel:
+    """A student that adds an embedding of λ to the output of one of the model's submodules.
+
+    The submodule may be a time embedding, (R, C), or anything that returns (R, D, C), such as
+    a token embedding. Works for every model that is called as model(tokens, t, **context),
+    `MaskedLM` included.
+
+    Args:
+        model: the teacher, or any model to start from.
+        module: the submodule's name, as `model.get_submodule` takes it. It must not lie inside a
+            part whose activations are recomputed in the backward pass (checkpointing).
+        width: C; None reads it off the submodule if that is an `nn.Linear`, an `nn.Embedding`, an
+            `nn.LayerNorm` or an `nn.Sequential` that contains one.
+        latent_dim: L.
+        zero_init: start exactly at the model. False gives λ an influence at once.
+        frequencies, scale: as in `LatentEmbedding`.
+        copy: work on a deep copy, so that training the student leaves the teacher alone. If no
+            parameter of the model asks for a gradient (a frozen teacher), all of the copy's do.
+            False shares the model as it is.
+
+    Returns:
+        `ShiftedModel`, on the model's device and in its mode.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    _check_module(model)
+    if not isinstance(module, str):
+        raise TypeError(f"module must be the name of a submodule, got {describe(module)}")
+    names = [name for name, _ in model.named_modules() if name]
+    if module not in names:
+        raise ValueError(
+            f"module must name a submodule of the model, such as {names[:5]}, got {module!r}"
+        )
+    found = _width_of(model.get_submodule(module)) if width is None else width
+    if found is None:
+        kind = type(model.get_submodule(module)).__name__
+        raise ValueError(f"width is needed: that of {module!r}, a {kind}, cannot be read off it")
+    latent = LatentShift(
+        found, latent_dim, zero_init=zero_init, frequencies=frequencies, scale=scale
+    )
+    model = _student_of(model, copy)
+    return _beside(ShiftedModel(model, module, latent), model)
+
+
+class ShiftedModel(nn.Module):
+    """See `with_latent_shift`, which makes it.
+
+    Attributes:
+        model: the model.
+        latent: the `LatentShift`.
+    """
+
+    def __init__(self, model: nn.Module, module: str, latent: LatentShift):
+        super().__init__()
+        self.model, self.latent, self.module = model, latent, module
+        self.training = model.training  # the modes of its parts stay as they are
+
+    def forward(self, tokens: Tensor, t: Tensor, latent: Tensor, **context: Any) -> Any:
+        """(R, D) int64, (R,), (R, L) and the model's context to what the model returns."""
+        _check_latent(latent, tokens, self.latent.embedding.dim)
+        calls = 0
+
+        def shift(module: nn.Module, arguments: Any, output: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"module {self.module!r} must return a Tensor, got {describe(output)}"
+                )
+            return self.latent(output, latent)
+
+        # For the length of the call: copies of the student then carry no hook of the original.
+        handle = self.model.get_submodule(self.module).register_forward_hook(shift)
+        try:
+            output = self.model(tokens, t, **context)
+        finally:
+            handle.remove()
+        if not calls:
+            raise RuntimeError(
+                f"the model did not call its module {self.module!r}, so λ had no influence"
+            )
+        return output
+
+    def extra_repr(self) -> str:
+        return f"module={self.module!r}"
+
+
+def with_latent_token(
+    model: nn.Module,
+    *,
+    latent_dim: int = 1,
+    zero_init: bool = True,
+    mask_key: bool = False,
+    frequencies: int = 128,
+    scale: float = 1000.0,
+    linear_head: bool | None = None,
+    copy: bool = True,
+) -> TokenModel:
+    """A student of a transformer with λ as L more tokens behind its input, dropped from its output.
+
+    For models with the interface of Hugging Face: `get_input_embeddings()`, a call with
+    `inputs_embeds=` (R, D + L, C), a result with `logits`. t is not given to the model.
+
+    Args:
+        model: the teacher, such as `BertForMaskedLM`, also inside a `MaskedLM`.
+        latent_dim: L, one token each.
+        zero_init: the tokens start as zero vectors, so that λ has no influence at first; it learns
+            from there. False: as random vectors of λ.
+        mask_key: leave the tokens out of attention (their attention_mask is 0). The student is
+            then the model for every λ, up to rounding, and λ learns nothing; for checks, and for
+            training the rest first: `student.mask_key` can be changed at any time.
+        frequencies, scale: as in `LatentEmbedding`.
+        linear_head: as in `MaskedLM`.
+        copy: as in `with_latent_shift`.
+
+    Returns:
+        `TokenModel`, which returns `LinearHead(hidden, weight, bias)` where the model's output
+        layer is plain, else all logits; on the model's device and in its mode.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if isinstance(model, MaskedLM):
+        linear_head = model.linear_head if linear_head is None else linear_head
+        model = model.model
+    _check_module(model)
+    check_bool(mask_key, "mask_key")
+    embeddings = _input_embeddings(model)
+    width = _width_of(embeddings)
+    if width is None:
+        raise ValueError(
+            "the input embeddings of model must be an nn.Embedding, "
+            f"got {type(embeddings).__name__}"
+        )
+    latent = LatentToken(
+        width, latent_dim, zero_init=zero_init, frequencies=frequencies, scale=scale
+    )
+    if linear_head is None:
+        linear_head = has_linear_head(model)
+    model = _student_of(model, copy)
+    return _beside(TokenModel(model, latent, linear_head, mask_key), model)
+
+
+class TokenModel(nn.Module):
+    """See `with_latent_token`, which makes it.
+
+    Attributes:
+        model: the transformer.
+        latent: the `LatentToken`.
+        mask_key: whether attention leaves the extra tokens out.
+    """
+
+    def __init__(self, model: nn.Module, latent: LatentToken, linear_head: bool, mask_key: bool):
+        super().__init__()
+        self.model, self.latent = model, latent
+        self.linear_head, self.mask_key = linear_head, mask_key
+        self.training = model.training  # the modes of its parts stay as they are
+
+    def forward(self, tokens: Tensor, t: Tensor, latent: Tensor, **context: Any) -> Head:
+        """(R, D) int64, (R,), (R, L) to a head (R, D, V).
+
+        Of the context, attention_mask, token_type_ids and position_ids (R, D) are lengthened by
+        the extra tokens. Without position_ids the model numbers the positions from 0 (RoBERTa:
+        from its first), pad tokens included.
+        """
+        _check_latent(latent, tokens, self.latent.dim)
+        length, extra = tokens.shape[1], self.latent.dim
+        limit = _position_limit(self.model)
+        if limit is not None and length + extra > limit:
+            raise ValueError(
+                f"tokens must have at most {limit - extra} positions, {limit} of the model's "
+                f"position embeddings less L = {extra}, got {length}"
+            )
+        embeddings = self.latent(_input_embeddings(self.model)(tokens), latent)
+        context = self._lengthened(context, tokens)
+        call = _Embedded(self.model, embeddings)
+        if not self.linear_head:
+            return TensorHead(self.latent.strip(call(None, **context).logits))
+        # Ids that nothing looks at, for the number of rows and positions.
+        head = call_for_head(call, tokens.new_zeros(embeddings.shape[:2]), **context)
+        if isinstance(head, LinearHead):
+            hidden, weight, bias = head.tensors()
+            assert hidden is not None
+            return head.with_tensors([self.latent.strip(hidden), weight, bias])
+        return TensorHead(self.latent.strip(head.logits()))
+
+    def _lengthened(self, context: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        extra = self.latent.dim
+        mask = context.get("attention_mask")
+        if self.mask_key and mask is None:
+            mask = torch.ones_like(tokens)
+        if mask is not None:
+            seen = mask.new_full((len(tokens), extra), 0 if self.mask_key else 1)
+            context = {**context, "attention_mask": torch.cat([mask, seen], 1)}
+        types, positions = context.get("token_type_ids"), context.get("position_ids")
+        if types is not None:
+            last = types[:, -1:].expand(-1, extra)
+            context = {**context, "token_type_ids": torch.cat([types, last], 1)}
+        if positions is not None:
+            after = torch.arange(1, extra + 1, device=tokens.device)
+            following = positions.amax(1, keepdim=True) + after
+            context = {**context, "position_ids": torch.cat([positions, following], 1)}
+        return context
+
+    def extra_repr(self) -> str:
+        return f"linear_head={self.linear_head}, mask_key={self.mask_key}"
+
+
+class _Embedded:
+    """A transformer that is called with tokens but looks at embeddings."""
+
+    def __init__(self, model: Any, embeddings: Tensor):
+        self._model, self._embeddings = model, embeddings
+
+    def get_output_embeddings(self) -> Any:
+        return self._model.get_output_embeddings()
+
+    def __call__(self, tokens: Tensor | None, **context: Any) -> Any:
+        return self._model(inputs_embeds=self._embeddings, **context)
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {describe(model)}")
+
+
+def _check_latent(latent: Any, tokens: Tensor, dim: int) -> None:
+    check_floating(latent, "latent")
+    if tuple(latent.shape) != (tokens.shape[0], dim):
+        raise ValueError(
+            f"latent must have shape (R, L) = {(tokens.shape[0], dim)}, got {tuple(latent.shape)}"
+        )
+
+
+def _student_of(model: nn.Module, copy: bool) -> nn.Module:
+    check_bool(copy, "copy")
+    if not copy:
+        return model
+    model = copies.deepcopy(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        for p in model.parameters():
+            p.requires_grad_(p.is_floating_point())
+    return model
+
+
+def _beside(student: Any, model: nn.Module) -> Any:
+    """The student, its conditioning on the device of the model."""
+    for parameter in model.parameters():
+        student.latent.to(parameter.device)
+        break
+    return student
+
+
+def _width_of(module: Any) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1]
+    if isinstance(module, nn.Sequential):
+        widths = [_width_of(part) for part in module]
+        known = [width for width in widths if width is not None]
+        return known[-1] if known else None
+    return None
+
+
+def _input_embeddings(model: Any) -> nn.Module:
+    getter = getattr(model, "get_input_embeddings", None)
+    embeddings = getter() if callable(getter) else None
+    if not isinstance(embeddings, nn.Module):
+        raise ValueError(
+            "model must have get_input_embeddings() and take inputs_embeds, as the models of "
+            f"Hugging Face do, got {type(model).__name__}; with_latent_shift takes any model"
+        )
+    return embeddings
+
+
+def _position_limit(model: nn.Module) -> int | None:
+    """How many positions a table of position embeddings has room for."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa numbers positions from behind the padding index.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first
+    return None
