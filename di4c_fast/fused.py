@@ -120,7 +120,7 @@ def token_rows(
 
 
 @contextlib.contextmanager
-def _on(tensor: Tensor) -> Any:
+def on_device_of(tensor: Tensor) -> Any:
     """Launch on the device of `tensor`, which need not be the current one, without autocast."""
     with torch.autocast(tensor.device.type, enabled=False):
         if tensor.is_cuda:
@@ -233,7 +233,7 @@ def mixture_loss(
         student, teacher, consistency, x0, consistency_x, xu, active, log_weights, data_weight,
         teacher_weight, consistency_weight, component_weight, seed, specs,
     )  # fmt: skip
-    with _on(student[0]):
+    with on_device_of(student[0]):
         loss, terms, _, known = forward(batch, Request.decode(request))
     return [loss, terms, *(getattr(known, field.name) for field in dataclasses.fields(known))]
 
@@ -272,7 +272,7 @@ def mixture_loss_backward(
         student, teacher, consistency, x0, consistency_x, xu, active, log_weights, data_weight,
         teacher_weight, consistency_weight, component_weight, seed, specs,
     )  # fmt: skip
-    with _on(student[0]):
+    with on_device_of(student[0]):
         return _backward(batch, Request.decode(request), Known(*known), upstream, needs, False)
 
 
@@ -341,7 +341,7 @@ def mixture_loss_backward_(
         [student], teacher, consistency, x0, consistency_x, xu, active, log_weights, data_weight,
         teacher_weight, consistency_weight, component_weight, seed, specs,
     )  # fmt: skip
-    with _on(student):
+    with on_device_of(student):
         return _backward(batch, Request.decode(request), Known(*known), upstream, needs, True)[-1]
 
 
@@ -421,7 +421,7 @@ def token_row_values(
     """Values (B, J) of the token rows, then the fields of `Known`."""
     decoded = Request.decode(request)
     batch = _rows_batch(student, targets, active, log_weights, spec)
-    with _on(student[0]):
+    with on_device_of(student[0]):
         _, _, values, known = forward(batch, decoded, loss=False)
     # The kernel's value is the negative log-likelihood, or the correlation.
     value = values if decoded.correlation else 0.0 - values
@@ -470,7 +470,7 @@ def token_rows_backward(
     """Gradients of the student's tensors and of the log-weights; empty where not needed."""
     decoded = Request.decode(request)
     batch = _rows_batch(student, targets, active, log_weights, spec)
-    with _on(student[0]):
+    with on_device_of(student[0]):
         # An impossible row has no gradient, so its weight is 0 rather than infinity times 0.
         alpha = upstream if decoded.correlation else -upstream
         alpha = torch.where(torch.isfinite(values), alpha, 0.0).float().contiguous()

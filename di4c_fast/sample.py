@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -133,24 +131,19 @@ def sample(
 
 def sample_backend(name: str, inputs: SampleInputs) -> Any:
     """The module whose `sample_rows(inputs)` draws: a dict with the token and the wanted fields."""
+    # Import statements rather than importlib: torch.compile traces through them.
     implementation: Any
     if name == "reference":
         from .reference import sample as implementation
     elif name == "torch" or not _takes_triton(name, inputs):
         from . import streaming_sample as implementation
     else:
-        implementation = importlib.import_module(".fused_sample", __package__)
+        from . import fused_sample as implementation
     return implementation
 
 
 def _takes_triton(name: str, inputs: SampleInputs) -> bool:
-    reason = _triton_unavailable(inputs)
+    reason = triton_unavailable(inputs.head.device)
     if name == "triton" and reason is not None:
         raise RuntimeError(f'backend="triton" cannot run: {reason}')
     return reason is None and (name == "triton" or inputs.head.device.type != "cpu")
-
-
-def _triton_unavailable(inputs: SampleInputs) -> str | None:
-    if importlib.util.find_spec("di4c_fast.fused_sample") is None:
-        return "this version of di4c_fast has no Triton kernels for sample"
-    return triton_unavailable(inputs.head.device)

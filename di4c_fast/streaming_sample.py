@@ -32,9 +32,9 @@ SAMPLE_BLOCK = 128
 
 _CHUNK_BYTES = 8 << 20  # of a chunk on a CPU: fits the caches, and few enough chunks
 _GROUP_NUMBERS = 1 << 20  # random numbers held at a time
-_MIN_GROUP_ROWS = 64  # so that the matrix products of a LinearHead stay efficient
-_BUDGET_CPU = 64 << 20  # bytes of logits of a head, or of copies of a tensor
-_BUDGET_GPU = 128 << 20
+MIN_GROUP_ROWS = 64  # so that the matrix products of a LinearHead stay efficient
+BUDGET_CPU = 64 << 20  # bytes of logits of a head, or of copies of a tensor
+BUDGET_GPU = 128 << 20
 _CONFIDENCES = frozenset({"prob", "raw_prob", "margin", "entropy"})
 _LOWEST = -1e5  # exp is 0 from here on in fp32 and fp64, so that 0·(-inf) becomes 0
 
@@ -151,15 +151,15 @@ def sample_rows(inputs: SampleInputs) -> dict[str, Tensor]:
 
 def _group_rows(inputs: SampleInputs) -> int:
     vocabulary, on_cpu = inputs.vocabulary, inputs.head.device.type == "cpu"
-    rows = max(_MIN_GROUP_ROWS, _GROUP_NUMBERS // (blocks_of(vocabulary) + SAMPLE_BLOCK))
+    rows = max(MIN_GROUP_ROWS, _GROUP_NUMBERS // (blocks_of(vocabulary) + SAMPLE_BLOCK))
     heads = [head for head in (inputs.head, inputs.unconditional) if head is not None]
     if on_cpu and all(_row_view(head) is not None for head in heads):
         return rows
     budget = inputs.budget_bytes or getattr(inputs.head, "budget_bytes", None)
     if budget is None:
-        budget = _BUDGET_CPU if on_cpu else _BUDGET_GPU
+        budget = BUDGET_CPU if on_cpu else BUDGET_GPU
     bytes_per_row = vocabulary * len(heads) * inputs.dtype.itemsize
-    return min(rows, max(_MIN_GROUP_ROWS, budget // bytes_per_row))
+    return min(rows, max(MIN_GROUP_ROWS, budget // bytes_per_row))
 
 
 def _row_view(head: Head) -> Tensor | None:
@@ -173,7 +173,7 @@ def _row_view(head: Head) -> Tensor | None:
         return None
 
 
-def _row_logits(head: Head, rows: slice) -> Tensor:
+def row_logits(head: Head, rows: slice) -> Tensor:
     """The logits of some rows, (r, V)."""
     view = _row_view(head)
     if view is not None:
@@ -232,10 +232,10 @@ def _separate_raw_prob(inputs: SampleInputs) -> bool:
 
 def _sample_group(inputs: SampleInputs, rows: slice) -> dict[str, Tensor]:
     group = _Group(inputs, rows)
-    logits = _row_logits(inputs.head, rows)
+    logits = row_logits(inputs.head, rows)
     unconditional = None
     if inputs.unconditional is not None:
-        unconditional = _row_logits(inputs.unconditional, rows)
+        unconditional = row_logits(inputs.unconditional, rows)
     count = size = rows.stop - rows.start
     if logits.device.type == "cpu":
         size = min(size, max(1, _CHUNK_BYTES // (inputs.vocabulary * inputs.dtype.itemsize)))
@@ -266,9 +266,9 @@ def _chunk_pass(
         logits = guide(logits, unconditional, scale, inputs.confidence_dtype or inputs.dtype)
 
     # Logits minus the largest of their row; excluded tokens and the padding are -inf.
-    peak = _row_peak(logits, inputs.mask_id).to(inputs.dtype)
+    peak = row_peak(logits, inputs.mask_id).to(inputs.dtype)
     columns = scratch[:, :vocabulary]
-    _subtract(logits, peak, columns)
+    subtract(logits, peak, columns)
     if inputs.mask_id is not None:
         columns[:, inputs.mask_id] = NEG_INF
     scratch[:, vocabulary:] = NEG_INF
@@ -276,7 +276,7 @@ def _chunk_pass(
     raw_prob = None
     literal = None
     if inputs.confidence_dtype is not None and (inputs.filtered or want & _CONFIDENCES):
-        literal = _Literal(inputs, logits, temperature)
+        literal = LiteralConfidence(inputs, logits, temperature)
         raw_prob = literal.raw_prob
     elif group.raw_prob is not None:
         raw_prob = columns.exp()
@@ -333,7 +333,7 @@ def _chunk_pass(
         group.entropy[chunk] = total.log() - weighted_log / total
 
 
-def _row_peak(logits: Tensor, mask_id: int | None) -> Tensor:
+def row_peak(logits: Tensor, mask_id: int | None) -> Tensor:
     """The largest logit of every row but for the column of the mask, (r, V) -> (r, 1)."""
     if mask_id is None:
         return logits.amax(-1, keepdim=True)
@@ -342,7 +342,7 @@ def _row_peak(logits: Tensor, mask_id: int | None) -> Tensor:
     return peaks[0] if len(peaks) == 1 else torch.maximum(*peaks)
 
 
-def _subtract(logits: Tensor, peak: Tensor, out: Tensor) -> None:
+def subtract(logits: Tensor, peak: Tensor, out: Tensor) -> None:
     """out = logits − peak. A row at -inf throughout becomes NaN, which `_finish` reports."""
     if logits.dtype == out.dtype:
         torch.sub(logits, peak, out=out)
@@ -361,7 +361,7 @@ def _largest_two(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return (block * SAMPLE_BLOCK + place)[:, 0], torch.maximum(within, outside)
 
 
-class _Literal:
+class LiteralConfidence:
     """Confidences by the operations of the repositories, on whole rows, in their dtype."""
 
     def __init__(self, inputs: SampleInputs, logits: Tensor, temperature: float | Tensor):
@@ -403,7 +403,7 @@ def _finish(inputs: SampleInputs, group: _Group) -> dict[str, Tensor]:
             winner = torch.where(group.greedy, group.argmax % SAMPLE_BLOCK, winner)
     bad = ~(group.total > 0)
     if inputs.check and bool(bad.any()):
-        _raise_bad_row(inputs, group.rows.start + int(bad.nonzero()[0, 0]))
+        raise_bad_row(inputs, group.rows.start + int(bad.nonzero()[0, 0]))
     place = winner.unsqueeze(-1)
     weight = group.weights.gather(1, place)[:, 0]
     log_total = group.total.log()
@@ -429,13 +429,13 @@ def _picked(block: Tensor | None, place: Tensor, otherwise: Tensor) -> Tensor:
     return otherwise if block is None else block.gather(1, place)[:, 0]
 
 
-def _raise_bad_row(inputs: SampleInputs, row: int) -> None:
+def raise_bad_row(inputs: SampleInputs, row: int) -> None:
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), inputs.leading or (1,)))
     heads = {"logits": inputs.head, "guidance[0]": inputs.unconditional}
     for name, head in heads.items():
         if head is None:
             continue
-        values = _row_logits(head, slice(row, row + 1))[0].clone()
+        values = row_logits(head, slice(row, row + 1))[0].clone()
         if inputs.mask_id is not None:
             values[inputs.mask_id] = NEG_INF
         for kind, found in (("NaN", values.isnan()), ("+inf", values == float("inf"))):

@@ -15,6 +15,10 @@ LOGITS = 0  # x is the tensor of logits
 LOGISTIC_LEFT = 1  # x is mu, y is log_scale, clamp "left"
 LOGISTIC_MIN = 2  # the same with clamp "min"
 
+# Streams of random numbers, as in `rng`.
+BLOCKS = tl.constexpr(0)  # one number per block of the vocabulary
+TOKENS = tl.constexpr(1)  # one per token
+
 
 @triton.jit
 def position_at(slot, inside, rows_ptr, count_ptr, first, HAS_ROWS: tl.constexpr):
@@ -46,11 +50,17 @@ def row_offset(
     `operands.load_align` asks for: 170 instead of 117 registers in mixture forward.
     """
     b, d = split_position(position, D)
+    return place_offset(slot, b, component, d, stride_i, stride_b, stride_c, stride_d, ALIGN)
+
+
+@triton.jit
+def place_offset(slot, b, c, d, stride_i, stride_b, stride_c, stride_d, ALIGN: tl.constexpr):
+    """`row_offset` where example and position are known apart."""
     offset = (
         slot * (stride_i // ALIGN)
         + b * (stride_b // ALIGN)
         + d * (stride_d // ALIGN)
-        + component * (stride_c // ALIGN)
+        + c * (stride_c // ALIGN)
     )
     return tl.multiple_of(offset * ALIGN, ALIGN)
 
@@ -161,6 +171,7 @@ def logits_tile(
     eps,
     KIND: tl.constexpr,
     TAIL: tl.constexpr,  # some columns may lie beyond V
+    MASKED: tl.constexpr = True,  # the excluded column may be among cols
 ):
     """Logits [C, W] in fp32; -inf at excluded columns, beyond V, and in rows not wanted."""
     if KIND == 0:
@@ -174,7 +185,9 @@ def logits_tile(
         log_scale = tl.load(y_ptr + offset, mask=wanted, other=0.0).to(tl.float32)
         tile = logistic_tile(mu, log_scale, cols, V, eps, KIND)
         tile = tl.where(wanted[:, None] & (cols < V)[None, :], tile, float("-inf"))
-    return tl.where((cols == mask_id)[None, :], float("-inf"), tile)
+    if MASKED:
+        tile = tl.where((cols == mask_id)[None, :], float("-inf"), tile)
+    return tile
 
 
 @triton.jit
@@ -195,6 +208,62 @@ def logits_at(x_ptr, y_ptr, offset, tokens, wanted, V, mask_id, eps, KIND: tl.co
         picked = bin_logits(left, right, one_minus_exp(step * inverse), eps, KIND)
         picked = tl.where(wanted, picked, float("-inf"))
     return picked
+
+
+@triton.jit
+def random_words(seed, step, key, call, STREAM: tl.constexpr):
+    """The four Philox words of indices 4·call .. 4·call + 3, in the layout of `rng`: uint32.
+
+    seed and step are scalars, int64; key (int64) and call broadcast against each other.
+    """
+    zero = (key * 0 + call * 0).to(tl.uint32)
+    low = (key & 0xFFFFFFFF).to(tl.uint32) + zero
+    high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32) + zero
+    counter = (call + (STREAM << 30)).to(tl.uint32) + zero
+    last = (step & 0xFFFFFFFF).to(tl.uint32) + zero
+    return tl.philox(seed, counter, low, high, last)
+
+
+@triton.jit
+def word_to_uniform(word):
+    """(i + 1/2) 2^-32 of a word i, below 1."""
+    number = (word.to(tl.uint32).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return tl.minimum(number, 0.99999994)
+
+
+@triton.jit
+def uniform(seed, step, key, index, STREAM: tl.constexpr):
+    """Uniform numbers in (0, 1), a function of (seed, step, row key, stream, index)."""
+    w0, w1, w2, w3 = random_words(seed, step, key, index // 4, STREAM)
+    which = index % 4
+    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    return word_to_uniform(word)
+
+
+@triton.jit
+def uniform_run(seed, step, key, first, STREAM: tl.constexpr, COUNT: tl.constexpr):
+    """`uniform` of indices first .. first + COUNT - 1, a quarter of the work: [R, COUNT].
+
+    key and first are [R]; first is a multiple of 4, COUNT a power of two.
+    """
+    if COUNT < 4:
+        number = uniform(seed, step, key[:, None], first[:, None] + tl.arange(0, COUNT), STREAM)
+    else:
+        call = (first // 4)[:, None] + tl.arange(0, COUNT // 4)[None, :]
+        w0, w1, w2, w3 = random_words(seed, step, key[:, None], call, STREAM)
+        number = word_to_uniform(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
+    return number
+
+
+@triton.jit
+def log_exponential(number):
+    """log(-log(1 - u)); small u keep their precision."""
+    rest = 1.0 - number
+    # log1p(-u) from log: the rounding of 1 - u is divided out.
+    gap = 1.0 - rest
+    exact = gap > 0.0
+    log1p = tl.where(exact, tl.log(rest) * (number / tl.where(exact, gap, 1.0)), -number)
+    return tl.log(-log1p)
 
 
 @triton.jit

@@ -54,7 +54,22 @@ class Shape:
     padded: bool = False  # rows at multiples of 64 elements, as in our own buffers
 
 
-SHAPES: dict[str, Shape] = {
+@dataclasses.dataclass(frozen=True)
+class DrawShape:
+    """One use of the kernels of `sample`."""
+
+    rows: int
+    vocabulary: int
+    dtype: torch.dtype = torch.bfloat16
+    wanted: tuple[str, ...] = ()  # fields of `row_draw.Wanted` that are True
+    mask: bool = False
+    guidance: bool = False
+    tempered: bool = False  # a temperature, and a scale of guidance, for each row
+    logistic: str = ""
+    padded: bool = False
+
+
+SHAPES: dict[str, Shape | DrawShape] = {
     "language": Shape(1, 16, 1, 16, 1024, 50258, mask=True),
     "language linear": Shape(1, 16, 1, 16, 1024, 50258, mask=True, padded=True),
     "language fp32": Shape(1, 16, 1, 16, 1024, 50257, torch.float32, mask=True),
@@ -67,6 +82,26 @@ SHAPES: dict[str, Shape] = {
     "pixel single": Shape(128, 1, 1, 0, 3072, 256, torch.float32, logistic="left"),
     "many components": Shape(1, 64, 1, 64, 1024, 50258, mask=True),
     "cross entropy": Shape(1, 1, 1, 0, 8192, 128256, marginals=False, component=False, padded=True),
+    "draw language": DrawShape(8192, 50258, wanted=("argmax", "entropy"), mask=True),
+    "draw language linear": DrawShape(8192, 50258, mask=True, padded=True),
+    "draw large": DrawShape(
+        512, 126464, wanted=("argmax", "entropy", "margin", "raw"), tempered=True, padded=True
+    ),
+    "draw large fp32": DrawShape(
+        512, 128257, torch.float32, ("argmax", "entropy", "margin", "raw"), tempered=True
+    ),
+    "draw greedy": DrawShape(512, 126464, torch.float16, ("greedy", "margin"), padded=True),
+    "draw guided": DrawShape(2048, 50258, guidance=True, tempered=True),
+    "draw filtered": DrawShape(512, 50258, torch.float32, ("entropy", "margin"), padded=True),
+    "draw image": DrawShape(8192, 1025, guidance=True),
+    "draw image all": DrawShape(
+        8192, 1025, torch.float32, ("argmax", "entropy", "margin", "raw"), tempered=True
+    ),
+    "draw text": DrawShape(65536, 27, torch.float32),
+    "draw pixel": DrawShape(98304, 256, torch.float32, ("entropy",), logistic="left"),
+    "draw pixel min": DrawShape(
+        98304, 256, torch.float32, ("argmax", "entropy", "margin", "raw"), True, True, True, "min"
+    ),
 }
 
 
@@ -279,6 +314,39 @@ def launch_everything(shape: Shape) -> None:
         )
 
 
+def launch_draw(shape: DrawShape) -> None:
+    """Call the launcher of a row draw of this shape."""
+    from . import operands, row_draw
+
+    rows, vocabulary = shape.rows, shape.vocabulary
+    wanted = row_draw.Wanted(**dict.fromkeys(shape.wanted, True))
+
+    def operand() -> operands.Operand:
+        if shape.logistic:
+            mu = _meta(1, 1, rows, dtype=shape.dtype)
+            return operands.logistic_operand(mu, mu, vocabulary, 1e-6, shape.logistic)
+        stride = (vocabulary + 63) // 64 * 64 if shape.padded else vocabulary
+        logits = _meta(1, 1, rows, stride, dtype=shape.dtype)
+        return operands.tensor_operand(logits[..., :vocabulary])
+
+    each = _meta(rows)
+    integers = _meta(rows, dtype=torch.int64)
+    scalar = _meta(dtype=torch.int64)
+    row_draw.row_draw(
+        operand(),
+        operand() if shape.guidance else None,
+        row_draw.Rows(0, rows, (1, rows)),
+        vocabulary - 1 if shape.mask else None,
+        temperature=each if shape.tempered else 1.0,
+        gain=each if shape.tempered and shape.guidance else 1.0,
+        row_keys=integers,
+        seed=scalar,
+        step=scalar,
+        wanted=wanted,
+        results=row_draw.Results(integers, integers, _meta(len(wanted.values), rows)),
+    )
+
+
 def resources(shape_name: str, target_name: str, launch: _Launch) -> Resources:
     """Registers, shared memory and spills of a compiled launch."""
     compiled = launch.compiled
@@ -349,7 +417,11 @@ def report(targets: list[str], shapes: list[str]) -> Iterator[Resources]:
     for target_name in targets:
         for shape_name in shapes:
             with compile_only(target_name) as launches:
-                launch_everything(SHAPES[shape_name])
+                shape = SHAPES[shape_name]
+                if isinstance(shape, DrawShape):
+                    launch_draw(shape)
+                else:
+                    launch_everything(shape)
             for launch in launches:
                 yield resources(shape_name, target_name, launch)
 
@@ -374,7 +446,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("unset TRITON_INTERPRET: the interpreter compiles nothing", file=sys.stderr)
         return 2
     header = ("target", "shape", "kernel", "warps", "registers", "shared", "spills", "load bits")
-    widths = (7, 16, 26, 5, 9, 7, 6, 9)
+    widths = (7, 20, 26, 5, 9, 7, 6, 9)
     print("  ".join(f"{name:<{width}}" for name, width in zip(header, widths, strict=True)))
     broken = 0
     for row in report(options.targets, options.shapes):

@@ -20,37 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tl import LOGITS, logits_at, logits_tile, position_at, row_offset, split_position
+from ._tl import (
+    BLOCKS,
+    LOGITS,
+    TOKENS,
+    log_exponential,
+    logits_at,
+    logits_tile,
+    position_at,
+    row_offset,
+    split_position,
+    uniform,
+)
 from .operands import Operand, Visit
 from .tuning import launch_parameters, power_of_two
 
 WIDTH = 128  # tokens per block: part of the definition of a draw
-BLOCK_STREAM, TOKEN_STREAM = 0, 1
-
-
-@triton.jit
-def uniform(seed, key, index, STREAM: tl.constexpr):
-    """Uniform numbers in (0, 1), a function of (seed, row key, stream, index)."""
-    counter = ((STREAM << 30) + index // 4).to(tl.uint32)
-    low = (key & 0xFFFFFFFF).to(tl.uint32)
-    high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    zero = low * 0
-    w0, w1, w2, w3 = tl.philox(seed, counter, low, high, zero)
-    which = index % 4
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    number = (word.to(tl.uint32).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    return tl.minimum(number, 0.99999994)
-
-
-@triton.jit
-def log_exponential(number):
-    """log(-log(1 - u)); small u keep their precision."""
-    rest = 1.0 - number
-    # log1p(-u) from log: the rounding of 1 - u is divided out.
-    gap = 1.0 - rest
-    exact = gap > 0.0
-    log1p = tl.where(exact, tl.log(rest) * (number / tl.where(exact, gap, 1.0)), -number)
-    return tl.log(-log1p)
 
 
 @triton.jit
@@ -98,6 +83,7 @@ def _draw_kernel(
         return
     offset = row_offset(slot, position, k, D, stride_i, stride_b, stride_k, stride_d, ALIGN)
     seed = tl.load(seed_ptr)
+    step = seed * 0  # the loss draws once per seed
 
     peak = tl.full([BLOCK_R], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -117,7 +103,7 @@ def _draw_kernel(
             mass = tl.sum(mass, axis=2)  # [R, G]
             upto = total[:, None] + tl.cumsum(mass, axis=1)
             g = begin // WIDTH + tl.arange(0, BLOCK_G)
-            number = uniform(seed, key[:, None], (g[None, :] + tl.zeros_like(mass).to(tl.int32)), 0)
+            number = uniform(seed, step, key[:, None], g[None, :], BLOCKS)
             hit = tl.where(number * upto < mass, g[None, :], -1)
             chosen = tl.maximum(chosen, tl.max(hit, axis=1))
             total += tl.sum(mass, axis=1)
@@ -126,7 +112,7 @@ def _draw_kernel(
     v = chosen[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [R, WIDTH]
     keep = wanted[:, None] & (v < V)
     z = logits_at(x_ptr, y_ptr, offset[:, None], v, keep, V, mask_id, eps, KIND)
-    number = uniform(seed, key[:, None], v, 1)
+    number = uniform(seed, step, key[:, None], v, TOKENS)
     race = z - log_exponential(number)
     best = tl.max(race, axis=1)
     ties = tl.where(race == best[:, None], v, 2147483647)

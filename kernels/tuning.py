@@ -49,6 +49,16 @@ class LaunchParameters:
     draw_warps: int = 8
     draw_stages: int = 2
     draw_kernel_rows: int = 16  # most rows of one program of the draw kernel
+    # Row draws: elements of a tile; rows of at most half as many are whole. Both are halved for
+    # logistic rows, the elements per warp also with guidance.
+    sample_elements: int = 2048
+    # One warp, so that sums over a block need no barrier.
+    sample_warps: int = 1
+    sample_whole_elements: int = 512  # elements per warp where a row is one tile
+    sample_rows: int = 16  # most rows of one program there
+    sample_blocks: int = 512  # blocks of 128 tokens per warp where rows are put together
+    sample_joined_rows: int = 2  # most rows of one program there
+    sample_scratch_bytes: int = 64 * 2**20  # numbers per block between the two kernels
     budget_bytes: int = 512 * 2**20  # LinearHead: logits of a chunk and what is kept of them
     minimum_rows: int = 1024  # LinearHead: rows of a matrix product, whatever the budget
 
@@ -67,6 +77,12 @@ class LaunchParameters:
             "split_columns",
             "draw_elements",
             "draw_kernel_rows",
+            "sample_elements",
+            "sample_warps",
+            "sample_whole_elements",
+            "sample_rows",
+            "sample_blocks",
+            "sample_joined_rows",
             "row_warps",
             "marginal_warps",
             "forward_warps",

@@ -18,12 +18,13 @@ pytest.importorskip("triton")
 
 # Target and shapes; together they contain every kernel of the package.
 PARTS = [
-    ("sm_90", ["language", "many components", "pixel min"]),
-    ("sm_80", ["image", "pixel"]),
-    ("sm_100", ["language linear"]),
-    ("gfx942", ["language"]),
+    ("sm_90", ["language", "many components", "pixel min", "draw language", "draw image all"]),
+    ("sm_80", ["image", "pixel", "draw pixel min"]),
+    ("sm_100", ["language linear", "draw language linear"]),
+    ("gfx942", ["language", "draw guided"]),
 ]
 KERNELS = {
+    "block_sums",
     "draw",
     "finish",
     "joint_part",
@@ -31,6 +32,7 @@ KERNELS = {
     "marginal",
     "mixture_backward",
     "mixture_forward",
+    "row_draw",
     "row_statistics",
     "target_gradient",
 }
@@ -72,7 +74,13 @@ def test_every_kernel_is_in_the_table(tables):
 
 def test_loads_of_our_own_buffers_are_at_least_four_bytes_per_thread(tables):
     _, output, _ = tables["sm_100"]
-    for kernel in ("row_statistics", "mixture_forward", "mixture_backward", "marginal"):
+    for kernel in (
+        "row_statistics",
+        "mixture_forward",
+        "mixture_backward",
+        "marginal",
+        "block_sums",
+    ):
         rows = [line for line in output.splitlines() if f" {kernel} " in line]
         assert rows
         assert all(int(line.split()[-1]) >= 32 for line in rows)

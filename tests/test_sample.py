@@ -361,7 +361,7 @@ def test_unknown_backends_are_named():
 
 def test_triton_says_why_it_cannot_run(monkeypatch):
     module = importlib.import_module("di4c_fast.sample")
-    monkeypatch.setattr(module, "_triton_unavailable", lambda inputs: "no kernels here")
+    monkeypatch.setattr(module, "triton_unavailable", lambda inputs: "no kernels here")
     with pytest.raises(RuntimeError, match='backend="triton" cannot run: no kernels here'):
         sample(torch.zeros(2, 3), backend="triton")
     assert sample(torch.zeros(2, 3), seed=0).token.shape == (2,)

@@ -54,7 +54,7 @@ def test_rows_give_the_same_draw_in_any_batch_and_order(vocabulary):
 def test_chunks_and_groups_do_not_change_a_draw(monkeypatch, arguments):
     logits = normal(70, 1025)
     expected = streamed(logits, seed=5, **arguments)
-    monkeypatch.setattr(streaming_sample, "_MIN_GROUP_ROWS", 1)
+    monkeypatch.setattr(streaming_sample, "MIN_GROUP_ROWS", 1)
     for chunk_bytes, numbers in ((1, 1), (1, 1 << 20), (20_000, 5000), (1 << 30, 1000)):
         monkeypatch.setattr(streaming_sample, "_CHUNK_BYTES", chunk_bytes)
         monkeypatch.setattr(streaming_sample, "_GROUP_NUMBERS", numbers)
