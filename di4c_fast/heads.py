@@ -167,7 +167,8 @@ class TensorHead(Head):
 class LinearHead(Head):
     """Logits of a linear output layer, never all in memory: `hidden @ weight.T + bias`.
 
-    Equivalent PyTorch: `F.linear(hidden, weight.to(hidden.dtype)) + bias`.
+    Equivalent PyTorch: `F.linear(hidden, weight.to(hidden.dtype), bias)`, or with a bias per
+    position `F.linear(hidden, weight.to(hidden.dtype)) + bias`.
 
     Args:
         hidden: (..., C), floating point; the last leading dimension counts positions (D).
@@ -247,10 +248,12 @@ class LinearHead(Head):
         return head
 
     def logits(self) -> Tensor:
-        logits = F.linear(self.hidden, self.weight.to(self.hidden.dtype))
-        if self.bias is None:
-            return logits
-        bias = self.bias if self._positions is None else self.bias[self._positions]
+        weight, bias = self.weight.to(self.hidden.dtype), self.bias
+        if bias is None or bias.ndim == 1:
+            # In one product, as `nn.Linear` does: half precision then rounds once.
+            return F.linear(self.hidden, weight, None if bias is None else bias.to(weight.dtype))
+        logits = F.linear(self.hidden, weight)
+        bias = bias if self._positions is None else bias[self._positions]
         return logits + bias.to(logits.dtype)
 
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -179,7 +179,7 @@ def test_linear_head_computes_in_the_dtype_of_hidden():
     head = LinearHead(hidden, weight, bias)
     assert head.dtype == torch.bfloat16
     assert head.logits().dtype == torch.bfloat16
-    expected = F.linear(hidden, weight.bfloat16()) + bias.bfloat16()
+    expected = F.linear(hidden, weight.bfloat16(), bias.bfloat16())
     assert torch.equal(head.logits(), expected)
 
 
