@@ -1,0 +1,205 @@
+"""Drop-in for the `diffusion_generate` of Dream, and of Fast-dLLM's Dream without blocks.
+
+    import di4c_fast.integrations.dream as fast
+
+    with fast.accelerate(model):                 # or handle = ...; handle.remove()
+        output = model.diffusion_generate(input_ids, attention_mask=..., alg="entropy", ...)
+
+Only the loop behind `diffusion_generate` is replaced: configuration, lengths and warnings are
+the model's own. What is the same: arguments, what comes back, the tokens at temperature 0 and
+their law otherwise. What differs:
+
+* the output layer runs for the masked positions alone, a few rows at a time, if it is a plain
+  linear layer; `alg="origin"` computes only the positions whose turn it is;
+* a step that fills nothing does not call the model; the history has an entry for it all the same;
+* randomness comes from one seed drawn from torch's default generator;
+* confidences are computed in fp32; `confidence_dtype=torch.bfloat16` gives those of a model in
+  bfloat16, many of which tie, at the price of sorting whole rows;
+* sequences with different numbers of masked positions are each filled at their own rate (in the
+  repository by the mean, which overwrites prompts);
+* equal confidences keep the lowest position.
+
+Calls with `generation_tokens_hook_func` or `generation_logits_hook_func` run the model's own loop:
+the hooks are promised all logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_bool, check_choice, describe
+from ..heads import Head
+from ..sample_inputs import CONFIDENCE_DTYPES
+from ..samplers.confidence import sample_confidence
+from ._linear_output import call_for_head
+from .maskgit import Handle
+
+__all__ = ["DreamOutput", "accelerate", "denoiser"]
+
+ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "confidence_threshold")
+
+
+@dataclasses.dataclass
+class DreamOutput:
+    """What comes back where the model's own module has no `DreamModelOutput`."""
+
+    sequences: Tensor
+    history: list[Tensor] | None = None
+
+
+def denoiser(model: Any) -> Callable[..., Head]:
+    """Dream's model as a callable (tokens, t, attention_mask, tok_idx) for `di4c_fast.samplers`.
+
+    Its logits belong to the next position: use it with `sample_confidence(..., shift=True)`.
+
+    Args:
+        model: `DreamModel`, or any callable (tokens, attention_mask, tok_idx) that returns an
+            object with logits (R, D, V).
+
+    Returns:
+        A callable that gives `LinearHead(hidden, weight, bias)` of the output layer where
+        `model.get_output_embeddings()` is a plain linear layer that the model calls once, and
+        all logits otherwise. It ignores t: Dream has no time.
+    """
+
+    def call(
+        tokens: Tensor,
+        t: Tensor,
+        attention_mask: Tensor | str = "full",
+        tok_idx: Tensor | None = None,
+    ) -> Head:
+        return call_for_head(model, tokens, attention_mask, tok_idx)
+
+    return call
+
+
+def accelerate(
+    model: Any,
+    *,
+    exclude_mask: bool = False,
+    confidence_dtype: torch.dtype | None = None,
+    seed: int | None = None,
+) -> Handle:
+    """Replace the sampling loop of `model.diffusion_generate`.
+
+    Args:
+        model: `DreamModel` (any with its `_sample` method) of Dream or of Fast-dLLM.
+        exclude_mask: never draw the mask, and so wait for the device at no step. Dream may draw
+            it and then leaves masks in the answer; a trained model gives it no probability.
+            `origin` never draws it.
+        confidence_dtype: see the module's head.
+        seed: of all calls; None draws one for each.
+
+    Returns:
+        `Handle`: `remove()` undoes it, as does leaving a `with` block.
+
+    Raises:
+        TypeError: `model` has no method `_sample`.
+        ValueError (when generating): unknown `alg`, and what `sample_confidence` raises.
+    """
+    if not callable(getattr(model, "_sample", None)):
+        raise TypeError(f"model must have Dream's method _sample, got {describe(model)}")
+    check_bool(exclude_mask, "exclude_mask")
+    if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
+        known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
+        raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
+    return Handle(model, "_sample", _Loop(model, exclude_mask, confidence_dtype, seed))
+
+
+class _Loop:
+    """Dream's `_sample` with its arguments."""
+
+    def __init__(
+        self,
+        model: Any,
+        exclude_mask: bool,
+        confidence_dtype: torch.dtype | None,
+        seed: int | None,
+    ):
+        self._model, self._original = model, model._sample
+        self._exclude_mask, self._confidence_dtype = exclude_mask, confidence_dtype
+        self._seed = seed
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        generation_config: Any,
+        generation_tokens_hook_func: Any = None,
+        generation_logits_hook_func: Any = None,
+        **more: Any,
+    ) -> Any:
+        hooks = (generation_tokens_hook_func, generation_logits_hook_func)
+        if not all(_does_nothing(hook) for hook in hooks):
+            return self._original(
+                input_ids,
+                attention_mask=attention_mask,
+                generation_config=generation_config,
+                generation_tokens_hook_func=generation_tokens_hook_func,
+                generation_logits_hook_func=generation_logits_hook_func,
+                **more,
+            )
+        config = generation_config
+        check_choice(config.alg, "alg", ALGORITHMS)
+        by_threshold = config.alg == "confidence_threshold"
+        changes: dict[int, Tensor] = {}
+        start: list[Tensor] = []
+        tokens = sample_confidence(
+            denoiser(self._model),
+            (input_ids.shape[0], config.max_length),
+            mask_id=int(config.mask_token_id),
+            steps=config.steps,
+            rule="maskgit_plus" if by_threshold else config.alg,
+            schedule="even" if by_threshold else "ancestral",
+            t_min=config.eps,
+            threshold=more.get("threshold", 0.9) if by_threshold else None,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=None if config.top_p is None or config.top_p >= 1 else config.top_p,
+            confidence_temperature=0.0 if by_threshold else config.alg_temp or 0.0,
+            shift=True,
+            exclude_mask=self._exclude_mask or config.alg == "origin",
+            confidence_dtype=self._confidence_dtype,
+            prompt=input_ids,
+            context=_attention(attention_mask, config.max_length),
+            seed=self._seed,
+            callback=lambda step, total, state: changes.update({step: state}),
+            history=start,
+        )
+        if not config.return_dict_in_generate:
+            return tokens
+        history = None
+        if config.output_history:
+            last = max(changes, default=0) if by_threshold else config.steps
+            history, state = [], start[0]
+            for step in range(1, max(last, 1) + 1):
+                state = changes.get(step, state)
+                history.append(state)
+        return self._output_class()(sequences=tokens, history=history)
+
+    def _output_class(self) -> Any:
+        names = getattr(getattr(self._original, "__func__", None), "__globals__", {})
+        return names.get("DreamModelOutput", DreamOutput)
+
+
+def _does_nothing(hook: Any) -> bool:
+    """None, or the default that `diffusion_generate` makes up where no hook was given."""
+    name = getattr(hook, "__qualname__", "")
+    return hook is None or name.endswith("diffusion_generate.<locals>.<lambda>")
+
+
+def _attention(attention_mask: Tensor | None, length: int) -> dict[str, Tensor]:
+    """What the model takes for padded prompts: pairs of real tokens, and their positions."""
+    if attention_mask is None or not bool((attention_mask == 0).any()):
+        return {}
+    missing = length - attention_mask.shape[1]
+    real = torch.nn.functional.pad(attention_mask != 0, (0, missing), value=True)
+    positions = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
+    pairs = real[:, None, None, :] & real[:, None, :, None]
+    return {"attention_mask": pairs, "tok_idx": positions}

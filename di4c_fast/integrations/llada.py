@@ -1,0 +1,274 @@
+"""Drop-ins for the `generate` functions of LLaDA and of Fast-dLLM's LLaDA.
+
+    from di4c_fast.integrations.llada import generate      # in place of LLaDA's
+    out = generate(model, input_ids, attention_mask, steps=128, gen_length=128, block_length=32)
+
+    with di4c_fast.integrations.llada.accelerate(module):  # or handle = ...; handle.remove()
+        module.generate(model, input_ids, ...)              # a repository's own module and calls
+
+Nothing of the repositories is imported. What is the same: arguments, defaults, results, the
+tokens at temperature 0 and the law of the tokens otherwise. What differs:
+
+* the output layer runs for the masked positions of the current block alone, a few rows at a
+  time, if it is a plain linear layer (`model.get_output_embeddings()`);
+* a step that fills nothing does not call the model; sequences without masked positions in the
+  block are left out of the call;
+* randomness comes from one seed drawn from torch's default generator; draws are exact in fp32;
+* confidences are computed in fp32. `confidence_dtype=torch.bfloat16` gives those of LLaDA in
+  bfloat16, many of which tie, `torch.float64` those of Fast-dLLM, both at the price of whole rows;
+* equal confidences keep the lowest position; masks inside the prompt are filled with the first
+  block instead of at the expense of the answer; CFG works without an attention mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_int64, check_rank, check_tensor, describe
+from ..heads import Head
+from ..samplers._shared import check_counts
+from ..samplers.confidence import sample_confidence
+from ._linear_output import call_for_head
+from .maskgit import Handle
+
+__all__ = ["EOS_ID", "EOT_ID", "accelerate", "denoiser", "generate", "generate_fast_dllm"]
+
+MASK_ID, EOS_ID, EOT_ID = 126336, 126081, 126348
+REMASKING = ("low_confidence", "random")
+
+
+def denoiser(model: Any) -> Callable[..., Head]:
+    """LLaDA's model as a callable (tokens, t, attention_mask=None) for `di4c_fast.samplers`.
+
+    Args:
+        model: `LLaDAModelLM`, or any callable (tokens, attention_mask=...) that returns an object
+            with logits (R, D, V); also without `attention_mask` if none is given.
+
+    Returns:
+        A callable that gives `LinearHead(hidden, weight, bias)` of the output layer where
+        `model.get_output_embeddings()` is a plain linear layer that the model calls once, and
+        all logits otherwise. It ignores t: LLaDA has no time.
+    """
+    config = getattr(model, "config", None)
+    scale = 1.0
+    if getattr(config, "scale_logits", False):
+        scale = 1.0 / math.sqrt(config.d_model)  # type: ignore[union-attr]
+
+    def call(tokens: Tensor, t: Tensor, attention_mask: Tensor | None = None) -> Head:
+        arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return call_for_head(model, tokens, scale=scale, **arguments)
+
+    return call
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompt: Tensor,
+    attention_mask: Tensor | None = None,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    cfg_scale: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = MASK_ID,
+    logits_eos_inf: bool = False,
+    confidence_eos_eot_inf: bool = False,
+    *,
+    exclude_mask: bool = False,
+    confidence_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Tensor:
+    """LLaDA's `generate`: the prompt (B, P) with `gen_length` tokens behind it.
+
+    Args:
+        model, prompt, attention_mask, steps, gen_length, block_length, temperature, cfg_scale,
+            remasking, mask_id, logits_eos_inf, confidence_eos_eot_inf: as in LLaDA. With
+            `confidence_eos_eot_inf` and a temperature, only EoT is deferred, as there.
+        exclude_mask: never draw the mask, and so wait for the device at no step. LLaDA may draw
+            it and then leaves masks in the answer; a trained model gives it no probability.
+        confidence_dtype: see the module's head.
+        options: more of `sample_confidence`: eos_id, threshold, factor, seed, generator,
+            callback, history ... With a threshold or factor, `steps` is not used.
+
+    Returns:
+        (B, P + gen_length) int64.
+
+    Raises:
+        TypeError, ValueError: as `sample_confidence`; `block_length` that does not divide
+            `gen_length`, `steps` that are no multiple of the number of blocks.
+    """
+    return _generate(
+        model,
+        prompt,
+        attention_mask=attention_mask,
+        steps=steps,
+        gen_length=gen_length,
+        block_length=block_length,
+        temperature=temperature,
+        guidance_scale=cfg_scale,
+        remasking=remasking,
+        mask_id=mask_id,
+        banned_ids=(EOS_ID,) if logits_eos_inf else (),
+        deferred_ids=_deferred(confidence_eos_eot_inf, remasking, temperature),
+        exclude_mask=exclude_mask,
+        confidence_dtype=confidence_dtype,
+        **options,
+    )
+
+
+def _deferred(wanted: bool, remasking: str, temperature: float) -> tuple[int, ...]:
+    if not wanted or remasking != "low_confidence":
+        return ()
+    # At a temperature the repository changes a copy of the logits for EOS, without effect.
+    return (EOS_ID, EOT_ID) if temperature == 0 else (EOT_ID,)
+
+
+@torch.no_grad()
+def generate_fast_dllm(
+    model: Any,
+    prompt: Tensor,
+    steps: int = 128,
+    gen_length: int = 128,
+    block_length: int = 128,
+    temperature: float = 0.0,
+    remasking: str = "low_confidence",
+    mask_id: int = MASK_ID,
+    threshold: float | None = None,
+    factor: float | None = None,
+    *,
+    exclude_mask: bool = False,
+    confidence_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> tuple[Tensor, int]:
+    """Fast-dLLM's `generate` for LLaDA, without cache: the tokens and the number of model calls.
+
+    Arguments as there and in `generate`; with a threshold or a factor `steps` is not used.
+    `prompt` may hold several sequences: each goes through its blocks on its own. Where the
+    repository would never end, because the model insists on the mask, this ends with masks left.
+    """
+    calls = 0
+    given = denoiser(model)
+
+    def counted(tokens: Tensor, t: Tensor) -> Head:
+        nonlocal calls
+        calls += 1
+        return given(tokens, t)
+
+    tokens = _generate(
+        model,
+        prompt,
+        attention_mask=None,
+        steps=steps,
+        gen_length=gen_length,
+        block_length=block_length,
+        temperature=temperature,
+        guidance_scale=0.0,
+        remasking=remasking,
+        mask_id=mask_id,
+        threshold=threshold,
+        factor=factor,
+        exclude_mask=exclude_mask,
+        confidence_dtype=confidence_dtype,
+        call=counted,
+        **options,
+    )
+    return tokens, calls
+
+
+def _generate(
+    model: Any,
+    prompt: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    steps: int,
+    gen_length: int,
+    block_length: int,
+    remasking: str,
+    exclude_mask: bool,
+    threshold: float | None = None,
+    factor: float | None = None,
+    call: Callable[..., Head] | None = None,
+    **options: Any,
+) -> Tensor:
+    check_int64(prompt, "prompt")
+    check_rank(prompt, "prompt", exactly=2)
+    check_choice(remasking, "remasking", REMASKING)
+    check_counts(
+        [("steps", steps, 1), ("gen_length", gen_length, 1), ("block_length", block_length, 1)]
+    )
+    if gen_length % block_length:
+        raise ValueError(
+            f"gen_length must be a multiple of block_length, {block_length}, got {gen_length}"
+        )
+    blocks = gen_length // block_length
+    if steps % blocks:
+        raise ValueError(f"steps must be a multiple of the number of blocks, {blocks}, got {steps}")
+    open_ended = threshold is not None or factor is not None
+    context = {}
+    batch, length = prompt.shape
+    device = getattr(model, "device", prompt.device)
+    if attention_mask is not None:
+        check_tensor(attention_mask, "attention_mask")
+        if attention_mask.shape != prompt.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of prompt {tuple(prompt.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        attention_mask = attention_mask.to(device)
+        ones = attention_mask.new_ones(batch, gen_length)
+        context["attention_mask"] = torch.cat([attention_mask, ones], dim=1)
+    return sample_confidence(
+        denoiser(model) if call is None else call,
+        (batch, length + gen_length),
+        steps=None if open_ended else steps,
+        rule=remasking,
+        block_length=block_length,
+        threshold=threshold,
+        factor=factor,
+        exclude_mask=exclude_mask,
+        prompt=prompt.to(device),
+        context=context,
+        **options,
+    )
+
+
+def accelerate(module: Any, **options: Any) -> Handle:
+    """Replace the `generate` of an imported `generate.py` of LLaDA or of Fast-dLLM.
+
+    Args:
+        module: the module (or any object) with a function `generate`; one that takes `threshold`
+            and no `attention_mask` is Fast-dLLM's. Names that were imported out of the module
+            before stay as they were.
+        options: keywords for every call: exclude_mask, confidence_dtype, seed, eos_id, ...
+
+    Returns:
+        `Handle`: `remove()` undoes it, as does leaving a `with` block.
+
+    Raises:
+        TypeError: no such function, or one whose arguments are those of neither repository.
+    """
+    found = getattr(module, "generate", None)
+    if not callable(found):
+        raise TypeError(f"module must have a function generate, got {describe(module)}")
+    names = set(inspect.signature(found).parameters)
+    common = {"model", "prompt", "steps", "gen_length", "block_length", "temperature"}
+    common |= {"remasking", "mask_id"}
+    if common | {"cfg_scale"} <= names:
+        ours: Callable[..., Any] = generate
+    elif common | {"threshold"} <= names:
+        ours = generate_fast_dllm
+    else:
+        raise TypeError(
+            "module.generate must have the arguments of LLaDA's or of Fast-dLLM's, "
+            f"got {', '.join(sorted(names))}"
+        )
+    return Handle(module, "generate", functools.partial(ours, **options))

@@ -1,0 +1,315 @@
+"""Dream's drop-in, on a fake with the methods of its model, beside a dense loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from di4c_fast.heads import LinearHead
+from di4c_fast.integrations import dream
+from di4c_fast.testing import assert_frequency
+
+VOCAB, MASK, WIDTH, LENGTH = 40, 39, 10, 32
+
+
+@dataclasses.dataclass
+class DreamModelOutput:
+    sequences: Tensor = None
+    history: list = None
+
+
+@dataclasses.dataclass
+class Config:
+    max_length: int = 18
+    steps: int = 6
+    alg: str = "origin"
+    alg_temp: float | None = None
+    eps: float = 1e-3
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    mask_token_id: int = MASK
+    output_history: bool = False
+    return_dict_in_generate: bool = False
+
+
+class FakeDream(nn.Module):
+    """`diffusion_generate` and `_sample` as called there; float64; logits of the next position."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.embedding = nn.Embedding(VOCAB, WIDTH)
+            self.places = nn.Embedding(LENGTH, WIDTH)
+            self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.double()
+        self.conditions: list[tuple] = []
+        self.own_loops = 0
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, num_logits_to_keep=0):
+        self.conditions.append((attention_mask, position_ids))
+        h = self.embedding(input_ids)
+        if isinstance(attention_mask, str):
+            h = h + h.mean(1, keepdim=True) + self.places.weight[: input_ids.shape[1]]
+        else:
+            pairs = attention_mask[:, 0].double()
+            h = h + pairs @ h / pairs.sum(-1, keepdim=True).clamp(min=1)
+            h = h + self.places(position_ids)
+        h = torch.tanh(h + h.roll(1, 1)) * 3.0
+        return types.SimpleNamespace(logits=self.lm_head(h[:, -num_logits_to_keep:, :]))
+
+    def diffusion_generate(self, inputs=None, generation_config=None, **kwargs):
+        tokens_hook = kwargs.pop("generation_tokens_hook_func", lambda step, x, logits: x)
+        logits_hook = kwargs.pop("generation_logits_hook_func", lambda step, x, logits: logits)
+        return self._sample(
+            inputs,
+            attention_mask=kwargs.pop("attention_mask", None),
+            generation_config=generation_config,
+            generation_tokens_hook_func=tokens_hook,
+            generation_logits_hook_func=logits_hook,
+            **kwargs,
+        )
+
+    def _sample(
+        self, input_ids, attention_mask, generation_config, generation_tokens_hook_func,
+        generation_logits_hook_func, threshold=0.9,
+    ):  # fmt: skip
+        self.own_loops += 1
+        return generation_tokens_hook_func(None, input_ids, None)
+
+
+def dense_loop(model, prompt, config, attention_mask=None, threshold=None):
+    """Every row of every step, dense, one sequence at a time; tokens and the state of each step."""
+    rows, states = [], []
+    for b in range(len(prompt)):
+        x = F.pad(prompt[b : b + 1], (0, config.max_length - prompt.shape[1]), value=MASK)
+        condition = ("full", None)
+        if attention_mask is not None:
+            real = F.pad(attention_mask[b : b + 1], (0, x.shape[1] - prompt.shape[1]), value=1) > 0
+            place = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
+            condition = (real[:, None, None] & real[:, None, :, None], place)
+        times = torch.linspace(1, config.eps, config.steps + 1)
+        every = int((x == MASK).sum()) // config.steps
+        left, step, history = 0, 0, []
+        while bool((x == MASK).any()):
+            logits = model(x, *condition).logits[0].detach()
+            logits = torch.cat([logits[:1], logits[:-1]])
+            logits[:, MASK] = -torch.inf
+            ordered, ids = logits.sort(dim=-1, descending=True)
+            if config.top_p is not None:
+                before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+                before[:, 0] = 0
+                ordered[before > config.top_p] = -torch.inf
+            if config.top_k is not None:
+                ordered[:, config.top_k :] = -torch.inf
+            p = ordered.softmax(-1)
+            confidence = {
+                "topk_margin": p[:, 0] - p[:, 1],
+                "entropy": torch.where(p > 0, p * p.log(), 0.0).sum(-1),
+            }.get(config.alg, p[:, 0])
+            active = [d for d in range(x.shape[1]) if x[0, d] == MASK]
+            order = sorted(active, key=lambda d: (-float(confidence[d]), d))
+            if threshold is not None:
+                cap = (every if step < config.steps else 0) + left
+                chosen = order[:1] + [d for d in order[1:cap] if confidence[d] >= threshold]
+                left = cap - len(chosen)
+            else:
+                count = len(active)
+                if step < config.steps - 1:
+                    count = int(len(active) * (1 - times[step + 1] / times[step]))
+                chosen = order[:count]
+            for d in chosen:
+                x[0, d] = ids[d, 0]
+            step += 1
+            history.append(x[0].clone())
+        rows.append(x[0])
+        states.append(torch.stack(history))
+    return torch.stack(rows), states
+
+
+def prompt_of(batch: int = 2, length: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(MASK, (batch, length), generator=generator)
+
+
+@pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"steps": 12}, {"steps": 17}, {"steps": 1}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.8},
+     {"top_p": 1.0}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("padded", [False, True])
+def test_tokens_at_temperature_0_are_those_of_a_dense_loop(alg, changes, padded):
+    model, prompt = FakeDream(1), prompt_of()
+    config = Config(alg=alg, **changes)
+    attention = torch.ones_like(prompt)
+    if padded:
+        attention[1, :2] = 0
+    with dream.accelerate(model, exclude_mask=True):
+        ours = model.diffusion_generate(prompt, config, attention_mask=attention)
+    expected, _ = dense_loop(model, prompt, config, attention if padded else None)
+    assert torch.equal(ours, expected)
+    assert model.own_loops == 0
+
+
+def test_the_history_holds_every_step_also_those_that_fill_nothing():
+    model, prompt = FakeDream(2), prompt_of(1)
+    config = Config(alg="entropy", steps=17, output_history=True, return_dict_in_generate=True)
+    with dream.accelerate(model, exclude_mask=True):
+        output = model.diffusion_generate(prompt, config)
+    assert type(output) is DreamModelOutput
+    _, states = dense_loop(model, prompt, config)
+    assert torch.equal(torch.cat(output.history), states[0])
+    assert len(output.history) == 17
+    assert any(torch.equal(a, b) for a, b in zip(output.history, output.history[1:], strict=False))
+    config.output_history = False
+    with dream.accelerate(model):
+        assert model.diffusion_generate(prompt, config).history is None
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.95])
+@pytest.mark.parametrize("steps", [3, 6, 12])
+def test_a_threshold_fills_no_more_than_the_steps_allow(threshold, steps):
+    model, prompt = FakeDream(3), prompt_of(1)
+    config = Config(
+        alg="confidence_threshold", steps=steps, output_history=True, return_dict_in_generate=True
+    )
+    with dream.accelerate(model, exclude_mask=True):
+        output = model.diffusion_generate(prompt, config, threshold=threshold)
+    expected, states = dense_loop(model, prompt, config, threshold=threshold)
+    assert torch.equal(output.sequences, expected)
+    assert torch.equal(torch.cat(output.history), states[0])
+
+
+def test_origin_fills_positions_at_random_and_computes_each_once():
+    model = FakeDream(4)
+    config = Config(max_length=8, steps=2, return_dict_in_generate=True, output_history=True)
+    rows = []
+    taken = LinearHead.take
+
+    class Spy:
+        def __call__(self, head, index):
+            rows.append(index.numel())
+            return taken(head, index)
+
+    spy = Spy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LinearHead, "take", lambda head, index: spy(head, index))
+        with dream.accelerate(model, seed=1):
+            output = model.diffusion_generate(prompt_of(2000, 4), config)
+    assert bool((output.sequences != MASK).all())
+    first = int((output.history[0][:, 4:] != MASK).sum())
+    assert_frequency(first, 8000, (1 - 1e-3) / 2)
+    assert max(rows) <= 8000 - min(first, 8000 - first)
+
+
+def test_hooks_run_the_models_own_loop():
+    model, prompt = FakeDream(5), prompt_of(1)
+    seen = []
+
+    def tokens_hook(step, x, logits):
+        seen.append(step)
+        return x
+
+    with dream.accelerate(model):
+        model.diffusion_generate(prompt, Config(), generation_tokens_hook_func=tokens_hook)
+        assert (model.own_loops, seen) == (1, [None])
+        model.diffusion_generate(
+            prompt, Config(), generation_logits_hook_func=lambda step, x, logits: logits
+        )
+        assert model.own_loops == 2
+        model.diffusion_generate(prompt, Config())
+        assert model.own_loops == 2
+
+
+def test_accelerate_is_undone():
+    model, prompt = FakeDream(6), prompt_of(1)
+    handle = dream.accelerate(model)
+    assert model.diffusion_generate(prompt, Config()).shape == (1, 18)
+    handle.remove()
+    handle.remove()
+    assert torch.equal(model.diffusion_generate(prompt, Config()), prompt)
+    assert "_sample" not in vars(model)
+
+
+def test_draws_are_a_function_of_the_seed():
+    model, prompt = FakeDream(7), prompt_of()
+    config = Config(alg="entropy", temperature=1.0, top_p=0.95, alg_temp=0.5)
+
+    def draw(seed):
+        with dream.accelerate(model, seed=seed):
+            return model.diffusion_generate(prompt, config)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    torch.manual_seed(0)
+    first = draw(None)
+    torch.manual_seed(0)
+    assert torch.equal(first, draw(None))
+
+
+def test_the_denoiser_returns_the_linear_head_of_the_model():
+    model, tokens = FakeDream(8), prompt_of()
+    head = dream.denoiser(model)(tokens, torch.ones(2))
+    assert type(head) is LinearHead
+    assert head.weight is model.lm_head.weight
+    assert_close(head.logits(), model(tokens, "full").logits)
+    assert model.conditions[0] == ("full", None)
+
+
+def test_an_output_class_of_our_own_where_the_model_has_none():
+    class Other:
+        _sample = staticmethod(lambda *args, **kwargs: None)
+        get_output_embeddings = None
+
+        def __call__(self, tokens, attention_mask, tok_idx):
+            return types.SimpleNamespace(logits=torch.zeros(*tokens.shape, VOCAB))
+
+    model = Other()
+    with dream.accelerate(model, exclude_mask=True):
+        output = model._sample(prompt_of(), None, Config(return_dict_in_generate=True))
+    assert type(output) is dream.DreamOutput
+    assert bool((output.sequences[:, 6:] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        (object(), {}, TypeError, "model must have Dream's method _sample"),
+        (FakeDream(), {"exclude_mask": 1}, TypeError, "exclude_mask must be True or False"),
+        (FakeDream(), {"confidence_dtype": "bf16"}, ValueError, "confidence_dtype must be None or"),
+    ],
+)
+def test_wrong_arguments_are_named(model, options, error, message):
+    with pytest.raises(error, match=message):
+        dream.accelerate(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alg": "greedy"}, "alg must be one of 'origin', 'maskgit_plus'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"eps": 0.0}, r"t_min must be in \(0, 1\), got 0.0"),
+        ({"max_length": 5}, "prompt must not be longer than the sequence, D = 5, got 6"),
+    ],
+    ids=str,
+)
+def test_wrong_configurations_are_named_when_generating(changes, message):
+    model = FakeDream()
+    with dream.accelerate(model), pytest.raises(ValueError, match=message):
+        model.diffusion_generate(prompt_of(), Config(**changes))
