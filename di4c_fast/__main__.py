@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -103,6 +104,25 @@ def _loss_and_gradient(
     return loss.detach(), gradient
 
 
+def sample_check(backend: Backend, device: torch.device) -> float:
+    """Largest error of a draw's log-probability against the reference in float64; inf if a token
+    differs."""
+    logits = 3.0 * torch.randn(64, 1031, generator=torch.Generator().manual_seed(0))
+    expected = di4c_fast.sample(logits.double(), seed=0, mask_id=1030, backend="reference")
+    actual = di4c_fast.sample(logits.to(device), seed=0, mask_id=1030, backend=backend)
+    assert expected.log_prob is not None
+    assert actual.log_prob is not None
+    if not torch.equal(actual.token.cpu(), expected.token):
+        return math.inf
+    return float((actual.log_prob.cpu().double() - expected.log_prob).abs().amax())
+
+
+CHECKS: tuple[tuple[str, Callable[[Backend, torch.device], float]], ...] = (
+    ("backends of the loss (error of loss and gradient against the float64 reference)", self_check),
+    ("backends of sample (the same tokens; error of log_prob against it)", sample_check),
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m di4c_fast", description=__doc__)
     parser.parse_args(arguments)
@@ -112,18 +132,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("devices")
     for device in devices():
         print(f"  {describe_device(device)}")
-    print("backends of the loss (error of loss and gradient against the float64 reference)")
     failed = False
-    for device in devices():
-        for backend in BACKENDS:
-            reason = unavailable(backend, device)
-            if reason is not None:
-                print(f"  {backend:10} {device!s:8} unavailable: {reason}")
-                continue
-            error = self_check(backend, device)
-            verdict = "ok" if error <= TOLERANCE else f"WRONG, at most {TOLERANCE:g} expected"
-            failed |= error > TOLERANCE
-            print(f"  {backend:10} {device!s:8} {verdict} ({error:.1e})")
+    for title, check in CHECKS:
+        print(title)
+        for device in devices():
+            for backend in BACKENDS:
+                reason = unavailable(backend, device)
+                if reason is not None:
+                    print(f"  {backend:10} {device!s:8} unavailable: {reason}")
+                    continue
+                error = check(backend, device)
+                verdict = "ok" if error <= TOLERANCE else f"WRONG, at most {TOLERANCE:g} expected"
+                failed |= not error <= TOLERANCE
+                print(f"  {backend:10} {device!s:8} {verdict} ({error:.1e})")
     return int(failed)
 
 

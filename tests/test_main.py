@@ -16,7 +16,7 @@ def test_report_names_versions_devices_and_working_backends(capsys):
     assert f"torch        {torch.__version__.split('+')[0]}" in report
     assert "cpu: " in report
     assert "torch      cpu      ok" in report
-    assert "reference  cpu      ok" in report
+    assert report.count("reference  cpu      ok") == 2  # the loss and sample
 
 
 def test_a_backend_that_computes_something_else_fails_the_check(monkeypatch, capsys):
@@ -31,6 +31,22 @@ def test_a_backend_that_computes_something_else_fails_the_check(monkeypatch, cap
     monkeypatch.setattr(streaming, "loss_per_example", broken)
     assert command.main([]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_backend_that_draws_other_tokens_fails_the_check(monkeypatch, capsys):
+    from di4c_fast import streaming_sample
+
+    honest = streaming_sample.sample_rows
+
+    def broken(inputs):
+        fields = honest(inputs)
+        return fields | {"token": fields["token"].flip(0)}
+
+    monkeypatch.setattr(streaming_sample, "sample_rows", broken)
+    assert command.main([]) == 1
+    report = capsys.readouterr().out
+    assert report.count("WRONG") == 1
+    assert "WRONG" in report[report.index("backends of sample") :]
 
 
 def test_an_unavailable_backend_is_listed_with_its_reason(monkeypatch, capsys):
