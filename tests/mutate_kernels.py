@@ -98,10 +98,10 @@ MUTATIONS = [
         "test_mixture_backward.py",
     ),
     Mutation(
-        "split one column short",
+        "split one block short",
         "kernels/mixture_forward.py",
         "stop = tl.minimum(start + split, V)",
-        "stop = tl.minimum(start + split - 1, V)",
+        "stop = tl.minimum(start + split - BLOCK_V, V)",
         "test_mixture_forward.py",
     ),
     Mutation(
