@@ -13,10 +13,13 @@ from torch import Tensor
 
 from .._checks import (
     check_floating,
+    check_int64,
+    check_rank,
     check_same_device,
     check_shape,
     check_tensor,
     check_values,
+    describe,
 )
 from ..heads import HeadLike
 
@@ -102,3 +105,24 @@ def check_valid(valid: Any, tokens: Tensor, name: str) -> None:
         raise TypeError(f"valid must have dtype torch.bool, got {valid.dtype}")
     check_shape(valid, "valid", "B, D", tokens.shape)
     check_same_device(valid, "valid", tokens, name)
+
+
+def check_teacher_step(
+    xt: Any, t: Any, u: Any, draws: Any, valid: Tensor | None
+) -> tuple[int, int]:
+    """The arguments that every `teacher_step` shares; (B, D)."""
+    check_int64(xt, "xt")
+    check_rank(xt, "xt", exactly=2)
+    batch, positions = xt.shape
+    check_times(t, "t", batch, xt)
+    check_tensor(u, "u")
+    check_shape(u, "u", "B,", (batch,))
+    check_same_device(u, "u", xt, "xt")
+    check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
+    if isinstance(draws, bool) or not isinstance(draws, int):
+        raise TypeError(f"draws must be an int, got {describe(draws)}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    if valid is not None:
+        check_valid(valid, xt, "xt")
+    return batch, positions

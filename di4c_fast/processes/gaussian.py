@@ -23,7 +23,6 @@ from .._checks import (
     check_rank,
     check_same_device,
     check_shape,
-    check_tensor,
     check_token_range,
     check_values,
     describe,
@@ -32,7 +31,7 @@ from .._checks import (
 from .._draws import check_generator, uniform
 from ..heads import HeadLike, as_head
 from ..transitions import GaussianTransitions, draw_by_weights, draw_from_cdf, fine_uniform
-from .base import check_times, check_valid
+from .base import check_teacher_step, check_times, check_valid
 
 __all__ = ["GaussianProcess"]
 
@@ -258,18 +257,7 @@ class GaussianProcess:
         Returns:
             (B, K, D) int64. No graph, no host sync.
         """
-        check_int64(xt, "xt")
-        check_rank(xt, "xt", exactly=2)
-        batch, positions = xt.shape
-        check_times(t, "t", batch, xt)
-        check_tensor(u, "u")
-        check_shape(u, "u", "B,", (batch,))
-        check_same_device(u, "u", xt, "xt")
-        check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
-        if isinstance(draws, bool) or not isinstance(draws, int):
-            raise TypeError(f"draws must be an int, got {describe(draws)}")
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1, got {draws}")
+        batch, positions = check_teacher_step(xt, t, u, draws, valid)
         check_generator(generator)
         head = as_head(teacher_head, "teacher_head").detach()
         shape = tuple(head.shape)
@@ -282,7 +270,6 @@ class GaussianProcess:
         check_same_device(head, "teacher_head", xt, "xt")
         given = xt
         if valid is not None:
-            check_valid(valid, xt, "xt")
             xt = xt.masked_fill(~valid, 0)
         check_token_range(xt, "xt", self.num_classes)
         seed = rng.draw_seed(generator, xt.device)

@@ -19,8 +19,6 @@ from .._checks import (
     check_number,
     check_rank,
     check_same_device,
-    check_shape,
-    check_tensor,
     check_values,
     describe,
 )
@@ -28,7 +26,7 @@ from .._draws import uniform
 from ..heads import HeadLike, as_head
 from ..rng import draw_seed
 from ..sample import sample
-from .base import check_times, check_valid
+from .base import check_teacher_step, check_times, check_valid
 
 __all__ = ["MaskedProcess"]
 
@@ -207,17 +205,7 @@ class MaskedProcess:
             (B, K, D) int64; tokens of x_t stay, others are a class below V other than the mask
             or still the mask. No graph.
         """
-        self._check_tokens(xt, "xt")
-        batch, positions = xt.shape
-        check_times(t, "t", batch, xt)
-        check_tensor(u, "u")
-        check_shape(u, "u", "B,", (batch,))
-        check_same_device(u, "u", xt, "xt")
-        check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
-        if isinstance(draws, bool) or not isinstance(draws, int):
-            raise TypeError(f"draws must be an int, got {describe(draws)}")
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1, got {draws}")
+        batch, positions = check_teacher_step(xt, t, u, draws, valid)
         head = as_head(teacher_head, "teacher_head").detach()
         shape = tuple(head.shape)
         components = 1 if len(shape) == 3 else shape[1] if len(shape) == 4 else 0
@@ -236,7 +224,6 @@ class MaskedProcess:
         unmask = uniform((batch, draws, positions), generator=generator, device=xt.device) < chance
         waiting = xt == self.mask_id
         if valid is not None:
-            check_valid(valid, xt, "xt")
             waiting = waiting & valid
         unmask = unmask & waiting.unsqueeze(1)
         xu = xt.unsqueeze(1).repeat(1, draws, 1)

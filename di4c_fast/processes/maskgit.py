@@ -22,8 +22,6 @@ from .._checks import (
     check_number,
     check_rank,
     check_same_device,
-    check_shape,
-    check_tensor,
     check_values,
     describe,
 )
@@ -38,7 +36,7 @@ from .._reveal import (
 from ..heads import Head, HeadLike, TensorHead, as_head
 from ..rng import draw_seed
 from ..sample import sample
-from .base import check_times, check_valid
+from .base import check_teacher_step, check_times, check_valid
 from .masked import MaskedProcess
 
 __all__ = ["MaskGITProcess"]
@@ -197,20 +195,7 @@ class MaskGITProcess:
         Returns:
             (B, K, D) int64; tokens of x_t stay. No graph.
         """
-        check_int64(xt, "xt")
-        check_rank(xt, "xt", exactly=2)
-        batch, positions = xt.shape
-        check_times(t, "t", batch, xt)
-        check_tensor(u, "u")
-        check_shape(u, "u", "B,", (batch,))
-        check_same_device(u, "u", xt, "xt")
-        check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
-        if isinstance(draws, bool) or not isinstance(draws, int):
-            raise TypeError(f"draws must be an int, got {describe(draws)}")
-        if draws < 1:
-            raise ValueError(f"draws must be at least 1, got {draws}")
-        if valid is not None:
-            check_valid(valid, xt, "xt")
+        batch, positions = check_teacher_step(xt, t, u, draws, valid)
         check_generator(generator)
         head = as_head(teacher_head, "teacher_head").detach()
         self._check_head(head, xt)

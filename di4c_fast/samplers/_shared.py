@@ -45,6 +45,15 @@ def check_sizes(shape: Any, **minima: tuple[Any, int]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+def check_vocab_size(vocab_size: Any, mask_id: int) -> None:
+    """V, if it is given: at least two classes, the mask among them."""
+    if vocab_size is None:
+        return
+    check_counts([("vocab_size", vocab_size, 2)])
+    if mask_id >= vocab_size:
+        raise ValueError(f"mask_id must be in [0, vocab_size) = [0, {vocab_size}), got {mask_id}")
+
+
 def check_filters(temperature: Any, top_k: Any, top_p: Any) -> None:
     """The draw's options, so that they fail before the first call of the model."""
     check_number(temperature, "temperature", minimum=0.0)

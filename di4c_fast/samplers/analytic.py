@@ -32,9 +32,9 @@ from .._models import (
 from ..heads import HeadLike
 from ..sample import sample
 from ._shared import (
-    check_counts,
     check_hooks,
     check_sizes,
+    check_vocab_size,
     device_of,
     fill_prompt,
     latents_of,
@@ -167,12 +167,7 @@ def sample_analytic(
         latent_dim=(latent_dim, 0),
         first_sequence=(first_sequence, 0),
     )
-    if vocab_size is not None:
-        check_counts([("vocab_size", vocab_size, 2)])
-        if mask_id >= vocab_size:
-            raise ValueError(
-                f"mask_id must be in [0, vocab_size) = [0, {vocab_size}), got {mask_id}"
-            )
+    check_vocab_size(vocab_size, mask_id)
     check_callable(model, "model")
     check_choice(condition, "condition", ("t", "sigma"))
     _check_fraction(t_min, "t_min")

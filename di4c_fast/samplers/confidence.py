@@ -35,6 +35,7 @@ from ._shared import (
     check_filters,
     check_hooks,
     check_sizes,
+    check_vocab_size,
     device_of,
     fill_prompt,
     latents_of,
@@ -202,12 +203,7 @@ def sample_confidence(
         latent_dim=(latent_dim, 0),
         first_sequence=(first_sequence, 0),
     )
-    if vocab_size is not None:
-        check_counts([("vocab_size", vocab_size, 2)])
-        if mask_id >= vocab_size:
-            raise ValueError(
-                f"mask_id must be in [0, vocab_size) = [0, {vocab_size}), got {mask_id}"
-            )
+    check_vocab_size(vocab_size, mask_id)
     check_callable(model, "model")
     _check_rules(rule, schedule, t_min, threshold, factor, confidence_temperature)
     check_filters(temperature, top_k, top_p)

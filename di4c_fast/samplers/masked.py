@@ -34,10 +34,10 @@ from ..sample import sample
 from ._shared import (
     PLAN,
     REPLAN,
-    check_counts,
     check_filters,
     check_hooks,
     check_sizes,
+    check_vocab_size,
     device_of,
     fill_prompt,
     latents_of,
@@ -196,12 +196,7 @@ def sample_masked(
         latent_dim=(latent_dim, 0),
         first_sequence=(first_sequence, 0),
     )
-    if vocab_size is not None:
-        check_counts([("vocab_size", vocab_size, 2)])
-        if mask_id >= vocab_size:
-            raise ValueError(
-                f"mask_id must be in [0, vocab_size) = [0, {vocab_size}), got {mask_id}"
-            )
+    check_vocab_size(vocab_size, mask_id)
     check_callable(model, "model")
     check_number(t_min, "t_min")
     if not 0.0 < t_min < 1.0:
