@@ -6,6 +6,7 @@ Eager is `naive_loss`: log_softmax and autograd over the logits that the head st
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -178,11 +179,16 @@ def chunked(monkeypatch: pytest.MonkeyPatch, count: int, components: int, vocabu
     monkeypatch.setattr(streaming_sources, "LINEAR_MIN_ROWS", 1)
 
 
-@pytest.fixture(params=["values", "logs"])
+@pytest.fixture(params=["values", "direct", "logs"])
 def path(request, monkeypatch) -> str:
-    """The marginal terms from exponentials, or from logarithms for every range of values."""
+    """The marginal terms from exponentials, or from logarithms for every range of values.
+
+    "direct": logits are read, and gradients written, position by position as in large chunks.
+    """
     if request.param == "logs":
         monkeypatch.setattr(streaming_sweeps.Evaluation, "_from_values", False)
+    if request.param == "direct":
+        monkeypatch.setattr(streaming_sources, "DIRECT_FROM", 1)
     return request.param
 
 
@@ -272,9 +278,10 @@ def test_chunk_size_and_what_is_kept_do_not_matter(kind, drawn, dtype, monkeypat
         tolerance = {"rtol": 2e-2, "atol": 2e-3}
     for count in (1, 2, 5, 100):
         chunked(monkeypatch, count, 4, vocabulary)
-        for keep in (0, 1 << 30):
+        for keep, direct in itertools.product((0, 1 << 30), (1, 1 << 30)):
             with monkeypatch.context() as patch:
                 _keep_at_most(patch, keep)
+                patch.setattr(streaming_sources, "DIRECT_FROM", direct)
                 for actual, value in zip(run(), expected, strict=True):
                     torch.testing.assert_close(actual, value, **tolerance)
 
@@ -313,6 +320,32 @@ def test_probabilities_that_underflow_are_within_the_bound(gap, whole):
 def test_large_offsets_of_the_logits_are_within_the_bound(offset, path):
     problem = make_problem(8, components=3, vocabulary=8, **FULL)
     assert_within_bound(problem, tensors={"logits": problem["student"] + offset})
+
+
+@pytest.mark.parametrize("offset", [-200.0, 200.0])
+def test_large_offsets_of_targets_change_neither_draws_nor_loss(offset, path):
+    # Beyond the range of exp, on either side: such logits have to be shifted first.
+    problem = make_problem(8, components=3, vocabulary=8, dtype=torch.float32, **FULL)
+    problem["consistency_x"] = None
+
+    def value(shift: float) -> torch.Tensor:
+        moved = {name: problem[name] + shift for name in ("teacher", "consistency")}
+        generator = torch.Generator().manual_seed(0)
+        return run_loss(problem | moved, generator=generator, backend="torch")
+
+    # Adding 200 rounds logits to 2^-17.
+    torch.testing.assert_close(value(offset), value(0.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [-15.0, 30.0])
+def test_underflow_beside_large_logits_is_within_the_bound(offset):
+    # The first exponentials are in range, and their logarithms would round as the offset does.
+    problem = make_problem(7, components=3, vocabulary=8, weighted=True)
+    for name in ("x0", "consistency_x"):  # no target is among them
+        problem[name] = problem[name].clamp_min(3)
+    logits = problem["student"].clone()
+    logits[..., :3] -= 110.0
+    assert_within_bound(problem, tensors={"logits": logits + offset})
 
 
 def test_converged_student_is_within_the_bound(path):
