@@ -128,8 +128,9 @@ def test_the_fork_samples_through_the_package_and_gets_its_method_back():
 
 def test_the_fork_draws_a_latent_per_step_shared_by_both_halves():
     network = ForkNetwork()
-    with accelerate_di4c(ViTTrainer(network, is_student=True)) as handle:
-        handle._owner.sample(nb_sample=3, labels=LABELS, step=3)
+    trainer = ViTTrainer(network, is_student=True)
+    with accelerate_di4c(trainer):
+        trainer.sample(nb_sample=3, labels=LABELS, step=3)
     assert [call.rows for call in network.calls] == [3, 6, 6]  # the first weight is 0
     for call in network.calls:
         assert call.z.shape == (call.rows, 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..heads import Head, LinearHead, TensorHead
 
-__all__ = ["call_for_head", "output_layer"]
+__all__ = ["call_for_head", "output_layer", "plain_linear"]
 
 
 def output_layer(model: Any) -> nn.Linear | None:
@@ -19,7 +19,11 @@ def output_layer(model: Any) -> nn.Linear | None:
     (LoRA) and sharded layers are not plain: they do not compute `F.linear(x, weight, bias)`.
     """
     getter = getattr(model, "get_output_embeddings", None)
-    layer = getter() if callable(getter) else None
+    return plain_linear(getter() if callable(getter) else None)
+
+
+def plain_linear(layer: Any) -> nn.Linear | None:
+    """The layer if it computes `F.linear(x, weight, bias)`, else None."""
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
         return None
     if tuple(layer.weight.shape) != (layer.out_features, layer.in_features):

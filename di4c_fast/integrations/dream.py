@@ -36,8 +36,8 @@ from .._checks import check_bool, check_choice, describe
 from ..heads import Head
 from ..sample_inputs import CONFIDENCE_DTYPES
 from ..samplers.confidence import sample_confidence
+from ._handle import Handle
 from ._linear_output import call_for_head
-from .maskgit import Handle
 
 __all__ = ["DreamOutput", "accelerate", "denoiser"]
 

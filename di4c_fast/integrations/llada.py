@@ -35,8 +35,8 @@ from .._checks import check_choice, check_int64, check_rank, check_tensor, descr
 from ..heads import Head
 from ..samplers._shared import check_counts
 from ..samplers.confidence import sample_confidence
+from ._handle import Handle
 from ._linear_output import call_for_head
-from .maskgit import Handle
 
 __all__ = ["EOS_ID", "EOT_ID", "accelerate", "denoiser", "generate", "generate_fast_dllm"]
 

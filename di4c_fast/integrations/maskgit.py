@@ -30,42 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_number, check_tensor, describe
+from .._checks import check_bool, check_number, check_tensor
 from .._models import evaluation_mode
 from .._reveal import check_schedule, reveal_counts
 from ..samplers.maskgit import sample_maskgit
+from ._handle import Handle, check_attributes
 
 __all__ = ["ConfidenceSampler", "Handle", "accelerate_di4c", "accelerate_valeoai"]
 
 Result = tuple[Tensor, list[Tensor], list[Tensor]]
-
-
-class Handle:
-    """Undoes a replacement: call `remove()`, or use it as a context manager."""
-
-    def __init__(self, owner: Any, name: str, replacement: Any):
-        self._owner, self._name = owner, name
-        # Methods live on the class: undoing then means deleting what hides them.
-        self._had = name in vars(owner)
-        self._old = vars(owner).get(name)
-        self._active = True
-        setattr(owner, name, replacement)
-
-    def remove(self) -> None:
-        """Put back what was there before. Calling it again does nothing."""
-        if not self._active:
-            return
-        self._active = False
-        if self._had:
-            setattr(self._owner, self._name, self._old)
-        else:
-            delattr(self._owner, self._name)
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
 
 def accelerate_di4c(trainer: Any, *, exclude_mask: bool = True) -> Handle:
@@ -85,7 +58,11 @@ def accelerate_di4c(trainer: Any, *, exclude_mask: bool = True) -> Handle:
         ValueError (when sampling): `sm_temp` not positive, `args.mask_value` negative (random
             tokens in place of masks), and what `sample_maskgit` raises.
     """
-    _require(trainer, ("vit", "ae", "codebook_size", "patch_size", "latent_dim", "args", "sample"))
+    check_attributes(
+        trainer,
+        "trainer",
+        ("vit", "ae", "codebook_size", "patch_size", "latent_dim", "args", "sample"),
+    )
     check_bool(exclude_mask, "exclude_mask")
     return Handle(trainer, "sample", _ViTSampler(trainer, "di4c", exclude_mask))
 
@@ -108,9 +85,11 @@ def accelerate_valeoai(trainer: Any, *, exclude_mask: bool = True) -> Handle:
     """
     check_bool(exclude_mask, "exclude_mask")
     if getattr(trainer, "sampler", None) is None:
-        _require(trainer, ("vit", "ae", "codebook_size", "patch_size", "args", "sample"))
+        check_attributes(
+            trainer, "trainer", ("vit", "ae", "codebook_size", "patch_size", "args", "sample")
+        )
         return Handle(trainer, "sample", _ViTSampler(trainer, "valeoai_v1", exclude_mask))
-    _require(trainer, ("vit", "ae", "input_size", "args", "sampler"))
+    check_attributes(trainer, "trainer", ("vit", "ae", "input_size", "args", "sampler"))
     settings = ("sm_temp", "w", "randomize", "r_temp", "sched_mode", "step")
     missing = [name for name in settings if not hasattr(trainer.sampler, name)]
     if missing:
@@ -333,12 +312,3 @@ def _sample(
         )
     codes = [codes.view(nb_sample, side, side) for codes in history[1:]]
     return images, codes, [(code == mask_value).float() for code in codes]
-
-
-def _require(trainer: Any, names: Sequence[str]) -> None:
-    missing = [name for name in names if not hasattr(trainer, name)]
-    if missing:
-        raise TypeError(
-            f"trainer must have the attributes {', '.join(names)}, got {describe(trainer)} "
-            f"without {', '.join(missing)}"
-        )

@@ -48,6 +48,7 @@ from ..rng import draw_seed
 from ..sample import sample
 from ..samplers.gaussian import sample_gaussian
 from ..transitions import draw_by_weights, fine_uniform
+from ._handle import Handle
 
 __all__ = ["Handle", "accelerate_tauldr", "as_model", "process_of"]
 
@@ -56,34 +57,6 @@ _SAMPLERS = ("TauLeaping", "PCTauLeaping")
 _LOSS = "DistilChain"
 _LAWS = {"gaussian": "target", "uniform": "uniform"}
 _FLOOR = 1e-30
-
-
-class Handle:
-    """Undoes replacements: call `remove()`, or use it as a context manager."""
-
-    def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, bool, Any]] = []
-
-    def replace(self, owner: Any, name: str, replacement: Any) -> None:
-        # What is inherited comes back by deleting what hides it.
-        own = vars(owner)
-        self._undo.append((owner, name, name in own, own.get(name)))
-        setattr(owner, name, replacement)
-
-    def remove(self) -> None:
-        """Put back what was there before. Calling it again does nothing."""
-        while self._undo:
-            owner, name, had, old = self._undo.pop()
-            if had:
-                setattr(owner, name, old)
-            else:
-                delattr(owner, name)
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
 
 def accelerate_tauldr(*modules: ModuleType) -> Handle:

@@ -1,0 +1,71 @@
+"""Replacing attributes of foreign objects, and undoing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["Handle", "check_attributes"]
+
+
+class Handle:
+    """Undoes replacements: call `remove()`, or use it as a context manager.
+
+    Equivalent Python: `setattr(owner, name, replacement)`, and on removal the attribute as it was
+    before; what an instance or class only inherits is uncovered again by deletion.
+
+    Args:
+        owner, name, replacement: the first attribute to replace; `replace` takes more. None of
+            them: nothing yet.
+    """
+
+    def __init__(self, owner: Any = None, name: str | None = None, replacement: Any = None):
+        self._undo: list[tuple[Any, str, bool, Any, Any]] = []
+        if name is not None:
+            self.replace(owner, name, replacement)
+
+    def replace(self, owner: Any, name: str, replacement: Any) -> None:
+        """Replace one more attribute. `remove()` undoes them in reverse order."""
+        own = vars(owner)
+        before = (owner, name, name in own, own.get(name), replacement)
+        setattr(owner, name, replacement)
+        self._undo.append(before)
+
+    def remove(self) -> None:
+        """Put back what was there before. Calling it again does nothing.
+
+        Raises:
+            RuntimeError: somebody has replaced the attribute again and not undone it; nothing
+                more is then put back, so that it can be called again in the right order.
+        """
+        while self._undo:
+            owner, name, had, old, replacement = self._undo[-1]
+            if vars(owner).get(name) is not replacement:
+                raise RuntimeError(
+                    f"{name} of {type(owner).__name__} has been replaced again: undo that first"
+                )
+            if had:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+            self._undo.pop()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def check_attributes(owner: Any, argument: str, names: Sequence[str]) -> None:
+    """`owner`, passed as `argument`, has all the attributes.
+
+    Raises:
+        TypeError: with what was expected and what is missing.
+    """
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise TypeError(
+            f"{argument} must have the attributes {', '.join(names)}, got "
+            f"{type(owner).__name__} without {', '.join(missing)}"
+        )
