@@ -141,7 +141,7 @@ def draw(
         return
     tuned = launch_parameters(operand.x.device)
     # The bins of a logistic row take registers of their own.
-    elements = tuned.draw_elements if operand.kind == LOGITS else tuned.logistic_elements // 2
+    elements = tuned.draw_elements if operand.kind == LOGITS else tuned.logistic_elements // 4
     block_g = max(1, min(power_of_two(triton.cdiv(operand.vocabulary, WIDTH)), elements // WIDTH))
     block_r = max(1, min(elements // (block_g * WIDTH), tuned.draw_kernel_rows))
     rows, count, first, has_rows = visit.arguments(lse)

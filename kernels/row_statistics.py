@@ -115,8 +115,10 @@ def row_statistics(
     if total == 0:
         return
     tuned = launch_parameters(operand.x.device)
-    # The bins of a logistic row take registers of their own.
-    elements = tuned.row_elements if operand.kind == LOGITS else tuned.logistic_elements // 2
+    # As many bytes in flight whatever the dtype. Bins take registers of their own.
+    elements = tuned.row_elements * 2 // operand.x.element_size()
+    if operand.kind != LOGITS:
+        elements = tuned.logistic_elements // 2
     block_v = max(1, min(power_of_two(operand.vocabulary), elements))
     block_r = max(1, elements // block_v)
     targets = 0 if tokens is None else tokens.shape[1]

@@ -29,7 +29,7 @@ class LaunchParameters:
     Element counts are powers of two. `*_warps` are warps per program.
     """
 
-    row_elements: int = 2048  # row statistics: elements of a tile
+    row_elements: int = 2048  # row statistics: 2-byte elements of a tile, half as many of fp32
     row_warps: int = 8
     row_stages: int = 2  # blocks of columns on their way from memory, in shared memory
     marginal_elements: int = 2048  # marginal: C * BLOCK_V
@@ -41,7 +41,7 @@ class LaunchParameters:
     backward_elements: int = 2048
     backward_warps: int = 8
     backward_stages: int = 3
-    logistic_elements: int = 2048  # logistic kernels; half of it in statistics and draws
+    logistic_elements: int = 2048  # logistic kernels; 1/2 of it in statistics, 1/4 in draws
     logistic_warps: int = 8
     component_tile: int = 32  # the largest N that is held in one tile; loops beyond
     split_columns: int = 4096  # columns of one program of the mixture kernels
