@@ -140,8 +140,9 @@ def draw(
     if total == 0:
         return
     tuned = launch_parameters(operand.x.device)
-    # The bins of a logistic row take registers of their own.
-    elements = tuned.draw_elements if operand.kind == LOGITS else tuned.logistic_elements // 4
+    elements, warps = tuned.draw_elements, tuned.draw_warps
+    if operand.kind != LOGITS:  # bins take registers of their own
+        elements, warps = tuned.logistic_elements // 2, max(1, warps // 2)
     block_g = max(1, min(power_of_two(triton.cdiv(operand.vocabulary, WIDTH)), elements // WIDTH))
     block_r = max(1, min(elements // (block_g * WIDTH), tuned.draw_kernel_rows))
     rows, count, first, has_rows = visit.arguments(lse)
@@ -171,5 +172,5 @@ def draw(
         BLOCK_G=block_g,
         WIDTH=WIDTH,
         STAGES=tuned.draw_stages,
-        num_warps=tuned.draw_warps,
+        num_warps=warps,
     )

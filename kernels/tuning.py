@@ -41,12 +41,12 @@ class LaunchParameters:
     backward_elements: int = 2048
     backward_warps: int = 8
     backward_stages: int = 3
-    logistic_elements: int = 2048  # logistic kernels; 1/2 of it in statistics, 1/4 in draws
+    logistic_elements: int = 2048  # logistic kernels; half of it in statistics and draws
     logistic_warps: int = 8
     component_tile: int = 32  # the largest N that is held in one tile; loops beyond
     split_columns: int = 4096  # columns of one program of the mixture kernels
     draw_elements: int = 2048
-    draw_warps: int = 8
+    draw_warps: int = 8  # half of them for logistic rows
     draw_stages: int = 2
     draw_kernel_rows: int = 16  # most rows of one program of the draw kernel
     # Row draws: elements of a tile; rows of at most half as many are whole. Both are halved for
