@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(PYTHON)
 RUN_DIR ?= runs/digits
 
-.PHONY: demo test bench report gpu aot lint clean
+.PHONY: demo text test bench report gpu aot lint clean
 
 # Set-up is stamped by extra, so that `make demo` installs only what the demo needs.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -27,6 +27,10 @@ $(VENV)/.stamp-dev: setup.py constraints.txt
 # Train a teacher on handwritten digits, distil it, compare; resumes where it was interrupted.
 demo: $(VENV)/.stamp-examples
 	$(BIN)/python -m examples.digits --run-dir $(RUN_DIR) $(ARGS)
+
+# The same on English text, character by character.
+text: $(VENV)/.stamp-examples
+	$(BIN)/python -m examples.text --run-dir runs/text $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
