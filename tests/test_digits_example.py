@@ -16,7 +16,9 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from examples.digits import data, report, sampling, speed, train
+from examples.common import sampling
+from examples.common.rundir import RunDirectory, RunError
+from examples.digits import data, report, speed, train
 from examples.digits.__main__ import main
 from examples.digits.config import Config
 from examples.digits.metrics import (
@@ -26,7 +28,6 @@ from examples.digits.metrics import (
     pair_joints,
 )
 from examples.digits.model import DigitsDenoiser, student_from_teacher
-from examples.digits.rundir import RunDirectory, RunError
 
 TINY = Config(
     levels=3,
@@ -317,9 +318,9 @@ def test_the_noise_floor_falls_with_the_number_of_samples(judge):
 def test_samples_do_not_depend_on_the_chunks(monkeypatch):
     torch.manual_seed(0)
     model = DigitsDenoiser(TINY.levels, TINY.width, TINY.layers, 1)
-    whole = sampling.draw_samples(TINY, model, 1, steps=3, seed=4).tokens
+    whole = sampling.draw_samples(TINY.sizes, model, 1, steps=3, seed=4).tokens
     monkeypatch.setattr(sampling, "CHUNK", 7)
-    parts = sampling.draw_samples(TINY, model, 1, steps=3, seed=4).tokens
+    parts = sampling.draw_samples(TINY.sizes, model, 1, steps=3, seed=4).tokens
     assert whole.shape == (40, 64)
     assert int(whole.max()) < TINY.mask_id
     assert torch.equal(whole, parts)

@@ -28,7 +28,7 @@ def patch_order() -> Tensor:
     return grid.permute(0, 2, 1, 3).flatten()
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Pre-norm attention and MLP, (R, T, C) to (R, T, C)."""
 
     def __init__(self, width: int):
@@ -64,6 +64,8 @@ class DigitsDenoiser(nn.Module):
             embeddings, which learns faster here than one extra token or one vector for all
             patches.
         latent_scale: factor on λ before its sinusoids.
+        classes: labels of examples; 0 for a model without. Label `classes` stands for "no label",
+            which guidance needs. A label enters as λ does, one vector per patch.
     """
 
     def __init__(
@@ -73,17 +75,19 @@ class DigitsDenoiser(nn.Module):
         layers: int,
         latent_dim: int = 0,
         latent_scale: float = 1000.0,
+        classes: int = 0,
     ):
         super().__init__()
         self.vocabulary, self.width = levels + 1, width
         self.tokens = nn.Embedding(PATCH_PIXELS * self.vocabulary, width)
         self.places = nn.Parameter(torch.randn(PATCHES, width))
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, PATCH_PIXELS * self.vocabulary)
         self.latent = (
             LatentEmbedding(PATCHES * width, latent_dim, scale=latent_scale) if latent_dim else None
         )
+        self.labels = nn.Embedding(classes + 1, PATCHES * width) if classes else None
         nn.init.normal_(self.tokens.weight, std=1.0 / math.sqrt(PATCH_PIXELS))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -97,15 +101,27 @@ class DigitsDenoiser(nn.Module):
     inverse: Tensor
     offsets: Tensor
 
-    def forward(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
-        """tokens (R, 64) int64, t (R,), latent (R, L) to logits (R, 64, V)."""
+    def forward(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        latent: Tensor | None = None,
+        *,
+        label: Tensor | None = None,
+    ) -> Tensor:
+        """tokens (R, 64) int64, t (R,), latent (R, L), label (R,) int64 to logits (R, 64, V)."""
         if (latent is None) != (self.latent is None):
             takes = "needs latents" if latent is None else "takes no latents"
+            raise ValueError(f"this model {takes}")
+        if (label is None) != (self.labels is None):
+            takes = "needs labels" if label is None else "takes no labels"
             raise ValueError(f"this model {takes}")
         patches = tokens[:, self.order].unflatten(-1, (PATCHES, PATCH_PIXELS))
         x = self.tokens(patches + self.offsets).sum(dim=2) + self.places
         if self.latent is not None and latent is not None:
             x = x + self.latent(latent).sum(dim=1).unflatten(-1, (PATCHES, self.width))
+        if self.labels is not None and label is not None:
+            x = x + self.labels(label).unflatten(-1, (PATCHES, self.width))
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x)).unflatten(-1, (PATCH_PIXELS, self.vocabulary))
@@ -113,15 +129,26 @@ class DigitsDenoiser(nn.Module):
 
 
 def student_from_teacher(
-    teacher: DigitsDenoiser, levels: int, width: int, layers: int, latent_dim: int, scale: float
+    teacher: DigitsDenoiser,
+    levels: int,
+    width: int,
+    layers: int,
+    latent_dim: int,
+    scale: float,
+    classes: int = 0,
 ) -> DigitsDenoiser:
     """A student with the teacher's weights; what depends on λ starts at its random start.
 
     The start must not be zero: components that are equal have the gradient of one component,
     and would stay equal.
     """
-    student = DigitsDenoiser(levels, width, layers, latent_dim, scale)
+    student = DigitsDenoiser(levels, width, layers, latent_dim, scale, classes)
+    start_from(teacher, student)
+    return student
+
+
+def start_from(teacher: nn.Module, student: nn.Module) -> None:
+    """Give a student all weights of its teacher; only `latent` stays as it is."""
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     assert not unexpected
     assert all(name.startswith("latent.") for name in missing)
-    return student

@@ -8,14 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .config import SIDE, Config
+from ..common.plots import COLOURS, GREY, draw_curve, model_values, pyplot, save_figure
+from ..common.sampling import Samples
+from .config import SIDE, Config, MaskGITConfig
 from .metrics import Score
-from .sampling import Samples
 
-# Okabe and Ito's colours, apart for every common colour blindness; markers differ as well.
-COLOURS = {"teacher": "#0072B2", "student": "#D55E00"}
-MARKERS = {"teacher": "o", "student": "s"}
-GREY = "#555555"
 GRID = 6
 
 
@@ -48,11 +45,7 @@ def draw_picture(
         scores: by seed; with several the curves show the mean and the range.
         floor: what real digits score.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     columns = len(config.steps)
     figure = plt.figure(figsize=(2.05 * (columns + 1), 7.6), dpi=110, layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(1.55, 1.0))
@@ -81,27 +74,20 @@ def draw_picture(
     )
 
     left, right = curves.subplots(1, 2)
-    _curve(left, config, [_column(one, "frechet") for one in scores], floor.frechet)
+    label = "real digits (noise floor)"
+    by_seed = [model_values(one, "frechet") for one in scores]
+    draw_curve(left, config.steps, by_seed, floor.frechet, label)
     left.set_yscale("log")
     left.set_ylabel("Fréchet distance (classifier features)")
-    _curve(right, config, [_column(one, "pair_tv") for one in scores], floor.pair_tv)
+    by_seed = [model_values(one, "pair_tv") for one in scores]
+    draw_curve(right, config.steps, by_seed, floor.pair_tv, label)
     right.set_ylim(bottom=0.0)
     right.set_ylabel("distance of pixel-pair joints (TV)")
     left.legend(frameon=False, loc="upper right", fontsize=9.5)
     seeds = f", mean and range of {len(scores)} seeds" if len(scores) > 1 else ""
-    curves.supxlabel(f"sampling steps (lower is better{seeds})", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    temporary.replace(path)
-
-
-def _column(scores: dict[str, dict[int, Score]], field: str) -> dict[str, list[float]]:
-    return {
-        name: [getattr(score, field) for score in by_steps.values()]
-        for name, by_steps in scores.items()
-    }
+    within = "distances within classes; " if isinstance(config, MaskGITConfig) else ""
+    curves.supxlabel(f"sampling steps ({within}lower is better{seeds})", fontsize=10)
+    save_figure(figure, path)
 
 
 def _show(axis: Any, image: np.ndarray, colour: str) -> None:
@@ -111,22 +97,3 @@ def _show(axis: Any, image: np.ndarray, colour: str) -> None:
     for spine in axis.spines.values():
         spine.set_color(colour)
         spine.set_linewidth(1.5)
-
-
-def _curve(axis: Any, config: Config, by_seed: list[dict[str, list[float]]], floor: float) -> None:
-    steps = np.array(config.steps)
-    for name in ("teacher", "student"):
-        values = np.array([one[name] for one in by_seed])
-        axis.plot(
-            steps, values.mean(axis=0), color=COLOURS[name], marker=MARKERS[name], lw=2, label=name
-        )
-        if len(values) > 1:
-            low, high = values.min(axis=0), values.max(axis=0)
-            axis.fill_between(steps, low, high, color=COLOURS[name], alpha=0.2, lw=0)
-    axis.axhline(floor, color=GREY, ls="--", lw=1.2, label="real digits (noise floor)")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(steps, [str(step) for step in steps])
-    axis.minorticks_off()
-    axis.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)

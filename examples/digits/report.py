@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 import platform
 from typing import Any
 
@@ -12,18 +10,12 @@ import torch
 
 import di4c_fast
 
+from ..common.sampling import MODELS, Samples
 from .config import Config
-from .metrics import Judge, Score
-from .rundir import write_file
-from .sampling import Samples
+from .metrics import ClassJudge, Judge, Score
 from .speed import Comparison
 
 Scores = dict[str, dict[int, Score]]
-MODELS = ("teacher", "student")
-
-
-def _milliseconds(samples: Samples) -> float:
-    return samples.seconds / len(samples.tokens) * 1e3
 
 
 def table(seed: int, scores: Scores, samples: dict[str, dict[int, Samples]], floor: Score) -> str:
@@ -36,7 +28,7 @@ def table(seed: int, scores: Scores, samples: dict[str, dict[int, Samples]], flo
     ]
     for steps in scores["teacher"]:
         one = [scores[name][steps] for name in MODELS]
-        times = [_milliseconds(samples[name][steps]) for name in MODELS]
+        times = [samples[name][steps].milliseconds for name in MODELS]
         lines.append(
             f"{steps:>8} {one[0].frechet:>10.2f} {one[1].frechet:>8.2f}"
             f"{one[0].pair_tv:>10.4f} {one[1].pair_tv:>8.4f}"
@@ -93,7 +85,7 @@ def results(
     config: Config,
     seeds: list[int],
     threads: int,
-    judge: Judge,
+    judge: Judge | ClassJudge,
     floor: Score,
     scores: list[Scores],
     samples: list[dict[str, dict[int, Samples]]],
@@ -109,13 +101,14 @@ def results(
         },
         "threads": threads,
         "classifier_accuracy": round(judge.features.accuracy, 4),
+        **({"distances": "within classes"} if isinstance(judge, ClassJudge) else {}),
         "noise_floor": _score(floor),
         "seeds": {
             str(seed): {
                 name: {
                     str(steps): {
                         **_score(score),
-                        "milliseconds_per_sample": round(_milliseconds(drawn[name][steps]), 3),
+                        "milliseconds_per_sample": round(drawn[name][steps].milliseconds, 3),
                     }
                     for steps, score in one[name].items()
                 }
@@ -136,9 +129,3 @@ def _comparison(one: Comparison) -> dict[str, Any]:
     fields["seconds"] = {name: round(value, 5) for name, value in one.seconds.items()}
     fields["relative_difference"] = float(f"{one.relative_difference:.1e}")
     return fields
-
-
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(values, indent=1) + "\n").encode())

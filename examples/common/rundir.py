@@ -1,6 +1,6 @@
 """The directory of a run: what it belongs to, and its files, written whole or not at all.
 
-`run.json` holds the configuration and the names of the files written so far. Checkpoints and
+`run.json` holds the recipe and the names of the files written so far. Checkpoints and
 samples are safetensors files with a checksum in their metadata. A file is written to a temporary
 name, flushed and renamed, so that an interruption at any point leaves the old file or the new one.
 """
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .config import Config
+from .options import Recipe
 
 FORMAT = 1
 
@@ -31,14 +31,19 @@ class RunError(Exception):
 class RunDirectory:
     """A run, one folder per seed. Opening creates it, or resumes one of the same configuration.
 
+    Args:
+        path: the directory.
+        config: the recipe that the run belongs to.
+        data: what else it belongs to, such as a checksum of the data, by name.
+
     Raises:
         RunError: the directory belongs to another configuration, is something else, or has lost
             a file. Nothing in it is changed then.
     """
 
-    def __init__(self, path: str | os.PathLike[str], config: Config):
+    def __init__(self, path: str | os.PathLike[str], config: Recipe, **data: str):
         self.path = pathlib.Path(path)
-        self._identity = {"format": FORMAT, "config": config.to_json()}
+        self._identity = {"format": FORMAT, "config": config.to_json(), **data}
         self._files: list[str] = []
         record = self.path / "run.json"
         if record.exists():
@@ -126,6 +131,12 @@ def write_file(path: pathlib.Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def _advice(path: pathlib.Path) -> str:

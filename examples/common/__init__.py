@@ -1,0 +1,1 @@
+"""What the examples share: options, run directories, training that resumes, samples, curves."""

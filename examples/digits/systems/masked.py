@@ -1,0 +1,73 @@
+"""Masked diffusion: pixels become the mask at random, and are revealed at random."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from di4c_fast.distill import DistillConfig
+from di4c_fast.processes import MaskedProcess
+
+from ...common import sampling
+from ..config import Config
+from ..model import DigitsDenoiser, student_from_teacher
+from .base import SMALLEST_TIME, System
+
+
+class MaskedSystem(System):
+    """The paper's masked language experiment, with pixels for words."""
+
+    process: MaskedProcess
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.process = MaskedProcess(config.mask_id, t_min=SMALLEST_TIME)
+        self.columns = config.levels
+
+    def teacher(self) -> DigitsDenoiser:
+        return DigitsDenoiser(self.config.levels, self.config.width, self.config.layers)
+
+    def student(self, teacher: nn.Module) -> DigitsDenoiser:
+        assert isinstance(teacher, DigitsDenoiser)
+        config = self.config
+        return student_from_teacher(
+            teacher,
+            config.levels,
+            config.width,
+            config.layers,
+            config.latent_dim,
+            config.latent_scale,
+        )
+
+    def times(self, batch: int, generator: torch.Generator) -> Tensor:
+        return self.process.sample_times(batch, stratified=True, generator=generator)
+
+    def student_times(self, batch: int, generator: torch.Generator) -> Tensor:
+        t = self.process.sample_times(batch, stratified=True, generator=generator)
+        return t.pow(self.config.time_power).clamp(min=SMALLEST_TIME)
+
+    def counted(self, xt: Tensor) -> Tensor:
+        return xt == self.config.mask_id
+
+    def recipe(self) -> DistillConfig:
+        return self._recipe(data_schedule="constant", low_t=0.0, low_t_probability=0.0)
+
+    def draw(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int],
+        *,
+        steps: int,
+        latent_dim: int,
+        seed: int,
+        first_sequence: int,
+    ) -> Tensor:
+        return sampling.sample_masked(
+            model,
+            shape,
+            mask_id=self.config.mask_id,
+            steps=steps,
+            latent_dim=latent_dim,
+            seed=seed,
+            first_sequence=first_sequence,
+        )

@@ -1,0 +1,109 @@
+"""MaskGIT with class labels: the most confident pixels are revealed, and guidance sharpens them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from di4c_fast.distill import DistillConfig
+from di4c_fast.processes import MaskGITProcess
+from di4c_fast.samplers import sample_maskgit
+
+from ..config import MaskGITConfig
+from ..data import Digits
+from ..metrics import ClassJudge
+from ..model import DigitsDenoiser, student_from_teacher
+from .base import SMALLEST_TIME, System
+
+CLASSES = 10
+NO_LABEL = CLASSES
+
+
+class MaskGITSystem(System):
+    """The paper's VQ image experiment, with the grey levels of pixels for the codes of patches.
+
+    As there, all positions and all classes count, in the teacher's cross-entropy too, so that
+    what both models say of revealed pixels and of the mask token is learned and not left over.
+    """
+
+    process: MaskGITProcess
+    config: MaskGITConfig
+
+    def __init__(self, config: MaskGITConfig):
+        super().__init__(config)
+        self.process = MaskGITProcess(
+            config.mask_id, gumbel_temperature=config.gumbel_temperature, t_min=SMALLEST_TIME
+        )
+        self.columns = config.levels + 1
+
+    def teacher(self) -> DigitsDenoiser:
+        config = self.config
+        return DigitsDenoiser(config.levels, config.width, config.layers, classes=CLASSES)
+
+    def student(self, teacher: nn.Module) -> DigitsDenoiser:
+        assert isinstance(teacher, DigitsDenoiser)
+        config = self.config
+        return student_from_teacher(
+            teacher,
+            config.levels,
+            config.width,
+            config.layers,
+            config.latent_dim,
+            config.latent_scale,
+            CLASSES,
+        )
+
+    def times(self, batch: int, generator: torch.Generator) -> Tensor:
+        return self.process.sample_times(batch, stratified=True, generator=generator)
+
+    def student_times(self, batch: int, generator: torch.Generator) -> Tensor:
+        low = self.config.low_t
+        t = self.process.sample_times(
+            batch, low_t=low, low_t_probability=low, stratified=True, generator=generator
+        )
+        above = ((t - low) / (1.0 - low)).clamp(min=0.0).pow(self.config.time_power)
+        return torch.where(t < low, t, low + (1.0 - low) * above)
+
+    def context(self, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The labels, a share of them hidden, for the unconditional half of guidance."""
+        hidden = torch.rand(labels.shape, generator=generator) < self.config.label_dropout
+        return {"label": labels.masked_fill(hidden, NO_LABEL)}
+
+    def judge(self, digits: Digits) -> ClassJudge:
+        """Scores within each class: the labels are given, not drawn."""
+        return ClassJudge(digits)
+
+    def recipe(self) -> DistillConfig:
+        return self._recipe(
+            data_schedule="sigmoid",
+            component_weight=self.config.component_weight,
+            low_t=self.config.low_t,
+            low_t_probability=self.config.low_t,
+        )
+
+    def draw(
+        self,
+        model: nn.Module,
+        shape: tuple[int, int],
+        *,
+        steps: int,
+        latent_dim: int,
+        seed: int,
+        first_sequence: int,
+    ) -> Tensor:
+        """Samples with the labels 0, 1, ..., 9, 0, 1, ... in turn; classes are as frequent."""
+        labels = (torch.arange(shape[0]) + first_sequence) % CLASSES
+        return sample_maskgit(
+            model,
+            shape,
+            mask_id=self.config.mask_id,
+            steps=steps,
+            vocab_size=self.config.levels + 1,
+            latent_dim=latent_dim,
+            context={"label": labels},
+            guidance=self.config.guidance,
+            unconditional={"label": torch.full_like(labels, NO_LABEL)},
+            gumbel_temperature=self.config.gumbel_temperature,
+            seed=seed,
+            first_sequence=first_sequence,
+        )

@@ -1,0 +1,59 @@
+"""Rows cut into blocks, so that the loss judges a few words at a time.
+
+N components tell at most log N nats about the passage that the loss compares them on, whatever
+its length: with 8 components and 128 characters hardly any of the choices between words can be
+learned. A component is independent over positions, so what it says of a block is the product over
+the block alone, and the mixture over a block is as exact as over the row. `BlockModel` makes each
+block of a row an example of `distill_step`, while the model behind it sees whole rows. What is
+given up is the dependence between blocks; their borders move from step to step.
+
+Shapes: B rows of D characters, J = D / P blocks of P characters, E = B·J examples (the blocks of a
+row adjacent), N components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Model = Callable[..., Tensor]
+
+
+class BlockModel:
+    """A model of rows (R, D), called with blocks (E·N, P) as `distill_step` calls it.
+
+    Component n of the blocks of a row makes up one row, with the λ of all its blocks.
+
+    Args:
+        model: tokens (R, D), t (R,) and, for a student, latent (R, L) to logits (R, D, V).
+        rows: B.
+        blocks: J.
+        shift: the first block starts at this character of the row; the last one goes on at the
+            beginning of the row.
+    """
+
+    def __init__(self, model: Model, rows: int, blocks: int, shift: int = 0):
+        self.model, self.rows, self.blocks, self.shift = model, rows, blocks, shift
+
+    def __call__(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
+        """tokens (E·N, P), t (E·N,), latent (E·N, L / J) to logits (E·N, P, V)."""
+        count = len(tokens) // (self.rows * self.blocks)
+        whole = join(tokens, self.rows, self.blocks, count).roll(self.shift, dims=1)
+        times = t.view(self.rows, self.blocks, count)[:, 0].flatten()
+        if latent is None:
+            logits = self.model(whole, times)
+        else:
+            logits = self.model(whole, times, join(latent, self.rows, self.blocks, count))
+        parts = logits.roll(-self.shift, dims=1).unflatten(1, (self.blocks, -1))
+        return parts.unflatten(0, (self.rows, count)).transpose(1, 2).flatten(0, 2)
+
+
+def cut(x0: Tensor, blocks: int, shift: int) -> Tensor:
+    """Rows (B, D) to the blocks (E, P) that a `BlockModel` with that shift puts together again."""
+    return x0.roll(-shift, dims=1).unflatten(1, (blocks, -1)).flatten(0, 1)
+
+
+def join(parts: Tensor, rows: int, blocks: int, count: int) -> Tensor:
+    """(B·J·N, X), components of a block adjacent, to (B·N, J·X), components of a row adjacent."""
+    return parts.view(rows, blocks, count, -1).transpose(1, 2).reshape(rows * count, -1)

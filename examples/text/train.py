@@ -1,0 +1,123 @@
+"""Training of teacher and student on the text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from di4c_fast.distill import DistillConfig, distill_step
+from di4c_fast.processes import MaskedProcess
+
+from ..common.rundir import RunDirectory
+from ..common.training import Training, masked_cross_entropy, stratified_latents
+from .blocks import BlockModel, cut
+from .config import Config
+from .data import Text, draw_windows
+from .model import TextDenoiser, student_from_teacher
+
+TEACHER_DECAY, STUDENT_DECAY = 0.995, 0.99
+
+
+def draw_batch(text: Text, size: int, length: int, generator: torch.Generator) -> Tensor:
+    """(size, length) windows of the training text, drawn with replacement."""
+    return draw_windows(text.train, size, length, generator)
+
+
+def process_of(text: Text, config: Config) -> MaskedProcess:
+    """The mask token comes after the characters.
+
+    Times end where one character is masked on average: below, most examples carry no loss.
+    """
+    return MaskedProcess(len(text.alphabet), t_min=1.0 / config.length)
+
+
+def train_teacher(
+    config: Config, text: Text, run: RunDirectory, seed: int, checkpoint_every: int = 100
+) -> TextDenoiser:
+    """The teacher, trained or resumed, with averaged weights."""
+    torch.manual_seed(seed)
+    model = TextDenoiser(len(text.alphabet), config)
+    process = process_of(text, config)
+
+    def batch_loss(generator: torch.Generator) -> Tensor:
+        x0 = draw_batch(text, config.teacher_batch, config.length, generator)
+        t = process.sample_times(len(x0), stratified=True, generator=generator)
+        xt = process.corrupt(x0, t, generator=generator)
+        return masked_cross_entropy(model(xt, t), x0, xt == process.mask_id, process.mask_id)
+
+    training = Training(
+        "teacher",
+        model,
+        batch_loss,
+        run,
+        f"seed-{seed}/teacher",
+        iterations=config.teacher_iterations,
+        peak_rate=config.teacher_lr,
+        decay=TEACHER_DECAY,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    return training.finish()
+
+
+def distill_student(
+    config: Config,
+    text: Text,
+    teacher: TextDenoiser,
+    run: RunDirectory,
+    seed: int,
+    checkpoint_every: int = 100,
+) -> TextDenoiser:
+    """The teacher's Di4C student, trained or resumed, with averaged weights."""
+    torch.manual_seed(seed + 1)
+    model = student_from_teacher(teacher, config)
+    process = process_of(text, config)
+    recipe = DistillConfig(
+        components=config.components,
+        draws=config.draws,
+        teacher_step=config.teacher_step,
+        data_weight=config.data_weight,
+        data_schedule="constant",
+        teacher_weight=config.teacher_weight,
+        low_t=0.0,
+        low_t_probability=0.0,
+        latent_dim=config.latent_dim * config.block // config.length,
+    )
+
+    rows, blocks = config.student_batch, config.length // config.block
+    latent_dim = config.latent_dim // blocks
+
+    def latents(count: int, generator: torch.Generator) -> Tensor:
+        return stratified_latents(rows * blocks, count, latent_dim, generator)
+
+    def batch_loss(generator: torch.Generator) -> Tensor:
+        x0 = draw_batch(text, rows, config.length, generator)
+        t = process.sample_times(rows, stratified=True, generator=generator)
+        t = t.pow(config.time_power).clamp(min=process.t_min)
+        shift = int(torch.randint(config.block, (1,), generator=generator))
+        step = distill_step(
+            BlockModel(model, rows, blocks, shift),
+            BlockModel(teacher, rows, blocks, shift),
+            cut(x0, blocks, shift),
+            process=process,
+            config=recipe,
+            generator=generator,
+            t=t.repeat_interleave(blocks),
+            latent=latents(config.components, generator),
+            latent_u=latents(config.draws, generator),
+        )
+        return step.loss / config.block
+
+    training = Training(
+        "student",
+        model,
+        batch_loss,
+        run,
+        f"seed-{seed}/student",
+        iterations=config.student_iterations,
+        peak_rate=config.student_lr,
+        decay=STUDENT_DECAY,
+        seed=seed + 1,
+        checkpoint_every=checkpoint_every,
+    )
+    return training.finish()

@@ -1,0 +1,388 @@
+"""The MaskGIT and Gaussian systems of the digits example, as wholes and in what is their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from di4c_fast.heads import LogisticHead
+from examples.common import sampling
+from examples.common.rundir import RunDirectory
+from examples.digits import data, train
+from examples.digits.__main__ import main
+from examples.digits.config import Config, GaussianConfig, MaskGITConfig
+from examples.digits.metrics import ClassJudge, Judge
+from examples.digits.systems import RECIPES, system_of
+from examples.digits.systems.maskgit import NO_LABEL
+
+SMALL = {
+    "levels": 3,
+    "width": 8,
+    "layers": 1,
+    "teacher_iterations": 5,
+    "teacher_batch": 4,
+    "student_iterations": 5,
+    "student_batch": 2,
+    "components": 3,
+    "draws": 2,
+    "samples": 40,
+    "steps": (1, 3),
+}
+TINY = {name: recipe(**SMALL) for name, recipe in RECIPES.items()}
+OTHERS = ("maskgit", "gaussian")
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Digits:
+    return data.load(3)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _arguments(system: str, run: pathlib.Path) -> list[str]:
+    options = ["--system", system, "--run-dir", str(run), "--threads", "1"]
+    options += ["--checkpoint-every", "2"]
+    for field in dataclasses.fields(TINY[system]):
+        value = getattr(TINY[system], field.name)
+        values = value if isinstance(value, tuple) else (value,)
+        options += ["--" + field.name.replace("_", "-"), *(str(item) for item in values)]
+    return options
+
+
+class _Stop(Exception):
+    """Stands for an interruption."""
+
+
+def _stop_at(call: int, function):
+    calls = iter(range(call))
+
+    def stopping(*args, **kwargs):
+        if next(calls, None) is None:
+            raise _Stop
+        return function(*args, **kwargs)
+
+    return stopping
+
+
+@pytest.mark.parametrize("system", OTHERS)
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(system, tmp_path, monkeypatch, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    reported = tmp_path / "report"
+    assert main([*_arguments(system, whole), "--report", str(reported)]) == 0
+    assert "pixel-pair TV" in capsys.readouterr().out
+
+    # 5 batches of the teacher, then 5 of the student; checkpoints every 2 and at the end.
+    for stop_at in (3, 6):  # in the fourth of the teacher, then in the fourth of the student
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "draw_batch", _stop_at(stop_at, train.draw_batch))
+            with pytest.raises(_Stop):
+                main(_arguments(system, stopped))
+        torch.manual_seed(123)  # a new process has another state of the default generator
+    assert main(_arguments(system, stopped)) == 0
+    names = {path.name for path in (whole / "seed-0").iterdir()}
+    assert names == {
+        f"{name}.safetensors"
+        for model in ("teacher", "student")
+        for name in (model, f"{model}-1-steps", f"{model}-3-steps")
+    }
+    for name in names:
+        one, two = (load_file(run / "seed-0" / name) for run in (whole, stopped))
+        assert one.keys() == two.keys()
+        for key in one:
+            assert torch.equal(one[key], two[key]), (name, key)
+
+    results = json.loads((reported / "results.json").read_text())
+    assert results["config"] == TINY[system].to_json()
+    assert results["config"]["system"] == system
+    assert results["loss"] is None
+    assert results.get("distances") == ("within classes" if system == "maskgit" else None)
+    assert set(results["seeds"]["0"]["student"]) == {"1", "3"}
+    assert (reported / "digits.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for model in ("teacher", "student"):
+        tokens = load_file(whole / "seed-0" / f"{model}-3-steps.safetensors")["tokens"]
+        assert tokens.shape == (40, 64)
+        assert int(tokens.max()) < 3
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [("masked", "maskgit"), ("maskgit", "gaussian"), ("gaussian", "masked")]
+)
+def test_the_directory_of_another_system_is_refused(there, here, tmp_path, capsys):
+    RunDirectory(tmp_path, TINY[there])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(_arguments(here, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert f"belongs to a run of --system {there}, not {here}" in error
+    assert "choose another --run-dir" in error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_recipe_of_the_same_system_is_refused_by_option(tmp_path, capsys):
+    RunDirectory(tmp_path, TINY["maskgit"])
+    assert main([*_arguments("maskgit", tmp_path), "--guidance", "3"]) == 2
+    assert "guidance is 0.25 there and 3.0 here" in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_an_error_for_every_system(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"config": 3')
+    assert main(_arguments("gaussian", tmp_path)) == 2
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_masked_runs_are_identified_as_they_always_were():
+    assert "system" not in Config().to_json()
+    assert {"levels", "steps"} < Config().to_json().keys()
+    assert [recipe().to_json().get("system") for recipe in RECIPES.values()] == [
+        None,
+        "maskgit",
+        "gaussian",
+    ]
+
+
+@pytest.mark.parametrize("system", OTHERS)
+def test_samples_do_not_depend_on_the_chunks(system, monkeypatch):
+    torch.manual_seed(0)
+    one = system_of(TINY[system])
+    student = one.student(one.teacher()).eval()
+    sizes = TINY[system].sizes
+    whole = sampling.draw_samples(sizes, student, 1, 3, 4, one.draw).tokens
+    monkeypatch.setattr(sampling, "CHUNK", 7)
+    parts = sampling.draw_samples(sizes, student, 1, 3, 4, one.draw).tokens
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("system", OTHERS)
+def test_the_student_is_the_teacher_apart_from_its_latent(system):
+    torch.manual_seed(0)
+    one = system_of(TINY[system])
+    teacher = one.teacher()
+    student = one.student(teacher)
+    shared = dict(teacher.named_parameters())
+    own = [name for name, _ in student.named_parameters() if name not in shared]
+    assert own
+    assert all(name.startswith("latent.") for name in own)
+    for name, parameter in shared.items():
+        assert torch.equal(parameter, student.get_parameter(name)), name
+    x = torch.zeros(2, 64, dtype=torch.int64)
+    context = one.context(torch.zeros(2, dtype=torch.int64), torch.Generator().manual_seed(0))
+    context = {key: value[:1].expand(2) for key, value in context.items()}
+    head = student(x, torch.ones(2), torch.tensor([[0.1], [0.8]]), **context)
+    logits = head if isinstance(head, torch.Tensor) else head.logits()
+    assert not torch.allclose(logits[0], logits[1])
+    with pytest.raises(ValueError, match="needs latents"):
+        student(x, torch.ones(2), **context)
+    with pytest.raises(ValueError, match="takes no latents"):
+        teacher(x, torch.ones(2), torch.rand(2, 1), **context)
+
+
+class _Recorded(torch.nn.Module):
+    """A model that notes the labels it is called with."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+        self.labels: list[list[int]] = []
+
+    def forward(self, tokens, t, **context):
+        self.labels.append(context["label"].tolist())
+        return self.model(tokens, t, **context)
+
+
+def test_guidance_runs_the_model_with_and_without_labels():
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY["maskgit"], guidance=1.5)
+    one = system_of(config)
+    model = _Recorded(one.teacher())
+    options = {"latent_dim": 0, "seed": 0, "first_sequence": 8}
+    guided = one.draw(model, (5, 64), steps=2, **options)
+    labels = [8, 9, 0, 1, 2]  # by the number of the sequence
+    assert model.labels == [labels, labels + [NO_LABEL] * 5]  # the weight is 0 in the first step
+
+    model.labels.clear()
+    without = system_of(dataclasses.replace(config, guidance=0.0))
+    plain = without.draw(model, (5, 64), steps=2, **options)
+    assert model.labels == [labels, labels]
+    assert not torch.equal(guided, plain)
+
+
+def test_labels_change_what_is_predicted_and_a_share_of_them_is_hidden_in_training(digits):
+    one = system_of(dataclasses.replace(TINY["maskgit"], label_dropout=0.3))
+    torch.manual_seed(0)
+    teacher = one.teacher()
+    masks = torch.full((2, 64), 3)
+    logits = teacher(masks, torch.ones(2), label=torch.tensor([4, NO_LABEL]))
+    assert not torch.allclose(logits[0], logits[1])
+    with pytest.raises(ValueError, match="needs labels"):
+        teacher(masks, torch.ones(2))
+
+    labels = torch.arange(10).repeat(200)
+    given = one.context(labels, torch.Generator().manual_seed(0))["label"]
+    hidden = given == NO_LABEL
+    # 2000 draws: five standard deviations are 0.05.
+    assert 0.25 < hidden.float().mean() < 0.35
+    assert torch.equal(given[~hidden], labels[~hidden])
+
+
+def test_batches_hold_images_with_their_own_labels(digits):
+    x0, labels = train.draw_batch(digits, 6, torch.Generator().manual_seed(0))
+    for image, label in zip(x0, labels, strict=True):
+        found = (digits.tokens == image).all(-1).nonzero().squeeze(-1)
+        assert int(label) in digits.labels[found].tolist()
+
+
+def test_distances_within_classes_are_the_mean_of_those_of_each_class(digits):
+    judge = system_of(TINY["maskgit"]).judge(digits)
+    assert isinstance(judge, ClassJudge)
+    tokens = torch.randint(3, (60, 64), generator=torch.Generator().manual_seed(0)).numpy()
+    frechet, pair_tv = [], []
+    for label in range(10):
+        mine = digits.labels == label
+        some = data.Digits(digits.tokens[mine], digits.labels[mine], 3)
+        one = Judge(some, judge.features).score(tokens[label::10])
+        frechet.append(one.frechet)
+        pair_tv.append(one.pair_tv)
+    score = judge.score(tokens)
+    assert score.frechet == pytest.approx(sum(frechet) / 10)
+    assert score.pair_tv == pytest.approx(sum(pair_tv) / 10)
+
+
+def test_distances_within_classes_see_better_that_pixels_are_independent_given_the_label(digits):
+    rng = np.random.default_rng(0)
+    rows = [digits.tokens[digits.labels == label].numpy() for label in range(10)]
+    classes = []
+    for images in rows:
+        drawn = images[rng.integers(len(images), size=(170, 64)), np.arange(64)]
+        classes.append(drawn)  # every pixel from an image of its own, of the same class
+    independent = np.stack(classes, axis=1).reshape(-1, 64)  # labels 0, 1, ..., 9, 0, ...
+    within = system_of(TINY["maskgit"]).judge(digits)
+    overall = Judge(digits, within.features)
+    ratios = [
+        judge.score(independent).frechet / judge.noise_floor(len(independent)).frechet
+        for judge in (overall, within)
+    ]
+    assert ratios[1] > 5
+    assert ratios[1] > 2 * ratios[0]
+
+
+def test_maskgit_counts_all_positions_and_the_mask_token():
+    one = system_of(TINY["maskgit"])
+    x = torch.tensor([[0, 3, 1]])
+    assert one.counted(x).all()
+    assert one.columns == 4
+    assert one.process.loss_mask_id is None
+    masked = system_of(TINY["masked"])
+    assert masked.counted(x).tolist() == [[False, True, False]]
+    assert masked.columns == 3
+
+
+def test_student_times_of_maskgit_keep_their_share_below_low_t():
+    one = system_of(dataclasses.replace(TINY["maskgit"], low_t=0.2, time_power=0.4))
+    t = one.student_times(2000, torch.Generator().manual_seed(0))
+    assert float((t < 0.2).float().mean()) == pytest.approx(0.2, abs=1e-3)  # stratified
+    assert float(((t > 0.6) & (t <= 1)).float().mean()) > 0.5  # u^0.4 favours noise
+
+
+def test_gaussian_noise_mixes_fully_with_the_default_recipe():
+    process = system_of(GaussianConfig()).process
+    law = process.transitions.batched(0.0, torch.tensor([1.0], dtype=torch.float64))[0]
+    distance = 0.5 * (law - process.transitions.target.to(law)).abs().sum(-1)
+    assert float(distance.max()) < 0.01
+    first = process.transitions.batched(0.0, torch.tensor([process.t_min], dtype=torch.float64))[0]
+    assert float(first.diagonal().min()) > 0.5  # and hardly anything has moved at the last call
+
+
+def test_gaussian_times_reach_from_the_last_call_of_the_sampler_to_noise():
+    one = system_of(TINY["gaussian"])
+    for t in (one.times(500, torch.Generator()), one.student_times(500, torch.Generator())):
+        assert one.process.t_min < float(t.min()) < 0.1
+        assert 0.99 < float(t.max()) <= 1.0
+    assert one.process.component_time == one.process.t_min
+
+
+def test_the_gaussian_model_returns_two_numbers_per_pixel_and_knows_the_time():
+    torch.manual_seed(0)
+    model = system_of(TINY["gaussian"]).teacher()
+    head = model(torch.zeros(2, 64, dtype=torch.int64), torch.tensor([0.1, 0.9]))
+    assert isinstance(head, LogisticHead)
+    assert head.shape == (2, 64, 3)
+    assert not torch.allclose(head.mu[0], head.mu[1])
+    assert float(head.mu.detach().abs().max()) < 1.0
+
+
+def test_a_changed_pixel_moves_the_gaussian_prediction_at_its_own_place():
+    torch.manual_seed(0)
+    model = system_of(TINY["gaussian"]).teacher()
+    with torch.no_grad():  # without attention a patch sees itself only
+        model.blocks[0].attention_out.weight.zero_()
+    blank = torch.zeros(1, 64, dtype=torch.int64)
+    changed = blank.clone()
+    changed[0, 8 * 3 + 5] = 1  # row 3, column 5: the patch of rows 2-3, columns 4-5
+    t = torch.ones(1)
+    moved = (model(blank, t).mu != model(changed, t).mu).view(8, 8).nonzero().tolist()
+    assert moved == [[2, 4], [2, 5], [3, 4], [3, 5]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--system", "duo"], "argument --system: invalid choice: 'duo'"),
+        (["--system"], "argument --system: expected one argument"),
+        (["--guidance", "1"], "unrecognized arguments: --guidance"),
+        (["--system", "gaussian", "--guidance", "1"], "unrecognized arguments: --guidance"),
+        (["--system", "gaussian", "--no-speed"], "unrecognized arguments: --no-speed"),
+        (["--system", "maskgit", "--guidance", "-1"], "--guidance: must be between 0 and 100"),
+        (["--system", "maskgit", "--label-dropout", "2"], "--label-dropout: must be between 0 and"),
+        (["--system", "maskgit", "--low-t", "0.9"], "--low-t: must be between 0 and 0.5, got 0.9"),
+        (["--system", "maskgit", "--steps", "65"], "--steps: must be between 1 and 64, got 65"),
+        (["--system", "gaussian", "--target-sigma", "1"], "--target-sigma: must be between 2 and"),
+        (["--system", "gaussian", "--rate-sigma", "nan"], "--rate-sigma: must be between 0.05"),
+        (
+            ["--system", "maskgit", "--label-dropout", "0"],
+            "argument --label-dropout: must be above 0 for guidance = 0.25, got 0",
+        ),
+        (
+            ["--system", "gaussian", "--teacher-step", "0.01"],
+            "argument --min-step: must be at most teacher_step = 0.01, got 0.05",
+        ),
+        (["--system", "gaussian", "--component-weight", "-1"], "--component-weight: must be at"),
+    ],
+)
+def test_a_wrong_option_is_named(options, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--run-dir", str(tmp_path / "run"), *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("system", OTHERS)
+def test_help_lists_every_option_of_the_system(system, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--system", system, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(RECIPES[system]):
+        assert "--" + field.name.replace("_", "-") in text
+    assert f"runs/digits-{system}" in text
+
+
+def test_the_paper_s_weights_are_in_the_recipes():
+    maskgit = system_of(MaskGITConfig()).recipe()
+    assert (maskgit.component_weight, maskgit.low_t, maskgit.low_t_probability) == (20, 0.05, 0.05)
+    gaussian = system_of(GaussianConfig()).recipe()
+    assert (gaussian.component_weight, gaussian.component_spread) == (1.0, 0.01)
