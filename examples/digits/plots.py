@@ -83,7 +83,8 @@ def draw_picture(
     draw_curve(right, config.steps, by_seed, floor.pair_tv, label)
     right.set_ylim(bottom=0.0)
     right.set_ylabel("distance of pixel-pair joints (TV)")
-    left.legend(frameon=False, loc="upper right", fontsize=9.5)
+    place = "center" if isinstance(config, MaskGITConfig) else "upper right"
+    left.legend(frameon=False, loc=place, fontsize=9.5)
     seeds = f", mean and range of {len(scores)} seeds" if len(scores) > 1 else ""
     within = "distances within classes; " if isinstance(config, MaskGITConfig) else ""
     curves.supxlabel(f"sampling steps ({within}lower is better{seeds})", fontsize=10)
