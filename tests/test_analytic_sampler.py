@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from naming import stable_id
 from torch import Tensor
 
 from di4c_fast.heads import LinearHead
@@ -237,7 +238,7 @@ def test_without_denoising_masks_may_remain():
         ({"model": None}, TypeError, "model must be callable, got NoneType"),
         ({"model": lambda x, t: torch.zeros(2, 5)}, ValueError, "model must return logits of sha"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_what_is_wrong_is_named(changes, error, message):
     arguments = {

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from naming import stable_id
 from torch import Tensor, nn
 
 from di4c_fast.heads import LinearHead
@@ -208,7 +209,7 @@ def check_against_naive(model, prompt, **how):
         {"factor": 2.0},
         {"steps": 4, "banned": (3, 5)},
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_tokens_at_temperature_0_are_those_of_the_naive_loop(rule, how):
     for seed in range(2):
@@ -519,7 +520,7 @@ def test_a_confidence_temperature_draws_positions_by_their_softmax():
         {"factor": 1.5},
         {"steps": 5, "confidence_temperature": 0.5, "rule": "entropy"},
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_samples_do_not_depend_on_how_they_are_batched(how):
     model = Denoiser(14)
@@ -683,7 +684,7 @@ def test_samples_on_a_gpu_are_those_on_the_cpu_and_known_counts_need_no_sync():
         ({"model": lambda x, t: torch.zeros(2, 4, 11)}, ValueError, "model must return logits of"),
         ({"model": lambda x, t: torch.full((2, 5, 11), torch.nan)}, ValueError, "must not hold"),
     ],
-    ids=str,
+    ids=stable_id,
 )  # fmt: skip
 def test_what_is_wrong_is_named(changes, error, message):
     arguments = {

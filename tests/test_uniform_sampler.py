@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from naming import stable_id
 from torch import Tensor
 
 from di4c_fast.heads import LinearHead, LogisticHead, TensorHead
@@ -271,7 +272,7 @@ def test_samples_on_a_gpu_are_those_on_the_cpu_without_syncs_in_the_loop():
         ({"model": None}, TypeError, "model must be callable, got NoneType"),
         ({"model": lambda x, t: torch.zeros(2, 5)}, ValueError, "model must return logits of sha"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_what_is_wrong_is_named(changes, error, message):
     arguments = {
