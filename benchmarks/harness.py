@@ -33,7 +33,7 @@ class Settings:
 
     seconds: float = 2.0  # of timed calls per variant, where the rounds allow
     rounds: int = 5  # turns of every variant
-    slow_rounds: int = 3  # turns of a variant that would take several times `seconds`
+    slow_rounds: int = 2  # turns of a variant that would take several times `seconds`
     samples_per_round: int = 20
     memory: bool = True
     details: bool = True

@@ -47,7 +47,7 @@ from .streaming_terms import (
 )
 
 # Random numbers made at once for the draws; each takes about 20 bytes of scratch space.
-DRAW_NUMBERS = 1 << 19
+DRAW_NUMBERS = 1 << 18
 
 
 class Evaluation:
