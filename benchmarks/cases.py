@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -206,14 +206,15 @@ _SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
         "masked": (0.05, 0.25, 0.5, 0.75, 1.0),
     },
     "small": {
-        "components": (1, 2, 4, 8, 16, 32),
+        "components": (1, 4, 8, 16, 32),
         "positions": (32, 64, 128, 256),
         "vocabulary": (1025, 4097, 16385),
-        "masked": (0.1, 0.3, 0.6, 1.0),
+        "masked": (0.1, 0.6, 1.0),
     },
     "tiny": {"components": (1, 2), "masked": (0.5, 1.0)},
 }
 AXES = {"components": "N", "positions": "D", "vocabulary": "V", "masked": "masked"}
+BASE = "base"  # the note of the point that all sweeps share
 
 # Positions at which the peak memory with a linear head is compared.
 _MEMORY_POSITIONS = {"full": (512, 1024, 4096), "small": (128, 512, 1024), "tiny": (8, 16)}
@@ -238,23 +239,30 @@ def make_case(shape: str, size: str, dtype: str, device: str, **changes: Any) ->
 
 
 def sweep_cases(size: str, dtype: str, device: str) -> list[Case]:
-    """The points of the scaling sweeps over N, D, V and the masked share."""
-    cases = []
-    for axis, points in _SWEEPS[size].items():
-        for point in points:
-            fields = {**_SWEEP_BASE[size], axis: point}
-            cases.append(
-                Case(
-                    kind="loss",
-                    shape="scaling",
-                    size=size,
-                    dtype=dtype,
-                    device=device,
-                    note=f"{AXES[axis]}={point}",
-                    **fields,
-                )
-            )
-    return cases
+    """The points of the scaling sweeps over N, D, V and the masked share, each once."""
+    base = _SWEEP_BASE[size]
+
+    def case(note: str, **changes: Any) -> Case:
+        fields = {**base, **changes}
+        return Case("loss", "scaling", size, dtype, device, note=note, **fields)
+
+    changed = [
+        case(f"{AXES[axis]}={point}", **{axis: point})
+        for axis, points in _SWEEPS[size].items()
+        for point in points
+        if point != base[axis]
+    ]
+    return [case(BASE), *changed]
+
+
+def on_axis(record: Mapping[str, Any], axis: str) -> float | None:
+    """Where a record of the sweeps lies on one of `AXES`; None if it belongs to another sweep."""
+    case = record["case"]
+    if case["shape"] != "scaling":
+        return None
+    if case["note"] != BASE and not case["note"].startswith(f"{AXES[axis]}="):
+        return None
+    return float(case[axis])
 
 
 def memory_cases(size: str, dtype: str, device: str) -> list[Case]:

@@ -23,7 +23,6 @@ GUMBEL_32 = Variant("gumbel-fp32", "Gumbel noise in fp32")
 GUMBEL_64 = Variant("gumbel-fp64", "Gumbel noise in fp64")
 GUMBEL_COMPILED = Variant("gumbel-fp32-compiled", "torch.compile of Gumbel noise in fp32")
 FLASHINFER = Variant("flashinfer", "FlashInfer sampling_from_logits (token alone)")
-REFERENCE = Variant("reference", "di4c_fast reference", library=True)
 STREAMING = Variant("torch", "di4c_fast torch", library=True)
 STREAMING_ALL = Variant("torch-all", "di4c_fast torch, with argmax and entropy", library=True)
 TRITON = Variant("triton", "di4c_fast triton", library=True)
@@ -34,7 +33,6 @@ VARIANTS = [
     GUMBEL_64,
     GUMBEL_COMPILED,
     FLASHINFER,
-    REFERENCE,
     STREAMING,
     STREAMING_ALL,
     TRITON,
@@ -111,12 +109,8 @@ class DrawGroup(Group):
 
     def call(self, name: str, inputs: Inputs) -> Any:
         self.calls += 1
-        if name in ("reference", "torch", "torch-all", "triton", "triton-all"):
-            want = ("log_prob", "argmax", "entropy") if name.endswith("-all") else ("log_prob",)
-            backend = name.removesuffix("-all")
-            return sample(
-                inputs.head, seed=inputs.seed, step=self.calls, want=want, backend=backend
-            )
+        if name in ("torch", "torch-all", "triton", "triton-all"):
+            return self.draw(name, inputs, self.calls)
         with torch.no_grad():
             logits = inputs.logits()
             if name == "multinomial":
@@ -132,6 +126,12 @@ class DrawGroup(Group):
             import flashinfer
 
             return flashinfer.sampling.sampling_from_logits(logits.float()), None
+
+    def draw(self, name: str, inputs: Inputs, step: int) -> Draw:
+        """A draw of this library; the same step gives the same tokens."""
+        want = ("log_prob", "argmax", "entropy") if name.endswith("-all") else ("log_prob",)
+        backend = name.removesuffix("-all")
+        return sample(inputs.head, seed=inputs.seed, step=step, want=want, backend=backend)
 
     # Checks --------------------------------------------------------------------------------------
 

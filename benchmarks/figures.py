@@ -18,6 +18,7 @@ import matplotlib.ticker
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from .cases import AXES, on_axis
 from .store import ResultSet, write_atomically
 from .tables import grouped, is_main
 
@@ -54,7 +55,6 @@ FLOOR: dict[str, Any] = {
     "markeredgewidth": 2,
     "color": GREY,
 }
-AXES = ("N", "D", "V", "masked")
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "di4c_fast",
@@ -151,17 +151,15 @@ def _points(
     """Per variant, (value on the axis, value of the column)."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        note = record["case"]["note"]
-        if record["case"]["shape"] != "scaling" or not note.startswith(axis + "="):
-            continue
-        if record[column] is not None:
-            point = (float(note.split("=")[1]), float(record[column]))
+        place = on_axis(record, axis)
+        if place is not None and record[column] is not None:
+            point = (place, float(record[column]))
             curves.setdefault(record["variant"], []).append(point)
     return {name: sorted(points) for name, points in curves.items()}
 
 
 def _memory(records: Sequence[dict[str, Any]]) -> Any:
-    curves = _points(records, "N", "peak_bytes")
+    curves = _points(records, "components", "peak_bytes")
     if not curves:
         return None
     figure, axes = plt.subplots(figsize=(5.0, 3.2))
@@ -173,9 +171,9 @@ def _memory(records: Sequence[dict[str, Any]]) -> Any:
             textcoords="offset points", color=style["color"], va="center",
         )  # fmt: skip
     sizes = {
-        float(r["case"]["note"][2:]): r["logits_bytes"] / 1e6
+        place: r["logits_bytes"] / 1e6
         for r in records
-        if r["case"]["shape"] == "scaling" and r["case"]["note"].startswith("N=")
+        if (place := on_axis(r, "components")) is not None
     }
     axes.plot(*zip(*sorted(sizes.items()), strict=True), color=GREY, linestyle="--", linewidth=1)
     last = max(sizes)
@@ -204,9 +202,9 @@ def _scaling(records: Sequence[dict[str, Any]]) -> Any:
         1, len(shown), figsize=(2.4 * len(shown) + 0.6, 2.8), sharey=True, squeeze=False
     )
     titles = {
-        "N": "components N",
-        "D": "positions D",
-        "V": "vocabulary V",
+        "components": "components N",
+        "positions": "positions D",
+        "vocabulary": "vocabulary V",
         "masked": "masked share",
     }
     named: dict[str, Any] = {}

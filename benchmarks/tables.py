@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .cases import AXES, BASE
 from .harness import format_bytes, format_seconds
 from .step_group import BUDGETS, PHASES
 from .targets import Verdict
@@ -177,7 +178,11 @@ def scaling_rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]
         gain = ""
         if base is not None and ours:
             gain = f"{base['seconds'] / min(r['seconds'] for r in ours):.1f} ×"
-        rows.append([group[0]["case"]["note"], *times, *peaks, gain])
+        case = group[0]["case"]
+        point = case["note"]
+        if point == BASE:
+            point = ", ".join(f"{letter}={case[field]:g}" for field, letter in AXES.items())
+        rows.append([point, *times, *peaks, gain])
     return header, rows
 
 
