@@ -3,6 +3,9 @@
 Shapes: B batch, N student components, M teacher components, K draws, D positions, V vocabulary,
 J target rows (x0 and the K draws), A = B·D positions.
 
+Beside logits, the rows of q_T and q_u are the largest thing that forward leaves for backward. As
+many as a share of the logits allows are kept, the others are computed again.
+
 The active positions are addressed through a permutation (active ones first) and a count that stay
 on the device. Only a linear head reads the count on the host, once per sweep, because the sizes
 of its matrix products have to be known there; under CUDA graph capture it multiplies all rows.
@@ -19,6 +22,10 @@ from torch import Tensor
 from .fused_heads import LINEAR, HeadSpec, padded
 from .kernels.operands import Visit
 from .kernels.tuning import launch_parameters
+
+# Of the student's logits: what the rows of q_T and q_u may take beside a gradient in place, whose
+# peak is to stay below a tenth of the logits.
+DISTRIBUTION_SHARE = 0.09
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Plan:
     kept_teacher: int
     kept_consistency: int
     kept_logits: int
+    first: int = 0  # positions of the first chunk; 0: as many as of the others
 
 
 def stored_distributions(request: Request, teacher: HeadSpec, components: int) -> tuple[bool, bool]:
@@ -102,7 +110,6 @@ def make_plan(
     batch, components, positions, vocabulary = sizes
     total = batch * positions
     store_t, store_u = stored_distributions(request, teacher, teacher_components)
-    store_t, store_u = store_t and request.needs_grad, store_u and request.needs_grad
     row = padded(vocabulary)
     per_chunk, widest = 0, 1
     for spec, number in (
@@ -113,9 +120,17 @@ def make_plan(
         if spec is not None and spec.kind == LINEAR:
             per_chunk += number * row * element_size
             widest = max(widest, number)
-    if per_chunk == 0 or total == 0:
-        return Plan(total, total * store_t, total * store_u, 0)
     tuned = launch_parameters(device)
+    if per_chunk == 0 or total == 0:
+        logits = batch * components * positions * vocabulary * element_size
+        return _plan_of_logits(
+            total,
+            (store_t, store_u),
+            4 * row,
+            max(tuned.distribution_bytes, int(DISTRIBUTION_SHARE * logits)),
+            request.needs_grad,
+        )
+    store_t, store_u = store_t and request.needs_grad, store_u and request.needs_grad
     budgets = [s.budget_bytes for s in (student, teacher, consistency) if s is not None]
     budget = min([value for value in budgets if value] or [tuned.budget_bytes])
     row_bytes = 4 * row
@@ -140,6 +155,28 @@ def make_plan(
     return Plan(chunk, kept_teacher, kept_consistency, kept_logits)
 
 
+def _plan_of_logits(
+    total: int, stored: tuple[bool, bool], row_bytes: int, budget: int, needs_grad: bool
+) -> Plan:
+    """The plan without linear heads: only the rows of q_T and q_u take memory.
+
+    Where they do not all fit, those of the first chunk stay for backward; active positions come
+    first, so these are the ones most likely needed. The rest of the room serves the other chunks in
+    turn, once in forward and once more in backward.
+    """
+    rows = sum(stored)
+    slots = max(2, budget // (rows * row_bytes)) if rows else total
+    if slots >= total:
+        kept = total * needs_grad
+        return Plan(total, kept * stored[0], kept * stored[1], 0)
+    if not needs_grad:
+        return Plan(slots, 0, 0, 0)
+    # Few chunks, since each is several launches.
+    chunk = min(total - slots, slots // 2)
+    kept = slots - chunk
+    return Plan(chunk, kept * stored[0], kept * stored[1], 0, first=kept)
+
+
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     visit: Visit
@@ -154,8 +191,9 @@ def walk(
     stop = total
     if linear and has_rows and not _capturing(like):
         stop = int(count)  # the one host read: matrix products need their sizes
-    for first in range(0, stop, max(plan.chunk, 1)):
-        slots = min(plan.chunk, stop - first)
+    first = 0
+    while first < stop:
+        slots = min(plan.first if plan.first and first == 0 else plan.chunk, stop - first)
         visit = Visit(slots, first, rows if has_rows else None, count if has_rows else None)
         if not linear:
             index = rows
@@ -164,6 +202,7 @@ def walk(
         else:
             index = torch.arange(first, first + slots, device=like.device)
         yield Chunk(visit, index)
+        first += slots
 
 
 def _capturing(like: Tensor) -> bool:

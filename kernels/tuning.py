@@ -59,6 +59,8 @@ class LaunchParameters:
     sample_blocks: int = 512  # blocks of 128 tokens per warp where rows are put together
     sample_joined_rows: int = 2  # most rows of one program there
     sample_scratch_bytes: int = 64 * 2**20  # numbers per block between the two kernels
+    # Rows of q_u and q_T that may exist at a time, where a share of the logits is less.
+    distribution_bytes: int = 64 * 2**20
     budget_bytes: int = 512 * 2**20  # LinearHead: logits of a chunk and what is kept of them
     minimum_rows: int = 1024  # LinearHead: rows of a matrix product, whatever the budget
 

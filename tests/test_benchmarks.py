@@ -15,9 +15,9 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import baselines, floors, gpu, harness, report, store, targets
+from benchmarks import baselines, floors, gpu, harness, report, store, targets, tune
 from benchmarks.ancestral_group import _ToyModel
-from benchmarks.cases import Case, make_case, memory_cases, shape_names, sweep_cases
+from benchmarks.cases import AXES, Case, make_case, memory_cases, on_axis, shape_names, sweep_cases
 from benchmarks.floors import Machine, Work
 from benchmarks.groups import make_group
 from benchmarks.harness import Settings, measure, quantile
@@ -56,6 +56,24 @@ def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
+# Tuning ------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_the_search_is_a_launch_parameter_and_has_what_to_try():
+    tuning = pytest.importorskip("di4c_fast.kernels.tuning")
+    defaults = dataclasses.asdict(tuning.LaunchParameters())
+    fields = [field for field, _, _ in tune.SEARCH]
+    assert len(set(fields)) == len(fields)
+    for field, candidates, shapes in tune.SEARCH:
+        assert set(candidates) - {defaults[field]}, field
+        for candidate in candidates:
+            tuning.LaunchParameters(**{**defaults, field: candidate})
+        assert set(shapes) <= set(shape_names(("loss", "draw")))
+    # Rows short enough to be drawn whole, and scratch memory, are in no benchmark.
+    others = {"sample_whole_elements", "sample_rows", "sample_scratch_bytes"}
+    assert set(fields) == set(defaults) - others
+
+
 # Names -------------------------------------------------------------------------------------------
 
 
@@ -87,8 +105,23 @@ def test_every_shape_exists_at_every_size_and_survives_the_way_to_the_child():
             case = make_case(shape, size, "bf16", "cpu")
             assert Case.from_spec(json.loads(json.dumps(case.spec()))) == case
             assert make_group(case).input_bytes() > 0
-    keys = [case.key for case in sweep_cases("small", "fp32", "cpu")]
+
+
+@pytest.mark.parametrize("size", ["full", "small", "tiny"])
+def test_every_point_of_the_sweeps_is_measured_once_and_found_on_its_axis(size):
+    cases = sweep_cases(size, "fp32", "cpu")
+    keys = [case.key for case in cases]
     assert len(set(keys)) == len(keys)
+    assert len({json.dumps({**case.spec(), "note": ""}) for case in cases}) == len(cases)
+    records = [{"case": case.spec()} for case in cases]
+    found = {axis: [on_axis(record, axis) for record in records] for axis in AXES}
+    for axis, places in found.items():
+        values = [value for value in places if value is not None]
+        assert len(set(values)) == len(values), axis
+        assert float(getattr(cases[0], axis)) in values  # the base belongs to every axis
+    for number in range(1, len(cases)):
+        assert sum(places[number] is not None for places in found.values()) == 1
+    assert on_axis({"case": tiny("language").spec()}, "components") is None
 
 
 # The gate ----------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ fused = pytest.importorskip("di4c_fast.fused")
 from di4c_fast.kernels import tuning  # noqa: E402
 
 from di4c_fast import fused_passes, fused_plan  # noqa: E402
+from di4c_fast.fused_heads import HeadSpec, padded  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="run by test_fused_gpu on a GPU"),
@@ -325,6 +326,76 @@ def test_nothing_is_kept_without_gradient():
             fused_plan.Batch.plan = original
     assert not loss.requires_grad
     assert all((p.kept_teacher, p.kept_consistency, p.kept_logits) == (0, 0, 0) for p in plan)
+
+
+# Distributions that do not all fit ---------------------------------------------------------------
+
+TWO_ROWS = {"distribution_bytes": 1}  # the least: one row kept, one in turn
+
+
+@pytest.fixture
+def no_share(monkeypatch):
+    monkeypatch.setattr(fused_plan, "DISTRIBUTION_SHARE", 0.0)
+
+
+@pytest.mark.parametrize("teachers", [0, 2])
+@pytest.mark.parametrize("mask", [True, False])
+def test_distributions_beyond_the_room_are_formed_again(no_share, teachers, mask):
+    case = make_case(33, teachers=teachers, mask=mask, positions=5)
+    with counting(fused_passes, "marginal") as made:
+        check_against_reference(case, tiles=TWO_ROWS)
+    # Ten positions: one row is formed once, nine in forward and in backward.
+    assert len(made) == (1 + 9 * 2) * (2 if teachers else 1)
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(1, 2), (5, 5), (7, 7), (9, 9), (10, 10), (100, 10)])
+def test_the_room_for_distributions_is_used_and_never_exceeded(no_share, monkeypatch, asked, taken):
+    case = make_case(34, positions=5, component=False)
+    whole = evaluate(case, "triton")
+    kept: list[int] = []
+    in_turn = [0]
+    make_plan, rows_of = fused_plan.make_plan, fused_passes._Distributions._get
+
+    def planned(*args):
+        plan = make_plan(*args)
+        kept.append(plan.kept_consistency)
+        return plan
+
+    def rows(self, name, visit):
+        in_turn.append(visit.slots)
+        return rows_of(self, name, visit)
+
+    monkeypatch.setattr(fused_plan, "make_plan", planned)
+    monkeypatch.setattr(fused_passes._Distributions, "_get", rows)
+    with tuning.override(distribution_bytes=asked * 4 * padded(37)):
+        outcome = evaluate(case, "triton")
+    assert kept[0] + max(in_turn) == taken
+    torch.testing.assert_close(outcome.loss, whole.loss)
+    torch.testing.assert_close(outcome.gradients, whole.gradients)
+
+
+def test_gradient_in_place_with_distributions_formed_again(no_share):
+    case = make_case(35)
+    expected = evaluate(case, "triton")
+    leaf = case.pop("student").requires_grad_()
+    head = TensorHead(leaf * 1.0, in_place_gradient=True)
+    with tuning.override(**TWO_ROWS):
+        loss = di4c_fast.loss(head, **case, backend="triton")
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(gradient, expected.gradients["student"])
+
+
+def test_the_share_of_the_logits_bounds_the_distributions_at_the_language_shape():
+    request = fused_plan.Request(50257, True, True, True, True, 1.0, True)
+    tensor, sizes = HeadSpec("tensor"), (1, 16, 1024, 50258)
+    arguments = (request, tensor, tensor, tensor, sizes, 1, 16, 2, torch.device("cpu"))
+    plan = fused_plan.make_plan(*arguments)
+    logits = 16 * 1024 * 50258 * 2
+    row = 4 * padded(50258)
+    assert 0.08 * logits < (plan.first + plan.chunk) * row <= 0.09 * logits
+    assert plan.kept_consistency == plan.first
+    assert plan.kept_teacher == 0
+    assert plan.first + 2 * plan.chunk >= 1024  # three chunks
 
 
 # Heads ----------------------------------------------------------------------------------------

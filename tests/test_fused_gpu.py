@@ -211,9 +211,10 @@ def peak_above_inputs(function) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-@pytest.mark.parametrize(("in_place", "limit"), [(False, 1.15), (True, 0.15)])
+@pytest.mark.parametrize(("in_place", "limit"), [(False, 1.1), (True, 0.1)])
 def test_peak_memory_at_the_language_shape(in_place, limit):
-    # The gradient is as large as the logits; q_u is one fp32 row of V per position: 2/16 of it.
+    # The gradient is as large as the logits. One fp32 row of q_u per position would be 2/16 of it,
+    # so a part of them is formed twice.
     case, _ = paper_case("language", torch.bfloat16, kept=512)
     student = case.pop("student")
     size = student.numel() * student.element_size()
