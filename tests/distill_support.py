@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from di4c_fast.distill import DistillConfig
+from di4c_fast.distill import DistillConfig, distill_step
 from di4c_fast.heads import LinearHead
 from di4c_fast.latent import LatentShift
 from di4c_fast.processes import MaskedProcess
@@ -63,6 +63,14 @@ class Recorder(nn.Module):
         h = torch.tanh(self.mix(h.cumsum(1) + h.flip(1)))
         h = self.dropout(h)
         return LinearHead(h, self.out.weight, self.out.bias) if self.head else self.out(h)
+
+
+def step(student, teacher, t=None, config=CONFIG, seed=0, **options):
+    """`distill_step` with the batch and the process of this module; times may be a list."""
+    t = None if t is None else torch.tensor(t)
+    return distill_step(
+        student, teacher, X0, process=PROCESS, config=config, generator=rng(seed), t=t, **options
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from example_support import Stop, stop_at
 from safetensors.torch import load_file
 
 pytest.importorskip("sklearn")
@@ -64,21 +65,6 @@ def _arguments(system: str, run: pathlib.Path) -> list[str]:
     return options
 
 
-class _Stop(Exception):
-    """Stands for an interruption."""
-
-
-def _stop_at(call: int, function):
-    calls = iter(range(call))
-
-    def stopping(*args, **kwargs):
-        if next(calls, None) is None:
-            raise _Stop
-        return function(*args, **kwargs)
-
-    return stopping
-
-
 @pytest.mark.parametrize("system", OTHERS)
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(system, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -87,10 +73,10 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(system, tmp_path, m
     assert "pixel-pair TV" in capsys.readouterr().out
 
     # 5 batches of the teacher, then 5 of the student; checkpoints every 2 and at the end.
-    for stop_at in (3, 6):  # in the fourth of the teacher, then in the fourth of the student
+    for call in (3, 6):  # in the fourth of the teacher, then in the fourth of the student
         with monkeypatch.context() as patch:
-            patch.setattr(train, "draw_batch", _stop_at(stop_at, train.draw_batch))
-            with pytest.raises(_Stop):
+            patch.setattr(train, "draw_batch", stop_at(call, train.draw_batch))
+            with pytest.raises(Stop):
                 main(_arguments(system, stopped))
         torch.manual_seed(123)  # a new process has another state of the default generator
     assert main(_arguments(system, stopped)) == 0

@@ -1,9 +1,6 @@
-"""One distillation step: which model calls it makes, and the loss and gradients they give."""
+"""One distillation step: which model calls it makes, what is random in it, and that it teaches."""
 
 from __future__ import annotations
-
-import dataclasses
-import math
 
 import pytest
 import torch
@@ -20,181 +17,12 @@ from distill_support import (
     D,
     Recorder,
     rng,
+    step,
 )
-from torch import Tensor, nn
+from torch import nn
 
-import di4c_fast.distill as distill_module
-from di4c_fast.distill import DistillConfig, data_weights, distill_step
+from di4c_fast.distill import DistillConfig, distill_step
 from di4c_fast.processes import MaskedProcess
-
-
-def step(student, teacher, t=None, config=CONFIG, seed=0, **options):
-    t = None if t is None else torch.tensor(t)
-    return distill_step(
-        student, teacher, X0, process=PROCESS, config=config, generator=rng(seed), t=t, **options
-    )
-
-
-def argmax_draws(monkeypatch) -> None:
-    """Make the draws x^k a known function of the logits, so that a test can repeat them."""
-    loss = distill_module.loss
-
-    def with_argmax(student, teacher, x0, *, consistency=None, xu=None, **rest):
-        chosen = None
-        if consistency is not None:
-            chosen = consistency.logits()[..., :MASK].argmax(-1)
-            chosen = torch.where(xu == MASK, chosen, xu)
-        return loss(
-            student, teacher, x0, consistency=consistency, consistency_x=chosen, xu=xu, **rest
-        )
-
-    monkeypatch.setattr(distill_module, "loss", with_argmax)
-
-
-def log_probabilities(model, tokens, t, latent=None) -> Tensor:
-    """(R, D, V - 1), the mask left out, of rows that share a time."""
-    time = t.expand(tokens.shape[0])
-    logits = model(tokens, time) if latent is None else model(tokens, time, latent)
-    return logits[..., :MASK].log_softmax(-1)
-
-
-def dense_loss(student, teacher, out, config, latent_teacher=None, positions=D) -> Tensor:
-    """The formulas of the paper, one example at a time, from the same draws."""
-    latents = [None] * B if latent_teacher is None else latent_teacher
-    losses = [
-        example_loss(student, teacher, out, config, b, latent, positions)
-        for b, latent in enumerate(latents)
-    ]
-    return torch.stack(losses).mean()
-
-
-def example_loss(student, teacher, out, config, b: int, latent_teacher, positions) -> Tensor:
-    n_count = config.components
-    t, u, xt = out.t[b], out.u[b], out.xt[b]
-    masked = [d for d in range(positions) if xt[d] == MASK]
-
-    with torch.no_grad():
-        rows = config.teacher_components
-        q_t = log_probabilities(teacher, xt.expand(rows, D), t, latent_teacher).exp().mean(0)
-    logs = log_probabilities(student, xt.expand(n_count, D), t, out.latent[b])
-    marginal = logs.logsumexp(0) - math.log(n_count)
-
-    def cor(x):
-        joint = sum((logs[:, d, x[d]] for d in masked), torch.zeros(n_count).double())
-        product = sum(marginal[d, x[d]] for d in masked) if config.control_variate else 0.0
-        return product - (joint.logsumexp(0) - math.log(n_count))
-
-    def kl(q, log_p):
-        return sum(((q[d] * (q[d].log() - log_p[d])).nansum() for d in masked), 0.0)
-
-    total = data_weights(t, config.data_schedule, config.data_weight) * cor(X0[b])
-    if config.control_variate:
-        total = total + kl(q_t, marginal)
-    if float(t) < config.low_t:
-        components = [kl(q_t, logs[n]) for n in range(n_count)]
-        return total + config.component_weight * sum(components) / n_count
-
-    draws = config.draws or n_count
-    with torch.no_grad():
-        at_u = log_probabilities(student, out.xu[b], u, out.latent_u[b])
-    q_u = torch.zeros(D, MASK, dtype=torch.float64)
-    for k in range(draws):
-        x_k = torch.where(out.xu[b, k] == MASK, at_u[k].argmax(-1), out.xu[b, k])
-        total = total + cor(x_k) / draws
-        for d in masked:
-            if out.xu[b, k, d] == MASK:
-                q_u[d] += at_u[k, d].exp() / draws
-            else:
-                q_u[d, out.xu[b, k, d]] += 1 / draws
-    return total + kl(q_u, marginal) if config.control_variate else total
-
-
-# The loss and its gradients
-
-
-@pytest.mark.parametrize("times", [HIGH, LOW, MIXED], ids=["high", "low", "mixed"])
-@pytest.mark.parametrize("control_variate", [True, False])
-@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
-def test_loss_and_gradients_are_those_of_the_formulas(monkeypatch, times, control_variate, head):
-    argmax_draws(monkeypatch)
-    config = DistillConfig(
-        components=3,
-        draws=2,
-        teacher_step=0.37,
-        low_t=0.6,
-        data_weight=0.7,
-        component_weight=1.5,
-        control_variate=control_variate,
-        backend="reference",
-    )
-    student, teacher = Recorder(True, head=head), Recorder(False, seed=1, head=head)
-    out = step(student, teacher, times, config, seed=3)
-    out.loss.backward()
-    assert out.loss.dtype == torch.float64
-    gradients = [p.grad.clone() for p in student.parameters()]
-    student.zero_grad()
-    student.head = teacher.head = False
-    expected = dense_loss(student, teacher, out, config)
-    expected.backward()
-    # Same arithmetic in float64 in another order: rounding only.
-    torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=1e-11)
-    for ours, p in zip(gradients, student.parameters(), strict=True):
-        torch.testing.assert_close(ours, p.grad, rtol=1e-8, atol=1e-10)
-    assert all(p.grad is None for p in teacher.parameters())
-
-
-def test_a_di4c_teacher_gives_the_loss_of_the_formulas(monkeypatch):
-    argmax_draws(monkeypatch)
-    config = DistillConfig(
-        components=3,
-        draws=4,
-        teacher_step=0.3,
-        low_t=0.6,
-        teacher_components=2,
-        backend="reference",
-    )
-    student, teacher = Recorder(True), Recorder(True, seed=1)
-    latent_teacher = torch.rand(B, 2, 1, generator=rng(5))
-    out = step(student, teacher, MIXED, config, latent_teacher=latent_teacher)
-    expected = dense_loss(student, teacher, out, config, latent_teacher)
-    torch.testing.assert_close(out.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-11)
-
-
-def test_terms_add_up_to_the_loss_with_their_weights():
-    out = step(Recorder(True), Recorder(False, seed=1), MIXED)
-    low = out.low.double()
-    weights = data_weights(out.t, CONFIG.data_schedule, CONFIG.data_weight)
-    terms = out.terms
-    total = weights * terms.data_correlation + terms.teacher_marginal
-    total = total + terms.consistency_correlation + terms.consistency_marginal
-    total = total + low * terms.component
-    torch.testing.assert_close(out.loss.detach(), total.mean(), rtol=1e-6, atol=1e-9)
-    assert bool((terms.consistency_marginal[out.low] == 0).all())
-    assert bool((terms.consistency_marginal[~out.low] > 0).all())
-    assert out.low.tolist() == [True, False, True, False]
-
-
-def test_terms_can_be_left_out_without_changing_the_loss():
-    for times in (HIGH, LOW, MIXED):
-        student, teacher = Recorder(True), Recorder(False, seed=1)
-        with_terms = step(student, teacher, times)
-        without = step(student, teacher, times, return_terms=False)
-        assert without.terms is None
-        torch.testing.assert_close(without.loss, with_terms.loss, rtol=1e-12, atol=0)
-
-
-def test_the_streaming_backend_gives_the_step_of_the_reference():
-    student, teacher = Recorder(True), Recorder(False, seed=1)
-    results = []
-    for backend in ("reference", "torch"):
-        config = dataclasses.replace(CONFIG, backend=backend)
-        student.zero_grad()
-        out = step(student, teacher, MIXED, config)
-        out.loss.backward()
-        results.append([out.loss.detach(), *(p.grad.clone() for p in student.parameters())])
-    for reference, streamed in zip(*results, strict=True):
-        torch.testing.assert_close(streamed, reference, rtol=1e-8, atol=1e-10)
-
 
 # The model calls
 
@@ -395,24 +223,6 @@ def test_context_follows_its_example_through_every_pass(times):
         assert [of[value] for value in labels] == call["t"].tolist()
 
 
-def test_positions_outside_valid_keep_their_token_and_carry_no_loss(monkeypatch):
-    argmax_draws(monkeypatch)
-    valid = torch.ones(B, D, dtype=torch.bool)
-    valid[:, 2:] = False
-    x0 = X0.clone()
-    x0[:, 4] = MASK
-    student, teacher = Recorder(True), Recorder(False, seed=1)
-    out = distill_step(
-        student, teacher, x0, process=PROCESS, config=CONFIG, generator=rng(), valid=valid,
-        t=torch.tensor(MIXED),
-    )  # fmt: skip
-    assert torch.equal(out.xt[:, 2:], x0[:, 2:])
-    assert torch.equal(out.xu[..., 2:], x0[:, None, 2:].expand(-1, 2, -1))
-    assert bool((out.xt[:, :2] == MASK).any())
-    expected = dense_loss(student, teacher, out, CONFIG, positions=2)
-    torch.testing.assert_close(out.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-11)
-
-
 def test_draws_default_to_the_number_of_components():
     config = DistillConfig(components=3, teacher_step=0.3, backend="reference")
     out = step(Recorder(True), Recorder(False), HIGH, config)
@@ -439,18 +249,6 @@ def test_a_cpu_generator_gives_the_same_step_on_a_gpu():
     torch.testing.assert_close(on_gpu.loss.detach().cpu(), on_cpu.loss.detach())
     for ours, expected in zip(gpu_gradients, cpu_gradients, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
-
-
-# The schedule
-
-
-def test_data_weights_follow_their_schedules():
-    t = torch.tensor([0.0, 0.5, 0.75, 1.0], dtype=torch.float64)
-    sigmoid = [1 / (1 + math.exp(-20 * (x - 0.5))) for x in t.tolist()]
-    expected = torch.tensor(sigmoid, dtype=torch.float64) * 0.1
-    torch.testing.assert_close(data_weights(t, "sigmoid", 0.1), expected)
-    torch.testing.assert_close(data_weights(t, "linear", 0.2), 0.2 * t)
-    torch.testing.assert_close(data_weights(t, "constant", 0.3), torch.full_like(t, 0.3))
 
 
 # Learning

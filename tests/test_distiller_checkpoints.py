@@ -1,33 +1,25 @@
-"""Checkpoints of the distiller: exact resuming, files that cannot be used, nothing half-done."""
+"""Checkpoints of the distiller: exact resuming, and nothing half-done when writing."""
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 
 import pytest
 import torch
-from distill_support import CONFIG, MASK, VOCAB, B, D, Recorder, UniformNoise, rng
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from di4c_fast._checkpoint import decode, encode, identity, read_checkpoint, write_checkpoint
-from di4c_fast.distill import EMA, DistillConfig
-from di4c_fast.distiller import Distiller
-from di4c_fast.processes import MaskedProcess
-
-BATCHES = torch.randint(MASK, (16, B, D), generator=torch.Generator().manual_seed(7))
-PROCESS = MaskedProcess(MASK)
-
-
-def adam(parameters):
-    return torch.optim.Adam(parameters, lr=1e-2)
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.96), weight_decay=0.1)
+from distill_support import VOCAB, Recorder, UniformNoise
+from distiller_support import (
+    BATCHES,
+    adam,
+    adamw,
+    assert_same,
+    everything,
+    make,
+    milestones,
+    run,
+    warm_up_then_cosine,
+)
+from safetensors.torch import load_file
+from torch import nn
 
 
 def fused(parameters):
@@ -38,60 +30,6 @@ def momentum(parameters):
     first, *others = parameters
     groups = [{"params": [first], "lr": 0.02}, {"params": others}]
     return torch.optim.SGD(groups, lr=1e-2, momentum=0.9, nesterov=True)
-
-
-def warm_up_then_cosine(optimizer):
-    schedules = torch.optim.lr_scheduler
-    parts = [
-        schedules.LinearLR(optimizer, 0.1, total_iters=2),
-        schedules.CosineAnnealingLR(optimizer, 10),
-    ]
-    return schedules.SequentialLR(optimizer, parts, milestones=[2])
-
-
-def milestones(optimizer):
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2, 2, 3])
-
-
-def make(optimizer=adam, schedule=None, seed=0, student=None, average=0.9, **options) -> Distiller:
-    student = Recorder(True, seed=seed, dropout=0.2) if student is None else student
-    optimizer = optimizer(student.parameters())
-    options = {
-        "process": PROCESS,
-        "config": CONFIG,
-        "clip_norm": 5.0,
-        "accumulate": 2,
-        "generator": rng(seed),
-        "scheduler": None if schedule is None else schedule(optimizer),
-        "ema": None if average is None else EMA(student, average),
-        **options,
-    }
-    return Distiller(student, Recorder(False, seed=1), optimizer, **options)
-
-
-def run(distiller, first: int, last: int) -> list[dict[str, Tensor]]:
-    return [distiller.step(batch) for batch in BATCHES[first:last]]
-
-
-def everything(distiller) -> dict[str, Tensor]:
-    """Every number that training depends on, by name."""
-    tensors: dict[str, Tensor] = {}
-    states = copy.deepcopy(distiller._states())
-    plain = encode(states, "states", tensors)
-    tensors = {name: value.clone() for name, value in tensors.items()}
-    for name, p in distiller.student.named_parameters():
-        if distiller.pending:
-            tensors[f"gradient/{name}"] = p.grad.clone()
-    plain = [plain, distiller.iterations, distiller.examples, distiller.pending]
-    tensors["plain"] = torch.tensor(list(json.dumps(plain).encode()))
-    return tensors
-
-
-def assert_same(ours, expected) -> None:
-    assert ours.keys() == expected.keys()
-    for name, value in ours.items():
-        assert value.dtype == expected[name].dtype, name
-        assert torch.equal(value, expected[name]), name
 
 
 # Resuming
@@ -307,198 +245,3 @@ def test_the_average_in_the_students_place_is_not_saved(tmp_path):
     with distiller.ema.applied(), pytest.raises(RuntimeError, match=r"inside EMA\.applied"):
         distiller.save(tmp_path / "a")
     assert os.listdir(tmp_path) == []
-
-
-# Files that cannot be used
-
-
-def refused(distiller, file, message, error=ValueError) -> None:
-    """Loading fails by the message and changes neither the file nor the object."""
-    content = file.read_bytes() if file.is_file() else None
-    before = everything(distiller)
-    with pytest.raises(error, match=message):
-        distiller.load(file)
-    assert_same(everything(distiller), before)
-    if content is not None:
-        assert file.read_bytes() == content
-
-
-def torn(file):
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
-
-
-def flipped(file):
-    content = bytearray(file.read_bytes())
-    content[-9] ^= 16
-    file.write_bytes(content)
-
-
-def emptied(file):
-    file.write_bytes(b"")
-
-
-def foreign(file):
-    save_file({"weight": torch.ones(2)}, file)
-
-
-def text(file):
-    file.write_text("not a checkpoint at all, but long enough to hold a header")
-
-
-def without_record(file):
-    save_file(load_file(file), file, metadata={"format": "di4c_fast.Distiller/1"})
-
-
-def rewritten(change):
-    """A file with a record that is whole but holds something else."""
-
-    def write(file):
-        tensors, values = read_checkpoint(file, "di4c_fast.Distiller/1")
-        change(tensors, values)
-        write_checkpoint(file, "di4c_fast.Distiller/1", tensors, values)
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (torn, "is no whole safetensors file"),
-        (emptied, "is no whole safetensors file"),
-        (text, "is no whole safetensors file"),
-        (flipped, "is damaged: .* is not what was written"),
-        (foreign, r"is not a checkpoint of di4c_fast.Distiller/1: its format is None"),
-        (without_record, "is damaged: its header cannot be read"),
-        (rewritten(lambda t, v: v.pop("counters")), "is damaged: its record lacks 'counters'"),
-        (rewritten(lambda t, v: t.pop("random/cpu")), "is damaged: its record lacks 'random/cpu'"),
-        (rewritten(lambda t, v: v["states"].pop("ema")), "is damaged: its record lacks 'ema'"),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_a_file_that_is_not_whole_is_refused(tmp_path, damage, message):
-    distiller = make(schedule=milestones)
-    run(distiller, 0, 3)
-    distiller.save(tmp_path / "a")
-    damage(tmp_path / "a")
-    refused(distiller, tmp_path / "a", message)
-
-
-def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
-    refused(make(), tmp_path / "a", "there is no checkpoint", FileNotFoundError)
-    refused(make(), tmp_path, "path must be a checkpoint file, got the folder")
-
-
-class Wider(Recorder):
-    def __init__(self):
-        super().__init__(True)
-        self.mix = nn.Linear(8, 8, bias=False).double()
-        self.extra = nn.Linear(1, 1).double()
-        self.position = nn.Parameter(torch.randn(D + 1, 8).double())
-
-
-def constant(optimizer):
-    return torch.optim.lr_scheduler.ConstantLR(optimizer)
-
-
-def three_parts(optimizer):
-    schedules = torch.optim.lr_scheduler
-    parts = [schedules.ConstantLR(optimizer) for _ in range(3)]
-    return schedules.SequentialLR(optimizer, parts, milestones=[2, 4])
-
-
-def frozen_out(parameters):
-    return torch.optim.Adam(list(parameters)[:-1], lr=1e-2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"student": Wider()},
-            r"holds another student: position is \(5, 8\) float64 there and \(6, 8\) float64 here;"
-            r" .*extra.weight is absent there and \(1, 1\) float64 here;"
-            r".*mix.bias is \(8,\) float64 there and absent here",
-        ),
-        (
-            {"student": Recorder(True).float()},
-            r"position is \(5, 8\) float64 there and \(5, 8\) float32 here; .*; and \d+ more",
-        ),
-        (
-            {"config": DistillConfig(components=2)},
-            "belongs to another run: config.components is 3 there and 2 here; config.draws is 2",
-        ),
-        ({"process": MaskedProcess(MASK, levels=8)}, "process.levels is None there and 8 here"),
-        (
-            {"process": UniformNoise(None)},
-            "process.class is 'MaskedProcess' there and 'UniformNoise' here",
-        ),
-        ({"optimizer": adamw}, "optimizer is 'Adam' there and 'AdamW' here"),
-        (
-            {"optimizer": lambda p: torch.optim.Adam(p, fused=True)},
-            "fused is False there and True here",
-        ),
-        ({"optimizer": frozen_out}, "the optimizer has other parameters, or in another order"),
-        ({"schedule": None}, "scheduler is 'SequentialLR' there and None here"),
-        ({"schedule": constant}, "scheduler is 'SequentialLR' there and 'ConstantLR' here"),
-        ({"schedule": three_parts}, "the scheduler consists of other parts"),
-        ({"average": None}, r"ema is {'decay': 0.9, 'warmup': True} there and None here"),
-        ({"average": 0.5}, "ema.decay is 0.9 there and 0.5 here"),
-        ({"clip_norm": None}, "clip_norm is 5.0 there and None here"),
-        ({"accumulate": 4}, "accumulate is 2 there and 4 here"),
-        ({"skip_nonfinite": False}, "skip_nonfinite is True there and False here"),
-        ({"generator": None}, "generator is 'cpu' there and None here"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes, message):
-    written = make(schedule=warm_up_then_cosine)
-    run(written, 0, 3)
-    written.save(tmp_path / "a")
-    refused(make(**{"schedule": warm_up_then_cosine, **changes}), tmp_path / "a", message)
-
-
-# The file format itself
-
-
-def test_nested_states_survive_the_file(tmp_path):
-    shared = torch.arange(6.0)
-    state = {
-        0: (1, [2.5, None, True], {"a/b": shared[:2], "a": {"b": shared[2:4]}}),
-        "empty": [torch.empty(0, 3), {}, ()],
-        "same": shared[:2],
-        "overlapping": shared[1:3],
-        "strided": torch.arange(6).view(2, 3).T,
-    }
-    tensors: dict[str, Tensor] = {}
-    values = encode(state, "s", tensors)
-    write_checkpoint(tmp_path / "a", "test", tensors, values)
-    read, values = read_checkpoint(tmp_path / "a", "test")
-    back = decode(values, read)
-    assert back[0][:2] == state[0][:2]
-    for ours, expected in (
-        (back[0][2]["a/b"], shared[:2]),
-        (back[0][2]["a"]["b"], shared[2:4]),
-        (back["empty"][0], torch.empty(0, 3)),
-        (back["same"], shared[:2]),
-        (back["overlapping"], shared[1:3]),
-        (back["strided"], state["strided"]),
-    ):
-        assert torch.equal(ours, expected)
-    assert back["empty"][1:] == [{}, ()]
-    with safe_open(str(tmp_path / "a"), framework="pt") as opened:
-        assert opened.metadata()["format"] == "test"
-
-
-def test_an_identity_is_made_of_public_settings():
-    class Settings:
-        def __init__(self):
-            self.rate, self.table, self._cache = 0.5, torch.ones(2), torch.rand(3)
-
-    assert identity(Settings()) == identity(Settings())
-    changed = Settings()
-    changed.table[0] = 2.0
-    assert identity(changed) != identity(Settings())
-    assert identity({"a": (1, None), "f": len}) == {
-        "a": [1, None],
-        "f": {"class": "builtin_function_or_method"},
-    }

@@ -10,7 +10,12 @@ import pathlib
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from example_support import (
+    assert_help_lists_options,
+    assert_interruption_changes_nothing,
+    assert_option_is_named,
+    options_of,
+)
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sacrebleu")
@@ -49,22 +54,6 @@ TINY = Config(
 @pytest.fixture(scope="module")
 def text() -> data.Text:
     return data.load()
-
-
-class Stop(Exception):
-    """Stands for an interruption."""
-
-
-def _stop_at(call: int, function):
-    """`function` that is interrupted at its call number `call`."""
-    calls = iter(range(call))
-
-    def stopping(*args, **kwargs):
-        if next(calls, None) is None:
-            raise Stop
-        return function(*args, **kwargs)
-
-    return stopping
 
 
 def _train_both(text: data.Text, path: pathlib.Path) -> None:
@@ -290,23 +279,15 @@ def test_the_one_step_likelihood_tells_marginals_and_mixture_apart():
 def test_an_interrupted_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     text, tmp_path, monkeypatch, stop_at
 ):
-    _train_both(text, tmp_path / "whole")
-
     # Batches are drawn once per iteration: 5 of the teacher, then 5 of the student.
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "draw_batch", _stop_at(stop_at, train.draw_batch))
-        with pytest.raises(Stop):
-            _train_both(text, tmp_path / "stopped")
-    torch.manual_seed(123)  # a new process has another state of the default generator
-    _train_both(text, tmp_path / "stopped")
-
-    for name in ("teacher", "student"):
-        whole = load_file(tmp_path / "whole" / "seed-5" / f"{name}.safetensors")
-        stopped = load_file(tmp_path / "stopped" / "seed-5" / f"{name}.safetensors")
-        assert whole.keys() == stopped.keys()
-        assert len(whole["losses"]) == 5
-        for key in whole:
-            assert torch.equal(whole[key], stopped[key]), key
+    assert_interruption_changes_nothing(
+        lambda path: _train_both(text, path),
+        train,
+        tmp_path,
+        monkeypatch,
+        call=stop_at,
+        iterations=5,
+    )
 
 
 def test_a_run_on_another_text_is_refused(tmp_path):
@@ -318,11 +299,7 @@ def test_a_run_on_another_text_is_refused(tmp_path):
 
 
 def _arguments(run: pathlib.Path) -> list[str]:
-    options = ["--run-dir", str(run), "--threads", "1"]
-    for name, value in TINY.to_json().items():
-        values = value if isinstance(value, list) else [value]
-        options += ["--" + name.replace("_", "-"), *(str(item) for item in values)]
-    return options
+    return options_of(TINY, run)
 
 
 @pytest.fixture
@@ -429,17 +406,8 @@ def test_the_verdict_says_the_range_over_the_seeds():
     ],
 )
 def test_a_wrong_option_is_named(options, message, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--run-dir", str(tmp_path / "run"), *options])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert_option_is_named(main, options, message, capsys, tmp_path / "run")
 
 
 def test_help_lists_every_option(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
-    printed = capsys.readouterr().out
-    for name in (*TINY.to_json(), "run_dir", "seeds", "report", "threads", "checkpoint_every"):
-        assert "--" + name.replace("_", "-") in printed
+    assert_help_lists_options(main, TINY, capsys)

@@ -1,0 +1,78 @@
+"""Distillers with optimisers and schedules, and all that their checkpoints must bring back."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import torch
+from distill_support import CONFIG, MASK, PROCESS, B, D, Recorder, rng
+from torch import Tensor
+
+from di4c_fast._checkpoint import encode
+from di4c_fast.distill import EMA
+from di4c_fast.distiller import Distiller
+
+BATCHES = torch.randint(MASK, (16, B, D), generator=torch.Generator().manual_seed(7))
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-2)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.96), weight_decay=0.1)
+
+
+def warm_up_then_cosine(optimizer):
+    schedules = torch.optim.lr_scheduler
+    parts = [
+        schedules.LinearLR(optimizer, 0.1, total_iters=2),
+        schedules.CosineAnnealingLR(optimizer, 10),
+    ]
+    return schedules.SequentialLR(optimizer, parts, milestones=[2])
+
+
+def milestones(optimizer):
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2, 2, 3])
+
+
+def make(optimizer=adam, schedule=None, seed=0, student=None, average=0.9, **options) -> Distiller:
+    student = Recorder(True, seed=seed, dropout=0.2) if student is None else student
+    optimizer = optimizer(student.parameters())
+    options = {
+        "process": PROCESS,
+        "config": CONFIG,
+        "clip_norm": 5.0,
+        "accumulate": 2,
+        "generator": rng(seed),
+        "scheduler": None if schedule is None else schedule(optimizer),
+        "ema": None if average is None else EMA(student, average),
+        **options,
+    }
+    return Distiller(student, Recorder(False, seed=1), optimizer, **options)
+
+
+def run(distiller, first: int, last: int) -> list[dict[str, Tensor]]:
+    return [distiller.step(batch) for batch in BATCHES[first:last]]
+
+
+def everything(distiller) -> dict[str, Tensor]:
+    """Every number that training depends on, by name."""
+    tensors: dict[str, Tensor] = {}
+    states = copy.deepcopy(distiller._states())
+    plain = encode(states, "states", tensors)
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    for name, p in distiller.student.named_parameters():
+        if distiller.pending:
+            tensors[f"gradient/{name}"] = p.grad.clone()
+    plain = [plain, distiller.iterations, distiller.examples, distiller.pending]
+    tensors["plain"] = torch.tensor(list(json.dumps(plain).encode()))
+    return tensors
+
+
+def assert_same(ours, expected) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        assert value.dtype == expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name

@@ -1,0 +1,53 @@
+"""The file format of checkpoints: nested states, shared memory, and the identity of settings."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from di4c_fast._checkpoint import decode, encode, identity, read_checkpoint, write_checkpoint
+
+
+def test_nested_states_survive_the_file(tmp_path):
+    shared = torch.arange(6.0)
+    state = {
+        0: (1, [2.5, None, True], {"a/b": shared[:2], "a": {"b": shared[2:4]}}),
+        "empty": [torch.empty(0, 3), {}, ()],
+        "same": shared[:2],
+        "overlapping": shared[1:3],
+        "strided": torch.arange(6).view(2, 3).T,
+    }
+    tensors: dict[str, Tensor] = {}
+    values = encode(state, "s", tensors)
+    write_checkpoint(tmp_path / "a", "test", tensors, values)
+    read, values = read_checkpoint(tmp_path / "a", "test")
+    back = decode(values, read)
+    assert back[0][:2] == state[0][:2]
+    for ours, expected in (
+        (back[0][2]["a/b"], shared[:2]),
+        (back[0][2]["a"]["b"], shared[2:4]),
+        (back["empty"][0], torch.empty(0, 3)),
+        (back["same"], shared[:2]),
+        (back["overlapping"], shared[1:3]),
+        (back["strided"], state["strided"]),
+    ):
+        assert torch.equal(ours, expected)
+    assert back["empty"][1:] == [{}, ()]
+    with safe_open(str(tmp_path / "a"), framework="pt") as opened:
+        assert opened.metadata()["format"] == "test"
+
+
+def test_an_identity_is_made_of_public_settings():
+    class Settings:
+        def __init__(self):
+            self.rate, self.table, self._cache = 0.5, torch.ones(2), torch.rand(3)
+
+    assert identity(Settings()) == identity(Settings())
+    changed = Settings()
+    changed.table[0] = 2.0
+    assert identity(changed) != identity(Settings())
+    assert identity({"a": (1, None), "f": len}) == {
+        "a": [1, None],
+        "f": {"class": "builtin_function_or_method"},
+    }
