@@ -194,3 +194,15 @@ def test_draws_from_probabilities_equal_those_from_logits(vocabulary):
 def test_draws_from_probabilities_without_mass_give_token_zero():
     assert draw_from_probs(torch.zeros(2, 3, 300), 0).tolist() == [[0] * 3] * 2
     assert draw_from_probs(torch.zeros(0, 300), 0).shape == (0,)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 127, 128, 129, 300, 512])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_chosen_block_is_padded_with_zeros_beyond_the_vocabulary(vocabulary, contiguous):
+    wide = normal(40, vocabulary + 9, seed=3).exp()
+    values = wide[:, :vocabulary].contiguous() if contiguous else wide[:, :vocabulary]
+    blocks = streaming_sample.blocks_of(vocabulary)
+    chosen = torch.arange(40) % blocks
+    padded = torch.nn.functional.pad(values, (0, blocks * SAMPLE_BLOCK - vocabulary))
+    expected = padded.unflatten(1, (blocks, SAMPLE_BLOCK))[torch.arange(40), chosen]
+    assert torch.equal(streaming_sample.take_block(values, chosen), expected)
