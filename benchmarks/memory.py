@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from di4c_fast._spare import release
+
 ROOT = Path(__file__).resolve().parent.parent
 # glibc: blocks from 64 KiB on are mapped, and unmapped when freed.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -106,6 +108,7 @@ def reset_high_water_mark() -> bool:
 
 
 def _trim() -> None:
+    release()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):

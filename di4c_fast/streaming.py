@@ -180,7 +180,7 @@ class _TokenRows(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, problem: _Rows, log_weights: Tensor, head: Head, upstream: Tensor):
-        source = make_source(head, log_weights.dtype, ctx.needs_input_grad[2:])
+        source = make_source(head, log_weights.dtype, ctx.needs_input_grad[2:], problem.active)
         stats = _row_statistics(source, problem)
         joint = joint_terms(stats, log_weights, problem.correlation)
         alpha = upstream if problem.correlation else -upstream

@@ -10,10 +10,10 @@ import abc
 import dataclasses
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ._spare import gradient_memory
 from .heads import Head, LinearHead, TensorHead
 
 NEG_INF = float("-inf")
@@ -244,22 +244,16 @@ class Source(abc.ABC):
         raise NotImplementedError
 
 
-def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros`, on the CPU in memory that the system hands out zeroed when it is touched.
-
-    NumPy asks for such memory, in huge pages where there are any: rows that are never written
-    then cost no pass, and the others no page fault for every 4 KiB.
-    """
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.zeros(shape, dtype=dtype, device=device)
-    raw = np.zeros(shape.numel(), dtype=f"u{dtype.itemsize}")
-    return torch.from_numpy(raw).view(dtype).view(shape)
-
-
-def make_source(head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()) -> Source:
+def make_source(
+    head: Head,
+    dtype: torch.dtype,
+    needs_grad: tuple[bool, ...] = (),
+    active: Tensor | None = None,
+) -> Source:
+    """The source of a head. A gradient is stored at all `active` (B, D) positions; None: at all."""
     # Not isinstance: a subclass may compute its logits in another way.
     if type(head) is TensorHead:
-        return TensorSource(head, dtype, needs_grad)
+        return TensorSource(head, dtype, needs_grad, active)
     if type(head) is LinearHead:
         return LinearSource(head, dtype, needs_grad)
     return AutogradSource(head, dtype, needs_grad)
@@ -268,15 +262,35 @@ def make_source(head: Head, dtype: torch.dtype, needs_grad: tuple[bool, ...] = (
 class TensorSource(Source):
     """Logits that exist."""
 
-    def __init__(self, head: TensorHead, dtype: torch.dtype, needs_grad: tuple[bool, ...] = ()):
+    def __init__(
+        self,
+        head: TensorHead,
+        dtype: torch.dtype,
+        needs_grad: tuple[bool, ...] = (),
+        active: Tensor | None = None,
+    ):
         super().__init__(head, dtype, needs_grad)
         logits = self.head.logits()
         self.logits = logits if logits.ndim == 4 else logits.unsqueeze(1)
         self._by_row = _rows_of(self.logits)
         self.gradient: Tensor | None = None
         if self.wants_gradient:
-            # Not zeros_like: the gradient of an expanded tensor needs memory of its own.
-            self.gradient = zeros(self.logits.shape, self.logits.dtype, self.logits.device)
+            self.gradient = self._new_gradient(active)
+
+    def _new_gradient(self, active: Tensor | None) -> Tensor:
+        """Zero at all positions that are not active; those that are will be written."""
+        # Not zeros_like: the gradient of an expanded tensor needs memory of its own.
+        shape, dtype, device = self.logits.shape, self.logits.dtype, self.logits.device
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return torch.zeros(shape, dtype=dtype, device=device)
+        gradient, zero = gradient_memory(shape, dtype)
+        if zero or active is None:
+            return gradient
+        if self.vocabulary < COPY_ROWS_FROM:
+            return gradient.zero_()
+        for b, d in (~active).nonzero().tolist():
+            gradient[b].select(1, d).zero_()
+        return gradient
 
     @property
     def keep_bytes(self) -> int:

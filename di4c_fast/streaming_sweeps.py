@@ -58,7 +58,7 @@ class Evaluation:
         and a last one for the component log-weights."""
         self.inputs = inputs
         self.dtype, self.device = inputs.dtype, inputs.student.device
-        self.student = make_source(inputs.student, self.dtype, needs_grad[:-1])
+        self.student = make_source(inputs.student, self.dtype, needs_grad[:-1], inputs.active)
         self.teacher = make_source(inputs.teacher, self.dtype)
         self.consistency = None
         if inputs.consistency is not None and self._asked("consistency_weight"):
