@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -20,7 +21,6 @@ NEG_INF = float("-inf")
 # Bytes of fp32 logits in a chunk. On the CPU a chunk should stay in the second-level caches, yet
 # be worth the hundred small operations it costs; on an accelerator it should fill the device.
 CPU_CHUNK_BYTES = 8 << 20
-CPU_LINEAR_CHUNK_BYTES = 16 << 20
 ACCELERATOR_CHUNK_BYTES = 128 << 20
 # A matrix product of fewer rows than this runs far below its peak rate.
 LINEAR_MIN_ROWS = 64
@@ -90,9 +90,12 @@ def without_tensors(head: Head) -> Head:
     return head.with_tensors([placeholder(tensor) for tensor in head.tensors()])
 
 
-def chunks(b: Tensor, d: Tensor, size: int) -> Iterator[Chunk]:
-    for index, start in enumerate(range(0, b.shape[0], size)):
-        stop = min(start + size, b.shape[0])
+def chunks(b: Tensor, d: Tensor, size: int, cut: int = 0) -> Iterator[Chunk]:
+    """Chunks of at most `size` positions; none has positions on both sides of `cut`."""
+    total = b.shape[0]
+    inner = min(cut, total)
+    starts = sorted({*range(0, inner, size), *range(inner, total, size)})
+    for index, (start, stop) in enumerate(itertools.pairwise([*starts, total])):
         yield Chunk(index, b[start:stop], d[start:stop], start)
 
 
@@ -412,11 +415,11 @@ class LinearSource(Source):
         if self.head.budget_bytes is not None:
             # The chunk, its scratch space, its gradient and what is kept share the budget.
             return self.head.budget_bytes // 8
-        return max(super().chunk_bytes, CPU_LINEAR_CHUNK_BYTES)
+        return super().chunk_bytes
 
     @property
     def keep_bytes(self) -> int:
-        return self.chunk_bytes if self.head.budget_bytes is not None else 2 * self.chunk_bytes
+        return self.chunk_bytes if self.head.budget_bytes is not None else super().keep_bytes
 
     @property
     def min_positions(self) -> int:

@@ -72,7 +72,7 @@ class Evaluation:
         self.b, self.d = active_positions(
             inputs.active, inputs.batch, inputs.positions, self.device
         )
-        self.chunks = list(chunks(self.b, self.d, size))
+        self.chunks = list(chunks(self.b, self.d, size, cut=self._kept_positions()))
         # Everything kept between the sweeps shares one room, and what saves most per byte comes
         # first: q_u, then q/s, then the student's exponentials.
         self.room = Room(self.student.keep_bytes)
@@ -85,6 +85,19 @@ class Evaluation:
         self.data_weight = inputs.data_weight * scale
         self.scale = scale
         self.weights = inputs.log_weights.exp()  # [B, N]
+
+    def _kept_positions(self) -> int:
+        """For how many positions the student's exponentials are kept beside q_u and q/s.
+
+        With a chunk that ends there the room is used to the last position, also of short batches.
+        """
+        if self.student.writes_directly or not self.student.wants_gradient:
+            return 0
+        drawn = self.consistency is not None and self.inputs.consistency_x is None
+        distributions = (1 + drawn) if self.wants_marginals else 0
+        row = self.inputs.vocabulary * self.dtype.itemsize
+        left = self.student.keep_bytes - self.b.shape[0] * distributions * row
+        return max(0, left) // max(1, self.student.components * row)
 
     def _asked(self, weight: str) -> bool:
         return self.inputs.return_terms or weight not in self.inputs.static_zero
@@ -101,14 +114,18 @@ class Evaluation:
             per_draw = (self.consistency_weight / draws).unsqueeze(-1).expand(-1, draws)
             alpha = torch.cat([alpha, per_draw], dim=-1)
         self.grad_log_weights += joint_grad_log_weights(joint, self.b, alpha)
+        value = joint.value
         if self.student.wants_gradient:
-            self._backward_sweep(kappa_coefficients(joint, self.b, alpha))
+            kappa = kappa_coefficients(joint, self.b, alpha)
+            del joint
+            self.stats.forget_targets()
+            self._backward_sweep(kappa)
 
         zeros = torch.zeros(inputs.batch, dtype=self.dtype, device=self.device)
         self.terms = LossTerms(
-            data_correlation=joint.value[:, 0],
+            data_correlation=value[:, 0],
             teacher_marginal=self.teacher_sum,
-            consistency_correlation=joint.value[:, 1:].mean(1) if draws else zeros,
+            consistency_correlation=value[:, 1:].mean(1) if draws else zeros,
             consistency_marginal=self.consistency_sum,
             component=self.component_sum,
         )
@@ -365,6 +382,7 @@ class Evaluation:
                 self.student.write_gradient(chunk, inputs.mask_id, factor, update)
             else:
                 self.student.store_gradient(chunk, update.add_to_(values.mul_(factor)))
+            del values, factor, ratio  # before those of the next chunk are made
 
     def _alive(self, chunk: Chunk) -> Tensor:
         """1.0 for positions at which some component allows some class, else 0.0: (P,)."""

@@ -50,6 +50,10 @@ class Statistics:
         self.log_prob[chunk.part] = loaded.log_prob
         self.put_total(chunk, loaded)
 
+    def forget_targets(self) -> None:
+        """Free what only the joint terms need."""
+        self.log_prob = self.log_prob.new_empty(0)
+
     def put_total(self, chunk: Chunk, loaded: Exponentials) -> None:
         self.shift[chunk.part] = loaded.shift
         self.total[chunk.part] = loaded.total

@@ -175,7 +175,6 @@ def chunked(monkeypatch: pytest.MonkeyPatch, count: int, components: int, vocabu
     """Chunks of `count` positions."""
     size = count * components * vocabulary * 4
     monkeypatch.setattr(streaming_sources, "CPU_CHUNK_BYTES", size)
-    monkeypatch.setattr(streaming_sources, "CPU_LINEAR_CHUNK_BYTES", size)
     monkeypatch.setattr(streaming_sources, "LINEAR_MIN_ROWS", 1)
 
 
@@ -300,6 +299,24 @@ def test_chunks_cover_every_active_position_once():
     assert torch.equal(torch.cat([part.b for part in parts]), b)
     assert torch.equal(torch.cat([part.d for part in parts]), d)
     assert list(streaming_sources.chunks(b[:0], d[:0], 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("cut", "sizes"),
+    [
+        (0, [3, 3, 1]),
+        (2, [2, 3, 2]),
+        (3, [3, 3, 1]),
+        (5, [3, 2, 2]),
+        (7, [3, 3, 1]),
+        (9, [3, 3, 1]),
+    ],
+)
+def test_chunks_end_where_the_room_for_exponentials_does(cut, sizes):
+    parts = list(streaming_sources.chunks(torch.arange(7), torch.arange(7), 3, cut))
+    assert [part.size for part in parts] == sizes
+    assert torch.equal(torch.cat([part.b for part in parts]), torch.arange(7))
+    assert [part.index for part in parts] == list(range(len(sizes)))
 
 
 @pytest.mark.parametrize("gap", [60.0, 95.0, 101.0, 150.0, 1000.0])
