@@ -17,6 +17,8 @@ and leaves everything local: log-probabilities of the targets, R_n, the divergen
 z is costly and there is room, its exponentials. The second, once the joint weights are known,
 multiplies the exponentials with a matrix of rank 2 per position and adds the sparse part.
 
+On the CPU the memory of a freed gradient of logits is used again (`_spare.py`).
+
 Gradients are computed in the forward pass, times the scale of the reduction, and handed over by
 the first backward; a second backward computes them again.
 """
