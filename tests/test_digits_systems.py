@@ -276,6 +276,20 @@ def test_maskgit_counts_all_positions_and_the_mask_token():
     assert masked.columns == 3
 
 
+def test_the_sampler_s_gumbel_temperature_is_not_that_of_the_teacher_s_steps():
+    config = dataclasses.replace(
+        TINY["maskgit"], gumbel_temperature=0.0, step_gumbel_temperature=7.0
+    )
+    assert system_of(config).process.gumbel_temperature == 7.0
+    torch.manual_seed(0)
+    teacher = system_of(config).teacher()
+    options = {"steps": 4, "latent_dim": 0, "seed": 0, "first_sequence": 0}
+    drawn = system_of(config).draw(teacher, (3, 64), **options)
+    for field, same in (("step_gumbel_temperature", True), ("gumbel_temperature", False)):
+        other = system_of(dataclasses.replace(config, **{field: 30.0}))
+        assert torch.equal(other.draw(teacher, (3, 64), **options), drawn) is same, field
+
+
 def test_student_times_of_maskgit_keep_their_share_below_low_t():
     one = system_of(dataclasses.replace(TINY["maskgit"], low_t=0.2, time_power=0.4))
     t = one.student_times(2000, torch.Generator().manual_seed(0))

@@ -71,8 +71,12 @@ class MaskGITConfig(Config):
     system: ClassVar[str] = "maskgit"
 
     teacher_iterations: int = option(2000, "training iterations of the teacher", 1)
-    student_iterations: int = option(600, "distillation iterations", 1)
-    time_power: float = option(0.5, "student times above low-t are u^power of the range", 0.05)
+    student_iterations: int = option(900, "distillation iterations", 1)
+    student_batch: int = option(16, "examples in a batch of the student", 1)
+    student_lr: float = option(5e-4, "peak learning rate of the student", 1e-8, 1.0)
+    components: int = option(8, "N, latent draws of the student per example", 1, 1024)
+    draws: int = option(8, "K, consistency draws per example", 1, 1024)
+    time_power: float = option(0.8, "student times above low-t are u^power of the range", 0.05)
     low_t: float = option(
         0.05, "times, and share of them, for the component term instead of consistency", 0.0, 0.5
     )
@@ -80,6 +84,9 @@ class MaskGITConfig(Config):
     label_dropout: float = option(0.1, "share of labels hidden in training, for guidance", 0.0, 1.0)
     guidance: float = option(0.25, "weight of the guidance at the last step", 0.0, 100.0)
     gumbel_temperature: float = option(4.5, "of the noise on the confidence", 0.0, 1000.0)
+    step_gumbel_temperature: float = option(
+        1000.0, "the same in the teacher's steps of distillation; large: a random order", 0.0, 1e6
+    )
     samples: int = option(2000, "samples per model and step count, of all classes", 32)
     steps: tuple[int, ...] = option((1, 2, 4, 8, 16), "step counts to sample with", 1, POSITIONS)
 

@@ -31,8 +31,10 @@ class MaskGITSystem(System):
 
     def __init__(self, config: MaskGITConfig):
         super().__init__(config)
+        # Not that of the sampler: tokens revealed by confidence are likelier than the teacher's
+        # draws, so that consistency with them takes variety from the student's marginals.
         self.process = MaskGITProcess(
-            config.mask_id, gumbel_temperature=config.gumbel_temperature, t_min=SMALLEST_TIME
+            config.mask_id, gumbel_temperature=config.step_gumbel_temperature, t_min=SMALLEST_TIME
         )
         self.columns = config.levels + 1
 
