@@ -174,6 +174,62 @@ def _without_mask(logits: Tensor, mask_id: int) -> Tensor:
 
 
 @torch.no_grad()
+def confidence_sample(
+    model: Model,
+    prompt: Tensor,
+    *,
+    positions: int,
+    mask_id: int,
+    steps: int,
+    temperature: float = 0.0,
+    history: list[Tensor] | None = None,
+) -> Tensor:
+    """The usual loop of a masked language model behind a prompt, in one block.
+
+    Args:
+        model: (tokens (B, D), t (B,)) -> logits (B, D, V).
+        prompt: (B, P), without masks.
+        positions: D, the prompt included.
+        history: where the tokens at the start and after every step are appended.
+    """
+    batch, known = prompt.shape
+    tokens = prompt.new_full((batch, positions), mask_id)
+    tokens[:, :known] = prompt
+    if history is not None:
+        history.append(tokens)
+    share, rest = divmod(positions - known, steps)
+    for step in range(steps):
+        t = (tokens == mask_id).float().mean(1)
+        count = share + (step < rest)
+        # The logits have no name here, so that they are gone before the next ones come.
+        tokens = confidence_step(
+            model(tokens, t), tokens, count=count, mask_id=mask_id, temperature=temperature
+        )
+        if history is not None:
+            history.append(tokens)
+    return tokens
+
+
+def confidence_step(
+    logits: Tensor, tokens: Tensor, *, count: int, mask_id: int, temperature: float
+) -> Tensor:
+    """Fill the `count` masked positions of each row whose drawn token is the most probable.
+
+    Half-precision logits stay as they are; noise is drawn in fp64.
+    """
+    logits[..., mask_id] = float("-inf")
+    if temperature:
+        noise = -torch.rand_like(logits, dtype=torch.float64).log()
+        drawn = (logits.double() / temperature - noise.log()).argmax(-1)
+    else:
+        drawn = logits.argmax(-1)
+    prob = logits.softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+    confidence = torch.where(tokens == mask_id, prob.float(), float("-inf"))
+    chosen = confidence.topk(count, dim=-1).indices
+    return tokens.scatter(-1, chosen, drawn.gather(-1, chosen))
+
+
+@torch.no_grad()
 def ancestral_step(logits: Tensor, xt: Tensor, t: Tensor, u: Tensor, mask_id: int) -> Tensor:
     """One step of a masked diffusion teacher from t to u, for rows (R, D) with logits (R, D, V)."""
     t, u = t[:, None, None], u[:, None, None]

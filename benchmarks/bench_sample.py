@@ -21,3 +21,9 @@ def test_draw(measured: Any, group: str, variant: str) -> None:
 def test_ancestral(measured: Any, group: str, variant: str) -> None:
     """Masked ancestral sampling with a transformer, from noise to tokens."""
     measured(group, variant)
+
+
+@pytest.mark.measures("confidence")
+def test_confidence(measured: Any, group: str, variant: str) -> None:
+    """Confidence sampling behind a prompt, with the head of a large language model."""
+    measured(group, variant)

@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Case:
     """One shape at one size: everything that is needed to build the inputs again elsewhere."""
 
-    kind: str  # loss, draw, ancestral or step
+    kind: str  # loss, draw, ancestral, confidence or step
     shape: str
     size: str
     dtype: str
@@ -61,6 +61,8 @@ class Case:
         if self.kind == "draw":
             hidden |= {"B", "N"}
             letters = {"rows" if name == "D" else name: value for name, value in letters.items()}
+        if self.kind == "confidence":
+            hidden |= {"N"}
         sizes = ", ".join(f"{name}={v}" for name, v in letters.items() if name not in hidden)
         masked = "" if self.masked is None else f", {self.masked:.0%} masked"
         head = "" if self.head == "logits" else f", {self.head} head"
@@ -173,6 +175,20 @@ _ANCESTRAL = {
     },
 }
 
+# The head of a language model of 8 billion parameters, half of the sequence a prompt. Memory is
+# what counts: the small size keeps the vocabulary, so that there, too, the logits of the masked
+# positions are more than the head's budget.
+_CONFIDENCE = {
+    "confidence": {
+        "full": {"positions": 1024, "vocabulary": 126464, "width": 4096, "steps": 4,
+                 "masked": 0.5, "head": "linear"},
+        "small": {"positions": 384, "vocabulary": 126464, "width": 128, "steps": 2,
+                  "masked": 0.5, "head": "linear"},
+        "tiny": {"batch": 2, "positions": 14, "vocabulary": 33, "width": 16, "steps": 3,
+                 "masked": 0.5, "head": "linear"},
+    },
+}
+
 _STEP = {
     "distill": {
         "full": {"components": 16, "positions": 1024, "vocabulary": 50258, "width": 768,
@@ -189,6 +205,7 @@ SHAPES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "loss": _LOSS,
     "draw": _DRAW,
     "ancestral": _ANCESTRAL,
+    "confidence": _CONFIDENCE,
     "step": _STEP,
 }
 

@@ -112,6 +112,10 @@ def make_group(case: Case) -> Group:
         from .ancestral_group import AncestralGroup
 
         return AncestralGroup(case)
+    if case.kind == "confidence":
+        from .confidence_group import ConfidenceGroup
+
+        return ConfidenceGroup(case)
     from .step_group import StepGroup
 
     return StepGroup(case)

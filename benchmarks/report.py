@@ -109,7 +109,7 @@ def _scaling(results: ResultSet) -> list[str]:
 TABLES: dict[str, Callable[[ResultSet], list[str]]] = {
     "machine": _machine,
     "loss": _kind_table("loss"),
-    "sample": _kind_table("draw", "ancestral"),
+    "sample": _kind_table("draw", "ancestral", "confidence"),
     "step": _step_table,
     "promises": _promises,
     "scaling": _scaling,

@@ -85,10 +85,14 @@ def _peak(shape: str, ours: str, factor: float, title: str) -> Promise:
     return promise
 
 
-def _peak_bytes(shape: str, ours: str, most: float, title: str) -> Promise:
+def _peak_bytes(shape: str, ours: str, most: float, title: str, size: str | None = None) -> Promise:
+    """Peak of at most so many bytes, at one size alone where the promise names it."""
+
     def promise(records: Records) -> Verdict | None:
         mine = records.get(shape, ours)
         if mine is None or mine["peak_bytes"] is None:
+            return None
+        if size is not None and mine["case"]["size"] != size:
             return None
         return Verdict(
             f"{title}: peak memory of {ours}",
@@ -221,6 +225,7 @@ _CPU: list[Promise] = [
     _faster("rows", "torch", "multinomial", 10, "row draws"),
     _faster("ancestral", "di4c-fast", "naive", 2.5, "ancestral sampling"),
     _smaller("ancestral", "di4c-fast", "naive", 8, "ancestral sampling"),
+    _smaller("confidence", "di4c-fast", "naive", 4, "confidence sampling"),
 ]
 _GPU: list[Promise] = [
     _within("language", "triton", 2.0, "plan_seconds", "3 reads + 1 write + 2 reads", _LANGUAGE),
@@ -243,4 +248,5 @@ _GPU: list[Promise] = [
     _faster("ancestral", "di4c-fast", "naive", 2.5, "ancestral sampling"),
     _smaller("ancestral", "di4c-fast", "naive", 8, "ancestral sampling"),
     _peak_bytes("head-rows", "triton", 0.5e9, "draws from hidden states"),
+    _peak_bytes("confidence", "di4c-fast", 0.5e9, "confidence sampling, above the model", "full"),
 ]
