@@ -40,7 +40,7 @@ def write_checkpoint(
         FileNotFoundError: no such folder.
         OSError: the file cannot be written; a file of that name is left as it was.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.realpath(path))  # a link stays, its target is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path must lie in a folder that exists, got {path}")
     if path.is_dir():
@@ -56,7 +56,8 @@ def write_checkpoint(
     temporary = path.with_name(path.name + ".tmp")
     try:
         try:
-            save_file(stored, str(temporary), metadata={"format": format_name, "values": text})
+            metadata = {"format": format_name, "values": text, "sum": _sum_of_text(text)}
+            save_file(stored, str(temporary), metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
         with open(temporary, "rb") as file:
@@ -98,6 +99,8 @@ def read_checkpoint(path: PathLike, format_name: str) -> tuple[dict[str, Tensor]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error})") from error
     try:
+        if _sum_of_text(metadata["values"]) != metadata["sum"]:
+            raise ValueError("its sum is another")
         record = json.loads(metadata["values"])
         sums, aliases, values = record["sums"], record["aliases"], record["values"]
         damaged = sorted(sums.keys() ^ tensors.keys()) or [
@@ -137,6 +140,10 @@ def _sum_of(value: Tensor) -> int:
     if not value.numel():
         return 0
     return zlib.crc32(value.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _sum_of_text(text: str) -> str:
+    return str(zlib.crc32(text.encode()))
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

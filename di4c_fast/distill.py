@@ -129,9 +129,8 @@ def distill_step(
         x0: (B, D) int64 data.
         process: gives x_t, u and x_u.
         config: the recipe; None for the defaults.
-        generator: source of every draw made here: t, x_t, λ, x_u, x^k, then t, x and λ of the
-            component pass, in that order. The same state gives the same step (dropout draws
-            from the default generator).
+        generator: source of every draw made here. The same state, with the same arguments left
+            for it to draw, gives the same step (dropout draws from the default generator).
         latent, latent_u: (B, N, L) and (B, K, L), λ of the student at x_t and at x_u; None
             draws U[0, 1). The loss is differentiable with respect to `latent` if it asks for it.
         latent_teacher: (B, M, L), λ of a Di4C teacher at x_t.
@@ -432,7 +431,8 @@ def _times_on_host(
 ) -> Tensor:
     """The times (B,) on the CPU, checked."""
     if t is None:
-        low = process.component_time is None
+        # Without a low branch no share of the times is set aside for it.
+        low = process.component_time is None and config.low_t > 0.0
         return process.sample_times(
             batch,
             low_t=config.low_t if low else 0.0,

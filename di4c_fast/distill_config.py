@@ -40,8 +40,8 @@ class DistillConfig:
         low_t: below it the student's components are matched to the teacher directly and
             there are no consistency terms (the paper: 0.02; images 0.05). Not used for
             processes with a component pass.
-        low_t_probability: share of training times below `low_t` (the paper: 0.3). Not used, as
-            `low_t`.
+        low_t_probability: share of training times below `low_t` (the paper: 0.3). Not used
+            where `low_t` is not, nor with `low_t` = 0, which switches the branch off.
         control_variate: as in `di4c_fast.loss`.
         latent_dim: L, size of the student's λ (and of a Di4C teacher's).
         teacher_components: M. 1: the teacher is called as teacher(tokens, t). M > 1: a Di4C

@@ -146,6 +146,8 @@ class Distiller:
     ) -> dict[str, Tensor]:
         """Loss and gradients of one batch; the optimiser steps with every `accumulate`-th.
 
+        An empty batch counts as one whose gradient is 0: momentum and weight decay still act.
+
         Args:
             x0: (B, D) int64; the others as for `distill_step`. Each part of the loss goes
                 backward as soon as it exists, so that one graph is alive at a time.
@@ -159,9 +161,12 @@ class Distiller:
             "grad_norm" (before clipping) and "skipped" (steps skipped so far).
 
         Raises:
-            TypeError, ValueError: as `distill_step`. Any exception drops the gradients that
-                were waiting: `pending` is 0 then.
+            TypeError, ValueError: as `distill_step`. Any exception, of the optimiser, the
+                schedule or the average too, drops the gradients that were waiting: `pending` is
+                0 then.
+            RuntimeError: inside `ema.applied()`, where the student holds the average.
         """
+        self._refuse_average("step")
         if self.pending == 0:
             self.student.zero_grad(set_to_none=True)
         try:
@@ -182,18 +187,23 @@ class Distiller:
                 return_terms=return_terms,
                 backward=self._backward,
             )
+            self.pending += 1
+            self.examples += x0.shape[0]
+            metrics = {"loss": output.loss, **self._term_means(output)}
+            if self.pending == self.accumulate:
+                with without_autocast(x0.device):
+                    metrics |= self._optimise()
+                self.pending = 0
         except BaseException:
             # A part may have gone backward already; half a batch must not be stepped with.
             self.student.zero_grad(set_to_none=True)
             self.pending = 0
             raise
-        self.pending += 1
-        self.examples += x0.shape[0]
-        metrics = {"loss": output.loss, **self._term_means(output)}
-        if self.pending == self.accumulate:
-            with without_autocast(x0.device):
-                metrics |= self._optimise()
         return metrics
+
+    def _refuse_average(self, name: str) -> None:
+        if self.ema is not None and self.ema._applied:
+            raise RuntimeError(f"{name}() inside EMA.applied(): the student holds the average")
 
     def _backward(self, part: Tensor) -> None:
         # The share as upstream gradient: dividing the part would add a node to the graph.
@@ -215,8 +225,19 @@ class Distiller:
 
     def _fused(self) -> bool:
         """Whether the optimiser takes a flag that tells it on the device to skip the step."""
+        groups = self.optimizer.param_groups
         supported = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        return bool(supported) and all(g.get("fused") for g in self.optimizer.param_groups)
+        if not supported or not all(group.get("fused") for group in groups):
+            return False
+        # SGD makes its momentum in the first step that has a gradient, from memory that a step
+        # skipped on the device would leave as it was.
+        return not any(
+            group.get("momentum")
+            and parameter.grad is not None
+            and self.optimizer.state.get(parameter, {}).get("momentum_buffer") is None
+            for group in groups
+            for parameter in group["params"]
+        )
 
     def _optimise(self) -> dict[str, Tensor]:
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
@@ -241,6 +262,7 @@ class Distiller:
                 stepped = not bool(bad)
                 if stepped:
                     self.optimizer.step()
+        self.iterations += 1  # also where the schedule has ended or the average fails
         if self.scheduler is not None:
             with warnings.catch_warnings():
                 if not stepped:  # torch takes a schedule that runs ahead for a mistake
@@ -248,8 +270,6 @@ class Distiller:
                 self.scheduler.step()
         if self.ema is not None:
             self.ema.update()
-        self.iterations += 1
-        self.pending = 0
         return {"grad_norm": norm.detach(), "skipped": self.skipped.clone()}
 
     def save(self, path: PathLike, *, extra: Any = None) -> None:
@@ -271,8 +291,7 @@ class Distiller:
             TypeError: a state that holds something other than tensors and plain values.
             RuntimeError: inside `ema.applied()`, where the student holds the average.
         """
-        if self.ema is not None and self.ema._applied:
-            raise RuntimeError("save() inside EMA.applied(): the student holds the average")
+        self._refuse_average("save")
         tensors: dict[str, Tensor] = {}
         states = {name: encode(state, name, tensors) for name, state in self._states().items()}
         if self.pending:
@@ -303,7 +322,9 @@ class Distiller:
             ValueError: a file that is torn, damaged or of something else; a student of other
                 weights (names, shapes, dtypes), another optimiser, scheduler, average, process,
                 recipe or generator. Nothing has been changed then.
+            RuntimeError: inside `ema.applied()`.
         """
+        self._refuse_average("load")
         tensors, values = read_checkpoint(path, FORMAT)
         try:
             known = (values["identity"], values["parameters"])
@@ -391,6 +412,11 @@ _COUNTERS = ("iterations", "examples", "pending")
 
 
 def _check_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for name, module in student.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ValueError(
+                f"student must have dense gradients, got {name!r}, an embedding with sparse=True"
+            )
     known = {id(p) for p in student.parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = sum(id(p) not in known for p in parameters)

@@ -59,11 +59,17 @@ class EMA:
         parameters = dict(self.module.named_parameters())
         averaged: list[tuple[Tensor, Tensor]] = []
         for name, value in self._live().items():
-            shadow = self.shadow[name]
+            shadow = self.shadow.get(name)
             if name in parameters and value.dtype.is_floating_point:
+                if shadow is None:
+                    raise RuntimeError(
+                        f"the module has got a parameter {name!r} since its EMA was made"
+                    )
                 averaged.append((shadow, value.detach().to(shadow.dtype)))
-            else:
+            elif shadow is not None and shadow.shape == value.shape:
                 shadow.copy_(value)
+            else:  # a buffer that is new or of another size, such as a cache of positions
+                self.shadow[name] = value.detach().clone()
         if averaged:
             shadows, values = (list(side) for side in zip(*averaged, strict=True))
             torch._foreach_lerp_(shadows, values, 1.0 - decay)
@@ -84,9 +90,13 @@ class EMA:
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
-        """In place, so that optimisers and compiled graphs keep their hold on the weights."""
+        """In place, so that optimisers and compiled graphs keep their hold on the weights.
+
+        Buffers that are new or of another size since then stay as they are.
+        """
         for name, value in self._live().items():
-            value.copy_(values[name])
+            if name in values and values[name].shape == value.shape:
+                value.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
         """{"decay", "warmup", "updates", "shadow": name to tensor}, the tensors not copied."""

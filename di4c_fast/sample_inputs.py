@@ -18,7 +18,7 @@ from ._checks import (
     check_values,
     describe,
 )
-from .heads import Head, HeadLike, TensorHead, as_head
+from .heads import Head, HeadLike, LinearHead, TensorHead, as_head
 from .rng import Integer, draw_seed
 
 CONFIDENCE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -135,6 +135,12 @@ def prepare_sample_inputs(
     if vocabulary < 1:
         raise ValueError(f"logits must have at least one column, got shape {tuple(head.shape)}")
     heat = _per_row(temperature, "temperature", head, minimum=0.0)
+    limits = torch.finfo(torch.promote_types(head.dtype, torch.float32))
+    if isinstance(heat, float) and heat and not limits.tiny <= heat <= limits.max:
+        raise ValueError(
+            f"temperature must be 0 or between {limits.tiny:.1e} and {limits.max:.1e} for logits "
+            f"of {head.dtype}, got {heat}"
+        )
     unconditional: Head | None = None
     scale: float | Tensor = 0.0
     if guidance is not None:
@@ -192,10 +198,15 @@ def check_int(value: Any, name: str) -> int:
 
 
 def _rows_head(head: Head) -> Head:
-    """Heads of a single row without a leading dimension are turned into their few logits."""
-    if head.shape[:-1] or isinstance(head, TensorHead):
-        return head
-    return TensorHead(head.logits())
+    """Heads of a single row without a leading dimension are turned into their few logits.
+
+    The weight of a linear layer is brought to the dtype of its hidden states once, not by chunk.
+    """
+    if not head.shape[:-1] and not isinstance(head, TensorHead):
+        return TensorHead(head.logits())
+    if type(head) is LinearHead and head.weight.dtype != head.hidden.dtype:
+        return head.with_tensors((head.hidden, head.weight.to(head.hidden.dtype), head.bias))
+    return head
 
 
 def _per_row(

@@ -73,7 +73,7 @@ def with_latent_shift(
     _check_module(model)
     if not isinstance(module, str):
         raise TypeError(f"module must be the name of a submodule, got {describe(module)}")
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     if module not in names:
         raise ValueError(
             f"module must name a submodule of the model, such as {names[:5]}, got {module!r}"
@@ -172,6 +172,11 @@ def with_latent_token(
         model = model.model
     _check_module(model)
     check_bool(mask_key, "mask_key")
+    if getattr(getattr(model, "config", None), "token_dropout", False):
+        raise ValueError(
+            "model must treat given embeddings as its own, got a configuration with "
+            "token_dropout=True, which rescales those of tokens only; use with_latent_shift"
+        )
     embeddings = _input_embeddings(model)
     width = _width_of(embeddings)
     if width is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -51,3 +52,25 @@ def test_an_identity_is_made_of_public_settings():
         "a": [1, None],
         "f": {"class": "builtin_function_or_method"},
     }
+
+
+def test_a_changed_digit_anywhere_is_noticed(tmp_path):
+    write_checkpoint(tmp_path / "a", "test", {"x": torch.arange(4.0)}, {"iterations": 1234567})
+    whole = (tmp_path / "a").read_bytes()
+    for old, new in ((b"1234567", b"1234568"), (b"iterations", b"iteration5")):
+        assert whole.count(old) == 1
+        (tmp_path / "a").write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match="damaged"):
+            read_checkpoint(tmp_path / "a", "test")
+    (tmp_path / "a").write_bytes(whole)
+    assert read_checkpoint(tmp_path / "a", "test")[1] == {"iterations": 1234567}
+
+
+def test_a_link_keeps_pointing_to_the_file_that_is_replaced(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "a")
+    for number in (1, 2):
+        write_checkpoint(tmp_path / "link", "test", {}, number)
+        assert (tmp_path / "link").is_symlink()
+        assert read_checkpoint(tmp_path / "far" / "a", "test")[1] == number
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "far", "link"]

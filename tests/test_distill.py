@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from distill_support import (
@@ -301,3 +303,18 @@ def test_distillation_teaches_a_one_step_student_the_correlation_its_teacher_lac
     # Independent coins agree half of the time; the data always does.
     assert float(equal) > 0.85
     assert 0.4 < float(heads) < 0.6
+
+
+def test_no_share_of_the_times_is_set_aside_for_a_branch_that_is_off():
+    config = dataclasses.replace(CONFIG, low_t=0.0, low_t_probability=0.9)
+    out = distill_step(
+        Recorder(True),
+        Recorder(False),
+        X0.repeat(50, 1),
+        process=PROCESS,
+        config=config,
+        generator=rng(),
+    )
+    # 200 uniform times: fewer than 150 below 0.5 but for a chance of 1e-12.
+    assert int((out.t < 0.5).sum()) < 150
+    assert not bool(out.low.any())

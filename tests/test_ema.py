@@ -132,3 +132,41 @@ def test_an_average_refuses_what_would_corrupt_it():
         EMA(averaged_module(), 1.0)
     with pytest.raises(TypeError, match=r"module must be an nn.Module"):
         EMA([torch.zeros(2)])
+
+
+class Cached(nn.Module):
+    """Keeps a buffer of the size of its last input, and makes another one late."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+
+    def forward(self, size: int) -> None:
+        self.cache = torch.arange(float(size))
+        if size > 3 and not hasattr(self, "late"):
+            self.register_buffer("late", torch.ones(2))
+
+
+def test_buffers_may_change_their_size_and_come_late():
+    module = Cached()
+    ema = EMA(module, 0.5, warmup=False)
+    for size in (3, 8, 1):
+        module(size)
+        ema.update()
+        assert torch.equal(ema.shadow["cache"], torch.arange(float(size)))
+    assert torch.equal(ema.shadow["late"], torch.ones(2))
+    with torch.no_grad():
+        module.layer.weight.fill_(7.0)
+    with ema.applied():
+        assert module.layer.weight.item() != 7.0
+        module(5)
+    assert module.layer.weight.item() == 7.0
+
+
+def test_a_parameter_that_comes_late_is_named():
+    module = nn.Sequential(nn.Linear(1, 1))
+    ema = EMA(module)
+    module.append(nn.Linear(1, 1))
+    with pytest.raises(RuntimeError, match=r"parameter '1\.weight' since"):
+        ema.update()

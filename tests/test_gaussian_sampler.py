@@ -304,6 +304,22 @@ def test_context_reaches_both_models_and_follows_the_rows():
     assert seen[-1].tolist() == [5, 6]
 
 
+def test_a_device_with_its_number_is_that_of_the_context():
+    label = torch.tensor([5, 6])
+    tokens = sample_gaussian(
+        lambda tokens, t, latent, *, label: torch.zeros(*tokens.shape, V),
+        (2, 3),
+        process=GaussianProcess(V),
+        steps=2,
+        latent_dim=1,
+        latent=torch.rand(2, 2, 1),
+        context={"label": label},
+        device="cpu:0",
+        seed=0,
+    )
+    assert tokens.shape == (2, 3)
+
+
 def test_modules_run_in_eval_mode_and_come_back():
     class Model(nn.Module):
         def __init__(self):

@@ -478,3 +478,16 @@ def test_wrong_input_of_the_teacher_step_is_named(changes, error, message):
     }
     with pytest.raises(error, match=message):
         MaskGITProcess(MASK).teacher_step(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("step", [1e-9, 1e-3, 0.2])
+def test_a_step_from_times_of_any_dtype_ends_before_them(dtype, step):
+    t = torch.tensor([1.0, 0.9, 0.5, 0.01], dtype=dtype)
+    process = MaskGITProcess(MASK)
+    u = process.step_time(t, step)
+    assert u.dtype == torch.float32
+    assert bool(((u < t) & (u >= 0)).all())
+    xt = torch.full((4, 3), MASK)
+    drawn = process.teacher_step(xt, t, u, torch.zeros(4, 3, MASK + 1), 2)
+    assert drawn.shape == (4, 2, 3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sample_cases import normal, streamed
 
+from di4c_fast.heads import LinearHead
 from di4c_fast.sample import sample
 
 INF = math.inf
@@ -124,3 +125,24 @@ def test_bad_arguments_are_named(arguments, error, message):
     logits = arguments.pop("logits")
     with pytest.raises(error, match=message):
         sample(logits, **arguments)
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e300])
+def test_a_temperature_that_float32_cannot_hold_is_named(temperature):
+    with pytest.raises(ValueError, match="temperature must be 0 or between"):
+        sample(torch.zeros(2, 5), temperature=temperature, seed=0)
+
+
+def test_the_weight_of_a_head_is_brought_to_the_dtype_of_its_hidden_states_once(monkeypatch):
+    hidden, weight = torch.randn(300, 4, dtype=torch.bfloat16), torch.randn(300, 4)
+    casts = []
+    original = torch.Tensor.to
+
+    def spy(self, *arguments, **keywords):
+        if self is weight:
+            casts.append(arguments)
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.Tensor, "to", spy)
+    sample(LinearHead(hidden, weight, budget_bytes=1), seed=0, backend="torch")
+    assert len(casts) == 1

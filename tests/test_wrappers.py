@@ -374,3 +374,24 @@ def test_a_call_with_a_token_names_what_is_wrong():
         ValueError, match="tokens must have at most 10 positions, 12 of the model's position"
     ):
         student(tokens.repeat(1, 2)[:, :11], T, latents(2))
+
+
+def test_a_model_that_treats_given_embeddings_otherwise_is_refused():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.EsmConfig(
+        vocab_size=9, mask_token_id=3, pad_token_id=1, token_dropout=True, **sizes
+    )
+    model = transformers.EsmForMaskedLM(config).eval()
+    with pytest.raises(ValueError, match="token_dropout=True"):
+        with_latent_token(model)
+    model.config.token_dropout = False
+    with_latent_token(model)
+
+
+def test_a_submodule_may_be_named_by_any_of_its_names():
+    model = TimeModel()
+    model.second_name = model.time
+    names = [name for name, module in model.named_modules(remove_duplicate=False)]
+    assert "second_name" in names
+    assert with_latent_shift(model, "second_name", width=C).module == "second_name"

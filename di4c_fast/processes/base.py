@@ -98,6 +98,16 @@ def check_times(t: Any, name: str, batch: int, like: Tensor) -> None:
     check_values((t > 0) & (t <= 1), f"{name} must hold times in (0, 1]", t)
 
 
+def widened(t: Tensor) -> Tensor:
+    """Times in at least float32, which a small step from 1 needs."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def before(u: Tensor, t: Tensor) -> Tensor:
+    """u, or the number before t where rounding has brought u back to t."""
+    return torch.minimum(u, torch.nextafter(t, torch.zeros_like(t)))
+
+
 def check_valid(valid: Any, tokens: Tensor, name: str) -> None:
     """A bool for each of the tokens (B, D), on their device."""
     check_tensor(valid, "valid")

@@ -31,7 +31,7 @@ from .._checks import (
 from .._draws import check_generator, uniform
 from ..heads import HeadLike, as_head
 from ..transitions import GaussianTransitions, draw_by_weights, draw_from_cdf, fine_uniform
-from .base import check_teacher_step, check_times, check_valid
+from .base import before, check_teacher_step, check_times, check_valid, widened
 
 __all__ = ["GaussianProcess"]
 
@@ -223,8 +223,8 @@ class GaussianProcess:
         low = high.clamp(max=shortest)
         u = t.to(torch.float64) - low * (high / low) ** v
         # Rounding may not bring u back to t, nor below t_min.
-        u = u.to(torch.promote_types(t.dtype, torch.float32)).clamp(min=self.t_min)
-        return torch.minimum(u, torch.nextafter(t.to(u.dtype), torch.zeros_like(u)))
+        wide = widened(t)
+        return before(u.to(wide.dtype).clamp(min=self.t_min), wide)
 
     @torch.no_grad()
     def teacher_step(

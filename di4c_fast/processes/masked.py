@@ -26,7 +26,7 @@ from .._draws import uniform
 from ..heads import HeadLike, as_head
 from ..rng import draw_seed
 from ..sample import sample
-from .base import check_teacher_step, check_times, check_valid
+from .base import before, check_teacher_step, check_times, check_valid, widened
 
 __all__ = ["MaskedProcess"]
 
@@ -173,7 +173,8 @@ class MaskedProcess:
         if not 0.0 < step <= 1.0:
             raise ValueError(f"step must be in (0, 1], got {step}")
         check_times(t, "t", t.shape[0] if isinstance(t, Tensor) and t.ndim else -1, t)
-        return t - torch.clamp(t / 2, max=step)
+        wide = widened(t)
+        return before(wide - torch.clamp(wide / 2, max=step), wide)
 
     def teacher_step(
         self,

@@ -36,7 +36,7 @@ from .._reveal import (
 from ..heads import Head, HeadLike, TensorHead, as_head
 from ..rng import draw_seed
 from ..sample import sample
-from .base import check_teacher_step, check_times, check_valid
+from .base import before, check_teacher_step, check_times, check_valid, widened
 from .masked import MaskedProcess
 
 __all__ = ["MaskGITProcess"]
@@ -160,7 +160,8 @@ class MaskGITProcess:
         if not 0.0 < step <= 1.0:
             raise ValueError(f"step must be in (0, 1], got {step}")
         check_times(t, "t", t.shape[0] if isinstance(t, Tensor) and t.ndim else -1, t)
-        return (t - step).clamp(min=0.0)
+        wide = widened(t)
+        return before((wide - step).clamp(min=0.0), wide)
 
     def teacher_step(
         self,

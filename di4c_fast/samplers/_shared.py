@@ -78,7 +78,8 @@ def check_hooks(callback: Any, history: Any, project_fn: Any = None) -> None:
 def device_of(device: Any, prompt: Any, model: Any) -> torch.device:
     """Where to sample: as asked, else with the prompt, else with the model, else on the CPU."""
     if device is not None:
-        return torch.device(device)
+        # With the index that tensors there have: "cuda" is none that a tensor names.
+        return torch.empty(0, device=device).device
     if isinstance(prompt, Tensor):
         return prompt.device
     if isinstance(model, nn.Module):

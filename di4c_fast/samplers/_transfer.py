@@ -73,7 +73,7 @@ def ancestral_counts(active: Tensor, step: int, steps: int, t_min: float) -> Ten
     if step == steps - 1:
         return active
     # In fp32 as the repository does it: the result is cut off to an integer.
-    times = torch.linspace(1.0, t_min, steps + 1)
+    times = torch.linspace(1.0, t_min, steps + 1, dtype=torch.float32)
     share = 1 - times[step + 1] / times[step]
     return (active.float() * share).long()
 

@@ -179,7 +179,8 @@ def sample_confidence(
         callback: called as callback(step, total, tokens) after each step that called the model,
             with the step's number from 1; total is `steps`, or the bound D where a rule decides.
         history: a list to which the tokens at the start and after every step that called the
-            model are appended.
+            model are appended; with `eos_id` the result may differ from its last entry, since a
+            sequence is ended without a call.
         device: where to sample; None for the prompt's device, else that of the module's
             parameters, else the CPU.
 

@@ -182,7 +182,7 @@ def sample_masked(
     Returns:
         (B, D) int64.
 
-    Host syncs: before the loop one to read the prompt (and one to read a seed from a GPU
+    Host syncs: before the loop one or two to read the prompt (and one to read a seed from a GPU
     generator); inside the loop none, but with `project_fn` one per step, to see what it changed.
 
     Raises:
