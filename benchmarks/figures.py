@@ -29,7 +29,6 @@ STYLES = {
     "vectorised": ("#cc79a7", "D"),
     "dense-compiled": ("#d55e00", "^"),
     "vectorised-compiled": ("#cc79a7", "v"),
-    "reference": ("#8f8f8f", "x"),
     "torch": ("#0f8fd0", "o"),
     "triton": ("#009e73", "o"),
     "torch-all": ("#0f8fd0", "P"),
