@@ -247,6 +247,14 @@ MUTATIONS = [
         "test_fused.py",
         "kept_logits",
     ),
+    Mutation(
+        "rows of q_u that are not kept taken from those that are",
+        "di4c_fast/fused_plan.py",
+        "    return part if part.shape[0] == visit.slots else None",
+        "    return kept[: visit.slots] if kept.shape[0] >= visit.slots else None",
+        "test_fused.py",
+        "distributions",
+    ),
 ]
 
 

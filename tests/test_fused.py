@@ -148,6 +148,7 @@ def test_target_that_no_component_has_is_left_out_of_the_correlation():
 
 
 def test_positions_without_any_class_contribute_nothing():
+    """Catches (`mutate_kernels.py`): positions without any class counted."""
     case = make_case(16)
     case["xt"][:] = case["mask_id"]
     case["student"][:, :, 1] = -torch.inf
@@ -159,6 +160,7 @@ def test_positions_without_any_class_contribute_nothing():
 
 
 def test_positions_without_any_class_contribute_nothing_to_a_log_likelihood():
+    """Catches (`mutate_kernels.py`): positions without any class counted."""
     case = {**make_case(17), "control_variate": False}
     case["xt"][:] = case["mask_id"]
     case["student"][:, :, 1] = -torch.inf
@@ -434,6 +436,7 @@ def test_linear_heads_in_one_chunk(bias):
 
 @pytest.mark.parametrize("bias", ["vector", "rows"])
 def test_linear_heads_chunk_by_chunk_without_keeping_anything(bias):
+    """Catches (`mutate_kernels.py`): weight gradient of the last chunk only."""
     case = with_budget(linear_case(41, bias), 1)
     tiles = {**SMALL_TILES, "minimum_rows": 3}
     with counting(fused_passes, "mixture_forward") as calls:
@@ -460,6 +463,7 @@ def test_linear_heads_keep_what_the_budget_allows():
 
 
 def test_linear_gradients_are_the_same_whatever_the_budget():
+    """Catches (`mutate_kernels.py`): weight gradient of the last chunk only."""
     tiles = {**SMALL_TILES, "minimum_rows": 1}
     outcomes = []
     with tuning.override(**tiles):
@@ -471,6 +475,7 @@ def test_linear_gradients_are_the_same_whatever_the_budget():
 
 
 def test_linear_backward_may_run_twice_with_kept_logits():
+    """Catches (`mutate_kernels.py`): kept logits overwritten."""
     case = linear_case(44)
     student = case.pop("student")
     hidden = student.hidden.requires_grad_()

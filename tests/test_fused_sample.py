@@ -190,6 +190,7 @@ def test_seeds_and_steps_are_numbers_or_tensors():
 
 @pytest.mark.parametrize("bias", [None, "vector", "positions"])
 def test_linear_heads_are_multiplied_chunk_by_chunk(bias):
+    """Catches (`mutate_kernels.py`): chunks of a linear head drawn from the first."""
     hidden, weight = normal(3, 50, 16, scale=1.0), normal(300, 16, seed=1, scale=1.0)
     offset = {"vector": normal(300, seed=2), "positions": normal(50, 300, seed=2)}.get(bias)
     head = LinearHead(hidden, weight, offset, budget_bytes=64 * 320 * 4)

@@ -81,6 +81,7 @@ def expected_bins(clamp: str, vocabulary: int):
 @pytest.mark.parametrize("clamp", ["left", "min"])
 @pytest.mark.parametrize("vocabulary", [11, 64])
 def test_bins_and_slopes(clamp, vocabulary):
+    """Catches (`mutate_kernels.py`): slope of the wrong tail."""
     # Edges are fp32 differences scaled by up to e^5, which is their absolute error in units of
     # 6e-8; slopes have another factor of that scale, and where all mass is below eps nearly all
     # digits of a ratio of tiny numbers are lost: hence relative to the largest slope of the row.

@@ -138,6 +138,10 @@ ACTIVE = torch.tensor([[True, False, True], [True, True, False]])
     ("vocabulary", "components", "tile"), [(90, 3, 32), (31, 1, 32), (64, 4, 32), (70, 5, 2)]
 )
 def test_gradient_of_every_logit(vocabulary, components, tile):
+    """Catches (`mutate_kernels.py`): wrong sign of kappa; coinciding
+    targets not gathered; zeros not written; upstream gradient ignored; component term without
+    its weight.
+    """
     p = problem(vocabulary, components)
     ours = kernel_gradient(p, ACTIVE, component_tile=tile)
     truth = expected_gradient(p, ACTIVE)

@@ -34,6 +34,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("components", [1, 3, 5])
 def test_marginal_is_the_mean_of_softmaxes(components):
+    """Catches (`mutate_kernels.py`): mean not divided."""
     logits = randn(2, components, 3, 90)
     lse = logits.logsumexp(-1).transpose(1, 2).reshape(6, components)
     q = torch.empty(6, 128)
@@ -46,6 +47,7 @@ def test_marginal_is_the_mean_of_softmaxes(components):
 
 
 def test_marginal_counts_a_shown_token_as_one_hot():
+    """Catches (`mutate_kernels.py`): mean not divided."""
     logits = randn(1, 3, 2, 40)
     xu = torch.tensor([[[39, 5], [6, 39], [6, 5]]])
     masked = logits.index_fill(-1, torch.tensor(39), -torch.inf)
@@ -125,6 +127,9 @@ def problem(components=3, vocabulary=90):
     ("components", "vocabulary", "tile"), [(1, 40, 32), (3, 90, 32), (5, 130, 2), (8, 16, 32)]
 )
 def test_forward_sums(components, vocabulary, tile):
+    """Catches (`mutate_kernels.py`): split one block short; rescale
+    dropped in the loop over components.
+    """
     arguments = problem(components, vocabulary)
     ours, tiles = run_forward(*arguments, component_tile=tile)
     assert tiles.one_tile == (components <= tile)
@@ -168,6 +173,7 @@ def test_probabilities_below_the_fp32_range_keep_their_divergence():
 
 @pytest.mark.parametrize("correlation", [True, False])
 def test_joint_terms(correlation):
+    """Catches (`mutate_kernels.py`): joint sums over positions that do not count."""
     positions = 300  # two groups of positions
     log_prob = randn(2, positions, 4, 3).log_softmax(-1) - 1.0  # (B, D, J, N)
     log_prob[0, 5, 1] = -torch.inf  # a target that no component has

@@ -150,6 +150,10 @@ def test_rows_of_every_length_in_one_tile(vocabulary, dtype):
 
 @pytest.mark.parametrize("vocabulary", [257, 640, 1025])
 def test_rows_that_several_programs_share(vocabulary):
+    """Catches (`mutate_kernels.py`): blocks not scaled to the maximum of
+    the row; entropy without the distance of a block to the maximum; step left out of the
+    counter.
+    """
     check(normal(2, 2, 2, vocabulary), seed=-3, step=2**32 - 1, **SPLIT)
 
 
@@ -171,6 +175,7 @@ def test_results_do_not_depend_on_tiles():
 
 @pytest.mark.parametrize("place", [0, 255, 256, 511, 513])
 def test_maximum_in_every_block_and_in_the_tail(place):
+    """Catches (`mutate_kernels.py`): last column of a partial block left out."""
     logits = normal(1, 1, 3, 514)
     logits[..., place] = 30.0
     _, argmax, _ = check(logits, **SPLIT)
@@ -179,6 +184,9 @@ def test_maximum_in_every_block_and_in_the_tail(place):
 
 @pytest.mark.parametrize("tiles", [{}, SPLIT])
 def test_the_lowest_id_wins_ties_and_the_margin_is_zero(tiles):
+    """Catches (`mutate_kernels.py`): highest id wins ties; margin within
+    the block of the maximum only.
+    """
     logits = torch.zeros(1, 1, 5, 400)
     logits[0, 0, 0, [77, 200, 399]] = 2.0
     logits[0, 0, 1, [128, 129]] = 2.0
@@ -192,6 +200,7 @@ def test_the_lowest_id_wins_ties_and_the_margin_is_zero(tiles):
 
 @pytest.mark.parametrize("tiles", [{}, SPLIT])
 def test_the_mask_column_is_the_largest_and_has_no_part(tiles):
+    """Catches (`mutate_kernels.py`): mask column beyond the first tile counted."""
     for mask_id in (0, 130, 399):
         logits = normal(1, 2, 3, 400)
         truth = logits.clone()
@@ -245,6 +254,7 @@ def test_rows_that_cannot_be_drawn_are_marked_and_others_are_not_touched(tiles, 
 @pytest.mark.parametrize("tiles", [{}, SPLIT])
 @pytest.mark.parametrize("temperature", [0.3, 2.5, torch.tensor([0.0, 0.5, 1.0, 1.0, 3.0, 0.0])])
 def test_temperatures(tiles, temperature):
+    """Catches (`mutate_kernels.py`): raw probability at the drawing temperature."""
     check(normal(1, 2, 3, 300), temperature=temperature, **tiles)
 
 
@@ -259,6 +269,7 @@ def test_a_tiny_temperature_gives_the_argmax():
 @pytest.mark.parametrize("tiles", [{}, SPLIT])
 @pytest.mark.parametrize("gain", [0.0, 2.5, torch.tensor([0.0, 1.0, 2.5, 4.0, 1.5, 0.5])])
 def test_guidance(tiles, gain):
+    """Catches (`mutate_kernels.py`): excluded tokens return with guidance."""
     logits, unconditional = normal(1, 2, 3, 300), normal(1, 2, 3, 300, seed=1)
     logits[..., 280:290] = -INF
     unconditional[..., 285] = -INF

@@ -85,6 +85,7 @@ def random_tokens(*shape, below, seed=1):
 @pytest.mark.parametrize("vocabulary", [1, 31, 64, 65, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_of_every_length(vocabulary, dtype):
+    """Catches (`mutate_kernels.py`): wrong stride; dropped rescale; missing tail mask."""
     logits = random_logits(2, 3, 4, vocabulary).to(dtype)
     check(logits, random_tokens(2, 2, 4, below=vocabulary))
 
@@ -110,6 +111,7 @@ def test_large_logits_neither_overflow_nor_vanish():
 
 
 def test_mask_column_is_excluded_and_has_no_probability():
+    """Catches (`mutate_kernels.py`): mask column counted."""
     logits = random_logits(1, 2, 3, 70)
     logits[..., 5] = 50.0
     check(logits, random_tokens(1, 2, 3, below=5), mask_id=5)
@@ -213,6 +215,7 @@ def drawn(logits, seed, mask_id=None, xu=None, operand=None, **tiles):
 
 @pytest.mark.parametrize(("vocabulary", "seed"), [(20, 0), (128, 2**40 + 7), (300, 2**62 + 5)])
 def test_draws_are_those_of_the_reference(vocabulary, seed):
+    """Catches (`mutate_kernels.py`): draw does not rescale."""
     logits = random_logits(1, 3, 4, vocabulary)
     tokens, lse = drawn(logits, torch.tensor(seed))
     assert torch.equal(tokens, draw_ref(logits.double().log_softmax(-1), seed))
@@ -227,6 +230,7 @@ def test_draws_do_not_depend_on_tiles():
 
 
 def test_draws_keep_shown_tokens_and_never_take_the_mask():
+    """Catches (`mutate_kernels.py`): draw does not rescale."""
     logits = random_logits(1, 3, 4, 300)
     logits[..., 7] = 50.0
     xu = torch.tensor([[[7, 1, 7, 2], [0, 7, 3, 4], [7, 7, 7, 7]]])
@@ -247,6 +251,7 @@ def test_draw_of_a_row_without_any_class_is_token_zero():
 
 
 def test_draws_of_logistic_rows():
+    """Catches (`mutate_kernels.py`): draw does not rescale."""
     g = torch.Generator().manual_seed(4)
     mu, log_scale = torch.randn(1, 2, 3, generator=g), torch.randn(1, 2, 3, generator=g)
     logits = LogisticHead(mu.double(), log_scale.double(), 150).logits()
