@@ -177,6 +177,7 @@ def test_with_resampling_a_drawn_mask_is_masked_again():
         resample=True,
         seed=0,
     )
+    # The mask is drawn with probability 0.9998 at the first step, and 6e-5 at the second.
     assert float((calls[1] == 2).float().mean()) > 0.95
     assert float((tokens == 2).float().mean()) < 0.05
 

@@ -135,6 +135,8 @@ def test_places_enter_through_their_differences_only():
     angles = rotary_angles(12, 8)
     assert angles.shape == (2, 12, 4)
     q, k = torch.randn(2, 1, 8)
+    # fp32: eight products of size 1, angles of up to 12 radians, so some ten roundings of 1e-7 to
+    # 1e-6. Scores of the other offsets differ by 0.5.
     scores = _rotate(q.expand(12, 8), angles) @ _rotate(k.expand(12, 8), angles).T
     for offset in (-7, 0, 3):
         diagonal = scores.diagonal(offset)
@@ -146,6 +148,7 @@ def test_places_enter_through_their_differences_only():
     with torch.no_grad():
         model.head.weight.normal_()
         logits = model(torch.full((1, 16), 5), torch.ones(1))[0].unflatten(0, (8, 2))
+    # The same roundings through two layers and a head of 16 products.
     assert torch.allclose(logits, logits[:1].expand_as(logits), atol=1e-4)
 
 

@@ -44,6 +44,7 @@ def literal_rate(classes: int, rate_sigma: float, target_sigma: float) -> Tensor
 @pytest.mark.parametrize("classes", [2, 5, 8, 17])
 def test_rate_follows_its_definition_and_keeps_the_target(classes):
     made = GaussianTransitions(classes, rate_sigma=1.7, target_sigma=3.0)
+    # Rates of size 1 and sums of at most 17 of them in float64: some ten roundings.
     torch.testing.assert_close(made.rate, literal_rate(classes, 1.7, 3.0), rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(
         made.target @ made.rate, torch.zeros(classes, dtype=torch.float64), rtol=0, atol=1e-14
@@ -87,6 +88,7 @@ def test_no_time_means_no_move():
 def test_columns_are_the_transpose():
     made, t = GaussianTransitions(17, target_sigma=4.0), torch.tensor([0.01, 0.7])
     columns = made.batched(0.0, t, columns=True)
+    # The factors of a product change places: a few roundings of probabilities.
     assert columns.is_contiguous()
     torch.testing.assert_close(columns.mT, made.batched(0.0, t), rtol=0, atol=1e-15)
 
@@ -94,6 +96,7 @@ def test_columns_are_the_transpose():
 def test_short_times_keep_their_relative_accuracy():
     made = GaussianTransitions(17)
     t = torch.tensor(0.5, dtype=torch.float64)
+    # The difference of the two times, 1e-9, has eight digits in float64, and no more.
     passed = made.elapsed(t - 1e-9, t)
     expected = made.time_base * 10.0 * math.log(100.0) * float(t - (t - 1e-9))
     assert float(passed) == pytest.approx(expected, rel=1e-8)
