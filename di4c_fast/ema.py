@@ -41,35 +41,46 @@ class EMA:
         averaged = dict(module.named_parameters())
         self.shadow = {
             name: _average_of(value) if name in averaged else value.detach().clone()
-            for name, value in self._live().items()
+            for name, value in _state_of(module).items()
         }
 
     def _live(self) -> dict[str, Tensor]:
-        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        """The module's present state.
+
+        Raises:
+            RuntimeError: names or shapes are not those of the time when the average was made.
+        """
+        live = _state_of(self.module)
+        for name in sorted(live.keys() ^ self.shadow.keys()):
+            raise RuntimeError(
+                f"the module's {name!r} has come or gone since its EMA was made: make a new EMA"
+            )
+        for name, value in live.items():
+            if value.shape != self.shadow[name].shape:
+                raise RuntimeError(
+                    f"the module's {name!r} has shape {tuple(value.shape)}, it had "
+                    f"{tuple(self.shadow[name].shape)} when its EMA was made"
+                )
+        return live
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the module's present weights into the average."""
         if self._applied:
             raise RuntimeError("EMA.update() inside EMA.applied(): the module holds the average")
+        live = self._live()
         self.updates += 1
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(self.module.named_parameters())
         averaged: list[tuple[Tensor, Tensor]] = []
-        for name, value in self._live().items():
-            shadow = self.shadow.get(name)
+        for name, value in live.items():
+            shadow = self.shadow[name]
             if name in parameters and value.dtype.is_floating_point:
-                if shadow is None:
-                    raise RuntimeError(
-                        f"the module has got a parameter {name!r} since its EMA was made"
-                    )
                 averaged.append((shadow, value.detach().to(shadow.dtype)))
-            elif shadow is not None and shadow.shape == value.shape:
+            else:
                 shadow.copy_(value)
-            else:  # a buffer that is new or of another size, such as a cache of positions
-                self.shadow[name] = value.detach().clone()
         if averaged:
             shadows, values = (list(side) for side in zip(*averaged, strict=True))
             torch._foreach_lerp_(shadows, values, 1.0 - decay)
@@ -85,18 +96,14 @@ class EMA:
             self._write(self.shadow)
             yield self.module
         finally:
-            self._write(kept)
             self._applied = False
+            self._write(kept)
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
-        """In place, so that optimisers and compiled graphs keep their hold on the weights.
-
-        Buffers that are new or of another size since then stay as they are.
-        """
+        """In place, so that optimisers and compiled graphs keep their hold on the weights."""
         for name, value in self._live().items():
-            if name in values and values[name].shape == value.shape:
-                value.copy_(values[name])
+            value.copy_(values[name])
 
     def state_dict(self) -> dict[str, Any]:
         """{"decay", "warmup", "updates", "shadow": name to tensor}, the tensors not copied."""
@@ -136,6 +143,21 @@ class EMA:
             self.shadow[name].copy_(value)
         self.decay, self.warmup = float(state["decay"]), bool(state["warmup"])
         self.updates = int(state["updates"])
+
+
+def _state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the buffers that a checkpoint would hold.
+
+    Other buffers, such as a cache of positions, are the module's own business.
+    """
+    state: dict[str, Tensor] = dict(module.named_parameters())
+    passing = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
+    }
+    state |= {name: value for name, value in module.named_buffers() if name not in passing}
+    return state
 
 
 def _average_of(parameter: Tensor) -> Tensor:
