@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from di4c_fast.distill import EMA
 
+from .options import Recipe
 from .rundir import RunDirectory, RunError
 
 WARMUP = 50
@@ -138,6 +139,34 @@ class Training(Generic[Model]):
                     "step": torch.tensor(float(self.iteration)),
                     **{moment: tensors[f"{moment}/{name}"] for moment in MOMENTS},
                 }
+
+
+def train(
+    role: str,
+    model: Model,
+    batch_loss: BatchLoss,
+    run: RunDirectory,
+    config: Recipe,
+    seed: int,
+    decay: float,
+    checkpoint_every: int,
+) -> Model:
+    """The "teacher" or the "student" of a run's seed, trained or resumed, with averaged weights.
+
+    The student draws from the next seed, so that it does not see its teacher's batches again.
+    """
+    return Training(
+        role,
+        model,
+        batch_loss,
+        run,
+        f"seed-{seed}/{role}",
+        iterations=getattr(config, f"{role}_iterations"),
+        peak_rate=getattr(config, f"{role}_lr"),
+        decay=decay,
+        seed=seed + (role == "student"),
+        checkpoint_every=checkpoint_every,
+    ).finish()
 
 
 def masked_cross_entropy(logits: Tensor, x0: Tensor, masked: Tensor, mask_id: int) -> Tensor:

@@ -9,7 +9,7 @@ from di4c_fast.distill import distill_step
 from di4c_fast.heads import as_head
 
 from ..common.rundir import RunDirectory
-from ..common.training import Training, masked_cross_entropy, stratified_latents
+from ..common.training import masked_cross_entropy, stratified_latents, train
 from .config import POSITIONS, Config
 from .data import Digits
 from .systems import system_of
@@ -32,19 +32,7 @@ def train_teacher(
         head = as_head(model(xt, t, **system.context(labels, generator)))
         return masked_cross_entropy(head.logits(), x0, system.counted(xt), system.columns)
 
-    training = Training(
-        "teacher",
-        model,
-        batch_loss,
-        run,
-        f"seed-{seed}/teacher",
-        iterations=config.teacher_iterations,
-        peak_rate=config.teacher_lr,
-        decay=TEACHER_DECAY,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-    )
-    return training.finish()
+    return train("teacher", model, batch_loss, run, config, seed, TEACHER_DECAY, checkpoint_every)
 
 
 def distill_student(
@@ -84,19 +72,7 @@ def distill_student(
         )
         return step.loss / POSITIONS
 
-    training = Training(
-        "student",
-        model,
-        batch_loss,
-        run,
-        f"seed-{seed}/student",
-        iterations=config.student_iterations,
-        peak_rate=config.student_lr,
-        decay=STUDENT_DECAY,
-        seed=seed + 1,
-        checkpoint_every=checkpoint_every,
-    )
-    return training.finish()
+    return train("student", model, batch_loss, run, config, seed, STUDENT_DECAY, checkpoint_every)
 
 
 def draw_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from di4c_fast.distill import DistillConfig, distill_step
 from di4c_fast.processes import MaskedProcess
 
 from ..common.rundir import RunDirectory
-from ..common.training import Training, masked_cross_entropy, stratified_latents
+from ..common.training import masked_cross_entropy, stratified_latents, train
 from .blocks import BlockModel, cut
 from .config import Config
 from .data import Text, draw_windows
@@ -45,19 +45,7 @@ def train_teacher(
         xt = process.corrupt(x0, t, generator=generator)
         return masked_cross_entropy(model(xt, t), x0, xt == process.mask_id, process.mask_id)
 
-    training = Training(
-        "teacher",
-        model,
-        batch_loss,
-        run,
-        f"seed-{seed}/teacher",
-        iterations=config.teacher_iterations,
-        peak_rate=config.teacher_lr,
-        decay=TEACHER_DECAY,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-    )
-    return training.finish()
+    return train("teacher", model, batch_loss, run, config, seed, TEACHER_DECAY, checkpoint_every)
 
 
 def distill_student(
@@ -108,16 +96,4 @@ def distill_student(
         )
         return step.loss / config.block
 
-    training = Training(
-        "student",
-        model,
-        batch_loss,
-        run,
-        f"seed-{seed}/student",
-        iterations=config.student_iterations,
-        peak_rate=config.student_lr,
-        decay=STUDENT_DECAY,
-        seed=seed + 1,
-        checkpoint_every=checkpoint_every,
-    )
-    return training.finish()
+    return train("student", model, batch_loss, run, config, seed, STUDENT_DECAY, checkpoint_every)

@@ -43,9 +43,9 @@ class System(abc.ABC):
     def student(self, teacher: nn.Module) -> nn.Module:
         """A model with λ that has its teacher's weights."""
 
-    @abc.abstractmethod
     def times(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Training times (B,) of the teacher."""
+        """Training times (B,) of the teacher, one in each of B equal parts."""
+        return self.process.sample_times(batch, stratified=True, generator=generator)
 
     @abc.abstractmethod
     def student_times(self, batch: int, generator: torch.Generator) -> Tensor:

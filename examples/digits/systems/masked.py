@@ -39,9 +39,6 @@ class MaskedSystem(System):
             config.latent_scale,
         )
 
-    def times(self, batch: int, generator: torch.Generator) -> Tensor:
-        return self.process.sample_times(batch, stratified=True, generator=generator)
-
     def student_times(self, batch: int, generator: torch.Generator) -> Tensor:
         t = self.process.sample_times(batch, stratified=True, generator=generator)
         return t.pow(self.config.time_power).clamp(min=SMALLEST_TIME)

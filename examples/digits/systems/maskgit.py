@@ -55,9 +55,6 @@ class MaskGITSystem(System):
             CLASSES,
         )
 
-    def times(self, batch: int, generator: torch.Generator) -> Tensor:
-        return self.process.sample_times(batch, stratified=True, generator=generator)
-
     def student_times(self, batch: int, generator: torch.Generator) -> Tensor:
         low = self.config.low_t
         t = self.process.sample_times(
