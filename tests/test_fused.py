@@ -676,16 +676,20 @@ def test_compiled_training_step_gives_the_same_numbers(kind):
         assert torch.equal(eager, compiled)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "linear", "logistic"])
-def test_ops_pass_opcheck(kind):
+@pytest.mark.parametrize("kind", ["tensor", "no room", "linear", "logistic"])
+def test_ops_pass_opcheck(kind, monkeypatch):
     makers = {
         "tensor": lambda: make_case(81, batch=1, positions=2, components=2),
+        "no room": lambda: make_case(81, batch=1, positions=4, components=2, teachers=2),
         "linear": lambda: linear_case(81, batch=1, positions=2, components=2),
         "logistic": lambda: logistic_case(
             81, "left", vocabulary=16, batch=1, positions=2, components=2
         ),
     }
     case = makers[kind]()
+    if kind == "no room":  # some rows of q_u and q_T are kept, some are not
+        monkeypatch.setattr(fused_plan, "DISTRIBUTION_SHARE", 0.0)
+        monkeypatch.setattr(tuning, "_overrides", [tuning.LaunchParameters(**TWO_ROWS)])
     recorded = {}
 
     def record(name: str):
