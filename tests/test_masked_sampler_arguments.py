@@ -57,6 +57,8 @@ from di4c_fast.samplers import sample_masked
         ({"seed": 1.5}, TypeError, "seed must be an int or None"),
         ({"seed": 1, "generator": torch.Generator()}, ValueError, "exclude each other"),
         ({"generator": 1}, TypeError, "generator must be a torch.Generator or None"),
+        ({"device": "nowhere"}, ValueError, "device must be one that torch can use.*'nowhere'"),
+        ({"device": 3.5}, ValueError, "device must be one that torch can use here, got 3.5"),
         ({"model": 3}, TypeError, "model must be callable, got int"),
         ({"project_fn": 3}, TypeError, "project_fn must be callable"),
         ({"callback": "bar"}, TypeError, "callback must be callable"),

@@ -78,8 +78,14 @@ def check_hooks(callback: Any, history: Any, project_fn: Any = None) -> None:
 def device_of(device: Any, prompt: Any, model: Any) -> torch.device:
     """Where to sample: as asked, else with the prompt, else with the model, else on the CPU."""
     if device is not None:
-        # With the index that tensors there have: "cuda" is none that a tensor names.
-        return torch.empty(0, device=device).device
+        try:
+            # With the index that tensors there have: "cuda" is none that a tensor names.
+            return torch.empty(0, device=device).device
+        except (AssertionError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"device must be one that torch can use here, got {device!r}: {reason}"
+            ) from error
     if isinstance(prompt, Tensor):
         return prompt.device
     if isinstance(model, nn.Module):
