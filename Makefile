@@ -47,7 +47,7 @@ gpu:
 
 # Registers, shared memory and spills of every kernel for every target; needs no GPU.
 aot: $(VENV)/.stamp-dev
-	env -u TRITON_INTERPRET $(BIN)/python -m di4c_fast.kernels.compile_report $(ARGS)
+	env -u TRITON_INTERPRET $(BIN)/python -m tools.compile_report $(ARGS)
 
 # Everything under benchmarks/ in at most 8 minutes; results go to benchmarks/results/.
 bench: $(VENV)/.stamp-dev

@@ -30,7 +30,11 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["di4c_fast", "di4c_fast.*"]), "di4c_fast.kernels"],
+    packages=[
+        *find_packages(include=["di4c_fast", "di4c_fast.*"]),
+        "di4c_fast.kernels",
+        "di4c_fast.kernels.triton",
+    ],
     package_dir={"di4c_fast.kernels": "kernels"},
     package_data={"di4c_fast": ["py.typed"], "di4c_fast.kernels": ["configs/*.json", "README.md"]},
     install_requires=["torch>=2.11", "numpy", "einops>=0.7", "safetensors>=0.4"],

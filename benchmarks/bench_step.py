@@ -13,5 +13,5 @@ pytestmark = pytest.mark.benchmark(timer=REPLAY)
 
 @pytest.mark.measures("step")
 def test_step(measured: Any, group: str, variant: str) -> None:
-    """Teacher, student twice, loss, backward: the plain way and `di4c_fast.distill`."""
+    """Teacher, student twice, loss, backward: the plain way and `di4c_fast.training.step`."""
     measured(group, variant)

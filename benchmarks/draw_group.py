@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from di4c_fast import LinearHead
-from di4c_fast.sample import Draw, sample
+from di4c_fast.draw.api import Draw, sample
 from di4c_fast.testing import assert_draws_match
 
 from . import baselines

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from di4c_fast import LinearHead
-from di4c_fast.latent import LatentEmbedding, LatentToken
+from di4c_fast.models.latent import LatentEmbedding, LatentToken
 
 
 class Block(nn.Module):

@@ -213,7 +213,7 @@ class BenchSession:
             self.worker = MemoryWorker(options.threads)
 
     def _override(self, path: Path) -> dict[str, int]:
-        from di4c_fast.kernels import tuning
+        from di4c_fast.kernels.triton import tuning
 
         fields = tuning.load_config(path)
         self.overrides.enter_context(tuning.override(**fields))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import di4c_fast
-from di4c_fast.distill import DistillConfig, DistillOutput, distill_step
 from di4c_fast.processes import MaskedProcess
+from di4c_fast.training.step import DistillConfig, DistillOutput, distill_step
 
 from . import baselines
 from .cases import make_case
@@ -23,7 +23,7 @@ from .models import Transformer
 from .truth import relative_error
 
 PLAIN = Variant("plain", "plain: teacher on N copies, dense logits, autograd")
-LIBRARY = Variant("di4c-fast", "di4c_fast.distill", library=True)
+LIBRARY = Variant("di4c-fast", "di4c_fast.training.step", library=True)
 DATA_WEIGHT, TEACHER_STEP = 0.1, 1 / 1024
 # Of loss terms and of the gradient of all parameters, through the whole model.
 LIMITS = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 2e-2}

@@ -1,7 +1,7 @@
 """`python -m benchmarks.tune`: find launch parameters of the Triton kernels for this GPU.
 
-Coordinate descent over the fields of `di4c_fast.kernels.tuning.LaunchParameters`, each judged by
-the shapes it matters for, against the default in the same run. A candidate must compute the same
+Coordinate descent over the fields of `kernels.triton.tuning.LaunchParameters`, each judged by the
+shapes it matters for, against the default in the same run. A candidate must compute the same
 numbers as the default, and is kept only if it is faster by more than the noise. Writes JSON in the
 format of `kernels/configs/<device>.json`; nothing uses it until it is put there (or given to the
 benchmarks with `--launch-parameters`).
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = options.dtype or ("bf16" if gpu else "fp32")
     size = options.size or ("full" if gpu else "tiny")
     try:
-        from di4c_fast.kernels import tuning
+        from di4c_fast.kernels.triton import tuning
     except ImportError as error:
         print(f"nothing to tune: {error}")
         return 0

@@ -1,17 +1,21 @@
 """Fused losses and exact, fast samplers for mixture discrete diffusion models (Di4C)."""
 
+import importlib.util as _util
 import pathlib as _pathlib
+import sys as _sys
 
 from ._version import __version__
 
 # In a plain checkout the kernels lie beside this folder; installed, setup.py puts them inside it.
-_checkout = _pathlib.Path(__file__).resolve().parent.parent
-if (_checkout / "kernels" / "__init__.py").exists() and (_checkout / "setup.py").exists():
-    __path__.append(str(_checkout))
+_kernels = _pathlib.Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
+if _kernels.exists() and (_kernels.parent.parent / "setup.py").exists():
+    _spec = _util.spec_from_file_location(f"{__name__}.kernels", _kernels)
+    assert _spec is not None
+    _sys.modules[f"{__name__}.kernels"] = _util.module_from_spec(_spec)
 
+from .draw.api import Draw, sample  # noqa: E402
 from .heads import Head, LinearHead, LogisticHead, TensorHead  # noqa: E402
-from .loss import LossTerms, correlation, loss, mixture_log_prob  # noqa: E402
-from .sample import Draw, sample  # noqa: E402
+from .loss.api import LossTerms, correlation, loss, mixture_log_prob  # noqa: E402
 
 __all__ = [
     "Draw",

@@ -20,7 +20,7 @@ from .fused_heads import HeadSpec, padded, split_head
 from .fused_passes import backward, forward, grad_log_weights, is_dense, new_like
 from .fused_plan import Batch, Known, Request
 from .heads import Head, TensorHead
-from .inputs import LossInputs, LossTerms
+from .loss.problem import LossInputs, LossTerms
 
 __all__ = ["loss_per_example", "token_rows"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .heads import Head, LinearHead, LogisticHead
-from .kernels.operands import Operand, chunk_operand, logistic_operand, tensor_operand
+from .kernels.triton.operands import Operand, chunk_operand, logistic_operand, tensor_operand
 
 TENSOR, LINEAR, LOGISTIC = "tensor", "linear", "logistic"
 PADDING = 64  # elements: rows of our own buffers start at multiples of it

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .fused_heads import LINEAR, LOGISTIC, HeadSpec, LinearGradient, Source, padded
 from .fused_plan import Batch, Chunk, Known, Request, part_of, walk
-from .kernels.draw import draw
-from .kernels.joint import joint_terms
-from .kernels.logistic import logistic_backward
-from .kernels.marginal import marginal
-from .kernels.mixture_backward import BackwardSums, mixture_backward
-from .kernels.mixture_forward import ForwardSums, mixture_forward, new_forward_sums
-from .kernels.operands import Operand, Visit, chunk_operand, order_positions
-from .kernels.row_statistics import row_statistics
+from .kernels.triton.draw import draw
+from .kernels.triton.joint import joint_terms
+from .kernels.triton.logistic import logistic_backward
+from .kernels.triton.marginal import marginal
+from .kernels.triton.mixture_backward import BackwardSums, mixture_backward
+from .kernels.triton.mixture_forward import ForwardSums, mixture_forward, new_forward_sums
+from .kernels.triton.operands import Operand, Visit, chunk_operand, order_positions
+from .kernels.triton.row_statistics import row_statistics
 
 
 def forward(

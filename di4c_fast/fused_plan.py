@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .fused_heads import LINEAR, HeadSpec, padded
-from .kernels.operands import Visit
-from .kernels.tuning import launch_parameters
+from .kernels.triton.operands import Visit
+from .kernels.triton.tuning import launch_parameters
 
 # Of the student's logits: what the rows of q_T and q_u may take beside a gradient in place, whose
 # peak is to stay below a tenth of the logits.

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from . import streaming_sample
-from ._checks import check_values
-from .filters import NEG_INF, filter_scaled_, guide
+from .checks import check_values
+from .draw.filters import NEG_INF, filter_scaled_, guide
+from .draw.request import SampleInputs
 from .fused import on_device_of
 from .fused_heads import LINEAR, LOGISTIC, TENSOR, HeadSpec, padded
 from .heads import Head, LinearHead, LogisticHead, TensorHead
-from .kernels.operands import Operand, logistic_operand, tensor_operand
-from .kernels.row_draw import MAX_VOCABULARY, Results, Rows, Wanted, row_draw, scratch_bytes
-from .kernels.tuning import launch_parameters
+from .kernels.triton.operands import Operand, logistic_operand, tensor_operand
+from .kernels.triton.row_draw import MAX_VOCABULARY, Results, Rows, Wanted, row_draw, scratch_bytes
+from .kernels.triton.tuning import launch_parameters
 from .rng import Integer
-from .sample_inputs import SampleInputs
 
 __all__ = ["sample_rows"]
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import (
+from .checks import (
     check_floating,
     check_int64,
     check_rank,

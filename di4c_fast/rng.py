@@ -24,10 +24,13 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from .checks import describe
 
 BLOCKS, TOKENS, FREE = 0, 1, 2
 WORDS = 4  # 32-bit words per Philox call
@@ -170,6 +173,28 @@ def exponential(uniforms: Tensor) -> Tensor:
     Small u, which decide who wins an exponential race, keep their full precision.
     """
     return torch.log1p(-uniforms).neg_()
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {describe(generator)}")
+
+
+def generator_uniform(
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform numbers in [0, 1) on `device`, drawn where the generator lives.
+
+    A CPU generator thus gives the same numbers for tensors on every device.
+    """
+    check_generator(generator)
+    source = device if generator is None else generator.device
+    drawn = torch.rand(*shape, generator=generator, device=source, dtype=dtype)
+    return drawn if device is None else drawn.to(device)
 
 
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from ._autograd import first_order_only
-from ._checks import without_autocast
+from .checks import without_autocast
 from .heads import Head
-from .inputs import LossInputs, LossTerms
+from .loss.problem import LossInputs, LossTerms
 from .streaming_sources import (
     GradientUpdate,
     Source,

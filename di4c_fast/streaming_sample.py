@@ -20,10 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .filters import FIRST_LOOK, NEG_INF, filter_literal_, filter_scaled_, guide
+from .draw.filters import FIRST_LOOK, NEG_INF, filter_literal_, filter_scaled_, guide
+from .draw.request import SampleInputs
 from .heads import Head, TensorHead
 from .rng import BLOCKS, TOKENS, Integer, exponential, uniform
-from .sample_inputs import SampleInputs
 
 # Part of the definition of a draw, so the same for every backend; divisible by 4 (one Philox
 # call). 816 rows of 8193 took 4.8 ms with 128 and 6.8 ms with 256 on one core: a draw costs

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .inputs import LossInputs, LossTerms
+from .loss.problem import LossInputs, LossTerms
 from .streaming_sample import (
     SAMPLE_BLOCK,
     block_uniforms,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._checks import check_int64, check_rank, check_shape
+from .checks import check_int64, check_rank, check_shape
 
 P_VALUE = 1e-6  # how often a statistical check may fail by chance
 _SMALLEST_BIN = 10.0  # expected counts below this are pooled

@@ -7,7 +7,7 @@ import types
 import torch
 from torch import Tensor, nn
 
-from di4c_fast.latent import sinusoid
+from di4c_fast.models.latent import sinusoid
 
 VOCAB, MASK, WIDTH = 6, 5, 8
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from di4c_fast.kernels import tuning
+from di4c_fast.kernels.triton import tuning
 from torch import Tensor
 
 import di4c_fast

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from di4c_fast.sample import Draw, sample
+from di4c_fast.draw.api import Draw, sample
 from di4c_fast.streaming_sample import (
     SAMPLE_BLOCK,
     block_sums,

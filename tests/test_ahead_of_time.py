@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of the Triton kernels: no spills, shared memory within the target.
 
-The full table is `python -m di4c_fast.kernels.compile_report`; here a part of it that has every
+The full table is `python -m tools.compile_report`; here a part of it that has every
 kernel, every kind of head and every target. It runs in a process of its own, because the
 interpreter, which the other tests need, is chosen when Triton is imported.
 """
@@ -43,7 +43,7 @@ def tables() -> dict[str, tuple[int, str, str]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     results = {}
     for target, shapes in PARTS:
-        command = [sys.executable, "-m", "di4c_fast.kernels.compile_report"]
+        command = [sys.executable, "-m", "tools.compile_report"]
         run = subprocess.run(
             [*command, "--targets", target, "--shapes", *shapes],
             env=environment,
@@ -87,7 +87,7 @@ def test_loads_of_our_own_buffers_are_at_least_four_bytes_per_thread(tables):
 
 
 def test_a_spill_is_a_fault_on_nvidia():
-    from di4c_fast.kernels.compile_report import Resources, faults
+    from tools.compile_report import Resources, faults
 
     def row(target: str, shared: int, spills: int) -> Resources:
         return Resources("shape", "kernel", target, 8, 64, shared, spills, 32)
@@ -98,7 +98,7 @@ def test_a_spill_is_a_fault_on_nvidia():
 
 
 def test_report_refuses_the_interpreter(monkeypatch, capsys):
-    from di4c_fast.kernels import compile_report
+    from tools import compile_report
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert compile_report.main(["--targets", "sm_90", "--shapes", "image"]) == 2

@@ -60,7 +60,7 @@ def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 def test_every_field_of_the_search_is_a_launch_parameter_and_has_what_to_try():
-    tuning = pytest.importorskip("di4c_fast.kernels.tuning")
+    tuning = pytest.importorskip("di4c_fast.kernels.triton.tuning")
     defaults = dataclasses.asdict(tuning.LaunchParameters())
     fields = [field for field, _, _ in tune.SEARCH]
     assert len(set(fields)) == len(fields)

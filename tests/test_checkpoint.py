@@ -7,7 +7,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from di4c_fast._checkpoint import decode, encode, identity, read_checkpoint, write_checkpoint
+from di4c_fast.training.checkpoint import (
+    decode,
+    encode,
+    identity,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 
 def test_nested_states_survive_the_file(tmp_path):

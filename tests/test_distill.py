@@ -23,8 +23,8 @@ from distill_support import (
 )
 from torch import nn
 
-from di4c_fast.distill import DistillConfig, distill_step
 from di4c_fast.processes import MaskedProcess
+from di4c_fast.training.step import DistillConfig, distill_step
 
 # The model calls
 

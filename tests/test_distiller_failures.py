@@ -9,8 +9,8 @@ import torch
 from distill_support import CONFIG, MASK, PROCESS, X0, Recorder, rng
 from torch import nn
 
-from di4c_fast.distill import EMA
-from di4c_fast.distiller import Distiller
+from di4c_fast.training.distiller import Distiller
+from di4c_fast.training.step import EMA
 
 
 def make(optimizer, accumulate: int = 1, schedule=None, average: bool = False) -> Distiller:

@@ -17,9 +17,9 @@ from distiller_support import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from di4c_fast._checkpoint import read_checkpoint, write_checkpoint
-from di4c_fast.distill import DistillConfig
 from di4c_fast.processes import MaskedProcess
+from di4c_fast.training.checkpoint import read_checkpoint, write_checkpoint
+from di4c_fast.training.step import DistillConfig
 
 
 def refused(distiller, file, message, error=ValueError) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sample_cases import normal
 
-from di4c_fast.filters import filter_literal_, filter_scaled_, guide
-from di4c_fast.reference.sample import transformed_logits_ref
+from di4c_fast.draw.filters import filter_literal_, filter_scaled_, guide
+from di4c_fast.reference.draw import transformed_logits_ref
 
 INF = math.inf
 

@@ -24,7 +24,7 @@ import di4c_fast
 from di4c_fast import LinearHead, LogisticHead, TensorHead
 
 fused = pytest.importorskip("di4c_fast.fused")
-from di4c_fast.kernels import tuning  # noqa: E402
+from di4c_fast.kernels.triton import tuning  # noqa: E402
 
 from di4c_fast import fused_passes, fused_plan  # noqa: E402
 from di4c_fast.fused_heads import HeadSpec, padded  # noqa: E402

@@ -351,7 +351,7 @@ def test_compute_sanitizer_finds_nothing(tool):
         "import torch, di4c_fast\n"
         "from fused_support import make_case, evaluate, SMALL_TILES\n"
         "from test_fused_gpu import to_device\n"
-        "from di4c_fast.kernels import tuning\n"
+        "from di4c_fast.kernels.triton import tuning\n"
         "with tuning.override(**SMALL_TILES):\n"
         "    evaluate(to_device(make_case(1)), 'triton')\n"
         "torch.cuda.synchronize()\n"

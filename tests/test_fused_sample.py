@@ -10,12 +10,12 @@ from sample_cases import assert_near, draws_of_one_row, normal, streamed
 
 import di4c_fast
 from di4c_fast import LinearHead, LogisticHead
-from di4c_fast.sample import Draw, sample
-from di4c_fast.sample_inputs import STATISTICS
+from di4c_fast.draw.api import Draw, sample
+from di4c_fast.draw.request import STATISTICS
 from di4c_fast.testing import assert_draws_match, assert_tail_mass, tail_logits
 
 fused_sample = pytest.importorskip("di4c_fast.fused_sample")
-from di4c_fast.kernels import tuning  # noqa: E402
+from di4c_fast.kernels.triton import tuning  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="run by test_sample_gpu on a GPU"),

@@ -9,7 +9,7 @@ import torch
 from input_cases import B, D, K, N, V, right
 from loss_cases import make_problem
 
-from di4c_fast.inputs import prepare_inputs, prepare_log_weights
+from di4c_fast.loss.problem import prepare_inputs, prepare_log_weights
 from di4c_fast.rng import draw_seed
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from di4c_fast.heads import LinearHead, TensorHead
 from di4c_fast.integrations import llada
-from di4c_fast.integrations._linear_output import output_layer
+from di4c_fast.models.linear_output import output_layer
 
 VOCAB, MASK, WIDTH, LENGTH = 60, 59, 12, 32
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from di4c_fast._reveal import reveal_counts
 from di4c_fast.integrations.maskgit import (
     ConfidenceSampler,
     accelerate_di4c,
     accelerate_valeoai,
 )
+from di4c_fast.processes.reveal import reveal_counts
 
 SIDE, CODES, CLASSES = 4, 8, 3
 POSITIONS = SIDE * SIDE

@@ -10,7 +10,13 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from di4c_fast.latent import LatentEmbedding, LatentShift, LatentToken, draw_latents, sinusoid
+from di4c_fast.models.latent import (
+    LatentEmbedding,
+    LatentShift,
+    LatentToken,
+    draw_latents,
+    sinusoid,
+)
 
 
 def test_latents_are_uniform_and_a_function_of_the_generator():

@@ -13,7 +13,7 @@ from di4c_fast import LogisticHead
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from di4c_fast.kernels._tl import logistic_slopes, logistic_tile, slopes_at  # noqa: E402
+from di4c_fast.kernels.triton._tl import logistic_slopes, logistic_tile, slopes_at  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="run by test_fused_gpu on a GPU"),

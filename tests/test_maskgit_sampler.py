@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from di4c_fast._reveal import SCHEDULES, gumbel, reveal_counts
 from di4c_fast.heads import TensorHead
+from di4c_fast.processes.reveal import SCHEDULES, gumbel, reveal_counts
 from di4c_fast.samplers import sample_maskgit
 from di4c_fast.samplers.maskgit import _first_true
 from di4c_fast.testing import assert_counts_match

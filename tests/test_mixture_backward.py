@@ -12,11 +12,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from di4c_fast.kernels import tuning
-from di4c_fast.kernels.joint import joint_terms
-from di4c_fast.kernels.mixture_backward import mixture_backward
-from di4c_fast.kernels.operands import Visit, order_positions, tensor_operand
-from di4c_fast.kernels.target_gradient import BackwardSums
+from di4c_fast.kernels.triton import tuning
+from di4c_fast.kernels.triton.joint import joint_terms
+from di4c_fast.kernels.triton.mixture_backward import mixture_backward
+from di4c_fast.kernels.triton.operands import Visit, order_positions, tensor_operand
+from di4c_fast.kernels.triton.target_gradient import BackwardSums
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="run by test_fused_gpu on a GPU"),

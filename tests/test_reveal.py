@@ -9,7 +9,13 @@ import pytest
 import torch
 from scipy import stats
 
-from di4c_fast._reveal import SCHEDULES, gumbel, masked_share, most_confident, reveal_counts
+from di4c_fast.processes.reveal import (
+    SCHEDULES,
+    gumbel,
+    masked_share,
+    most_confident,
+    reveal_counts,
+)
 from di4c_fast.testing import P_VALUE
 
 

@@ -13,9 +13,9 @@ import torch
 from di4c_fast import LogisticHead
 
 pytest.importorskip("triton")
-from di4c_fast.kernels import tuning
-from di4c_fast.kernels.operands import Operand, logistic_operand, tensor_operand
-from di4c_fast.kernels.row_draw import (
+from di4c_fast.kernels.triton import tuning
+from di4c_fast.kernels.triton.operands import Operand, logistic_operand, tensor_operand
+from di4c_fast.kernels.triton.row_draw import (
     MAX_VOCABULARY,
     Results,
     Rows,
@@ -24,7 +24,7 @@ from di4c_fast.kernels.row_draw import (
     scratch_bytes,
 )
 
-from di4c_fast.reference.sample import draw_ref
+from di4c_fast.reference.draw import draw_ref
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="run by test_sample_gpu on a GPU"),

@@ -11,18 +11,18 @@ import torch
 from di4c_fast import LogisticHead
 
 pytest.importorskip("triton")
-from di4c_fast.kernels import tuning
-from di4c_fast.kernels.draw import draw
-from di4c_fast.kernels.operands import (
+from di4c_fast.kernels.triton import tuning
+from di4c_fast.kernels.triton.draw import draw
+from di4c_fast.kernels.triton.operands import (
     Visit,
     chunk_operand,
     logistic_operand,
     order_positions,
     tensor_operand,
 )
-from di4c_fast.kernels.row_statistics import row_statistics
+from di4c_fast.kernels.triton.row_statistics import row_statistics
 
-from di4c_fast.reference.sample import draw_ref
+from di4c_fast.reference.draw import draw_ref
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="run by test_fused_gpu on a GPU"),

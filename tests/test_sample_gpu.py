@@ -7,7 +7,7 @@ import torch
 from sample_cases import assert_near
 
 from di4c_fast import LinearHead, LogisticHead
-from di4c_fast.sample import Draw, sample
+from di4c_fast.draw.api import Draw, sample
 from di4c_fast.testing import assert_draws_match, assert_tail_mass
 
 pytestmark = pytest.mark.gpu

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sample_cases import normal, streamed
 
+from di4c_fast.draw.api import sample
 from di4c_fast.heads import LinearHead
-from di4c_fast.sample import sample
 
 INF = math.inf
 

@@ -21,8 +21,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("tqdm")
 
-from di4c_fast.distill import DistillConfig, distill_step
 from di4c_fast.processes import MaskedProcess
+from di4c_fast.training.step import DistillConfig, distill_step
 from examples.common import sampling
 from examples.common.rundir import RunDirectory, RunError
 from examples.text import data, report, train

@@ -10,15 +10,14 @@ from gaussian_cases import SMALL, V, rng
 from scipy import linalg, stats
 from torch import Tensor
 
-from di4c_fast import transitions
-from di4c_fast.processes import GaussianProcess
-from di4c_fast.testing import P_VALUE, assert_draws_match
-from di4c_fast.transitions import (
+from di4c_fast.processes import GaussianProcess, transitions
+from di4c_fast.processes.transitions import (
     GaussianTransitions,
     draw_by_weights,
     draw_from_cdf,
     fine_uniform,
 )
+from di4c_fast.testing import P_VALUE, assert_draws_match
 
 # Rate and transition matrices
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import without_autocast
-from .._models import evaluation_mode
+from ..checks import without_autocast
 from ..heads import Head, LinearHead, TensorHead
-from ..latent import sinusoid
-from ._linear_output import plain_linear
+from ..models.call import evaluation_mode
+from ..models.latent import sinusoid
+from ..models.linear_output import plain_linear
 
 __all__ = ["Network"]
 

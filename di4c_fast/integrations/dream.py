@@ -32,12 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_choice, describe
+from ..checks import check_bool, check_choice, describe
+from ..draw.request import CONFIDENCE_DTYPES
 from ..heads import Head
-from ..sample_inputs import CONFIDENCE_DTYPES
+from ..models.linear_output import call_for_head
 from ..samplers.confidence import sample_confidence
 from ._handle import Handle
-from ._linear_output import call_for_head
 
 __all__ = ["DreamOutput", "accelerate", "denoiser"]
 

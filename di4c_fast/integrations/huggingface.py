@@ -3,7 +3,7 @@
     model = MaskedLM(AutoModelForMaskedLM.from_pretrained(name))
     tokens = sample_masked(model, (B, D), mask_id=tokenizer.mask_token_id, steps=32)
 
-Nothing of `transformers` is imported. `di4c_fast.wrappers` makes students of such models.
+Nothing of `transformers` is imported. `di4c_fast.models.wrappers` makes students of such models.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import describe
-from .._models import evaluation_mode
+from ..checks import describe
 from ..heads import Head, LinearHead, TensorHead
-from ._linear_output import call_for_head, output_layer
+from ..models.call import evaluation_mode
+from ..models.linear_output import call_for_head, output_layer
 
 __all__ = ["MaskedLM", "has_linear_head"]
 

@@ -31,12 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_int64, check_rank, check_tensor, describe
+from ..checks import check_choice, check_int64, check_rank, check_tensor, describe
 from ..heads import Head
+from ..models.linear_output import call_for_head
 from ..samplers._shared import check_counts
 from ..samplers.confidence import sample_confidence
 from ._handle import Handle
-from ._linear_output import call_for_head
 
 __all__ = ["EOS_ID", "EOT_ID", "accelerate", "denoiser", "generate", "generate_fast_dllm"]
 

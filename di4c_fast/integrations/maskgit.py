@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_number, check_tensor
-from .._models import evaluation_mode
-from .._reveal import check_schedule, reveal_counts
+from ..checks import check_bool, check_number, check_tensor
+from ..models.call import evaluation_mode
+from ..processes.reveal import check_schedule, reveal_counts
 from ..samplers.maskgit import sample_maskgit
 from ._handle import Handle, check_attributes
 

@@ -37,9 +37,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_choice
-from .._models import check_callable
+from ..checks import check_bool, check_choice
 from ..heads import Head
+from ..models.call import check_callable
 from ..samplers._shared import check_counts
 from ..samplers.masked import sample_masked
 from ._dit import Network

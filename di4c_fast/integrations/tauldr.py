@@ -41,13 +41,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_int64, check_shape, check_values, describe
+from ..checks import check_choice, check_int64, check_shape, check_values, describe
+from ..draw.api import sample
 from ..heads import HeadLike, LogisticHead, as_head
 from ..processes.gaussian import GaussianProcess
+from ..processes.transitions import draw_by_weights, fine_uniform
 from ..rng import draw_seed
-from ..sample import sample
 from ..samplers.gaussian import sample_gaussian
-from ..transitions import draw_by_weights, fine_uniform
 from ._handle import Handle
 
 __all__ = ["Handle", "accelerate_tauldr", "as_model", "process_of"]

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .._checks import (
+from ..checks import (
     check_floating,
     check_int64,
     check_rank,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from .._checks import (
+from ..checks import (
     check_choice,
     check_int64,
     check_number,
@@ -28,10 +28,10 @@ from .._checks import (
     describe,
     without_autocast,
 )
-from .._draws import check_generator, uniform
 from ..heads import HeadLike, as_head
-from ..transitions import GaussianTransitions, draw_by_weights, draw_from_cdf, fine_uniform
+from ..rng import check_generator, generator_uniform
 from .base import before, check_teacher_step, check_times, check_valid, widened
+from .transitions import GaussianTransitions, draw_by_weights, draw_from_cdf, fine_uniform
 
 __all__ = ["GaussianProcess"]
 
@@ -147,7 +147,7 @@ class GaussianProcess:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         first = self.t_min + self.min_step
         cut = max(first, low_t)
-        v = uniform((batch,), generator=generator, device=device)
+        v = generator_uniform((batch,), generator=generator, device=device)
         # One uniform number gives both the branch and the place within it.
         p = low_t_probability
         below = first + (cut - first) * v / p if p > 0.0 else v
@@ -217,7 +217,7 @@ class GaussianProcess:
         check_times(t, "t", t.shape[0] if isinstance(t, Tensor) and t.ndim else -1, t)
         check_values(t > self.t_min, f"t must be greater than t_min = {self.t_min}", t)
         shortest, longest = sorted((self.min_step, step))
-        v = uniform(t.shape, generator=generator, device=t.device, dtype=torch.float64)
+        v = generator_uniform(t.shape, generator=generator, device=t.device, dtype=torch.float64)
         room = t.to(torch.float64) - self.t_min
         high = room.clamp(max=longest)
         low = high.clamp(max=shortest)

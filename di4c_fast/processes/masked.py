@@ -14,7 +14,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .._checks import (
+from ..checks import (
     check_int64,
     check_number,
     check_rank,
@@ -22,10 +22,9 @@ from .._checks import (
     check_values,
     describe,
 )
-from .._draws import uniform
+from ..draw.api import sample
 from ..heads import HeadLike, as_head
-from ..rng import draw_seed
-from ..sample import sample
+from ..rng import draw_seed, generator_uniform
 from .base import before, check_teacher_step, check_times, check_valid, widened
 
 __all__ = ["MaskedProcess"]
@@ -112,11 +111,11 @@ class MaskedProcess:
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
         if stratified and batch:
-            offset = uniform((1,), generator=generator, device=device)
+            offset = generator_uniform((1,), generator=generator, device=device)
             part = torch.arange(batch, device=offset.device, dtype=torch.float32) / batch
             v = (part + offset) % 1.0
         else:
-            v = uniform((batch,), generator=generator, device=device)
+            v = generator_uniform((batch,), generator=generator, device=device)
         # One uniform number gives both the branch and the place within it.
         p = low_t_probability
         below = low_t * v / p if p > 0.0 else v
@@ -157,7 +156,9 @@ class MaskedProcess:
             check_valid(valid, x0, "x0")
             clean = clean | ~valid
         check_values(clean, f"x0 must not hold mask_id = {self.mask_id}")
-        masked = uniform(x0.shape, generator=generator, device=x0.device) < t.unsqueeze(-1)
+        masked = generator_uniform(x0.shape, generator=generator, device=x0.device) < t.unsqueeze(
+            -1
+        )
         if valid is not None:
             masked = masked & valid
         return x0.masked_fill(masked, self.mask_id)
@@ -222,7 +223,10 @@ class MaskedProcess:
         check_same_device(head, "teacher_head", xt, "xt")
 
         chance = ((t - u) / t).view(batch, 1, 1)
-        unmask = uniform((batch, draws, positions), generator=generator, device=xt.device) < chance
+        unmask = (
+            generator_uniform((batch, draws, positions), generator=generator, device=xt.device)
+            < chance
+        )
         waiting = xt == self.mask_id
         if valid is not None:
             waiting = waiting & valid

@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .._checks import (
+from ..checks import (
     check_bool,
     check_choice,
     check_int64,
@@ -25,19 +25,18 @@ from .._checks import (
     check_values,
     describe,
 )
-from .._draws import check_generator, uniform
-from .._reveal import (
+from ..draw.api import sample
+from ..heads import Head, HeadLike, TensorHead, as_head
+from ..rng import check_generator, draw_seed, generator_uniform
+from .base import before, check_teacher_step, check_times, check_valid, widened
+from .masked import MaskedProcess
+from .reveal import (
     SCHEDULES,
     check_gumbel_temperature,
     gumbel,
     masked_share,
     most_confident,
 )
-from ..heads import Head, HeadLike, TensorHead, as_head
-from ..rng import draw_seed
-from ..sample import sample
-from .base import before, check_teacher_step, check_times, check_valid, widened
-from .masked import MaskedProcess
 
 __all__ = ["MaskGITProcess"]
 
@@ -147,7 +146,7 @@ class MaskGITProcess:
             clean = clean | ~valid
         check_values(clean, f"x0 must not hold mask_id = {self.mask_id}")
         share = masked_share(1.0 - t, self.schedule).unsqueeze(-1)
-        masked = uniform(x0.shape, generator=generator, device=x0.device) < share
+        masked = generator_uniform(x0.shape, generator=generator, device=x0.device) < share
         if valid is not None:
             masked = masked & valid
         return x0.masked_fill(masked, self.mask_id)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..heads import Head
-from ..inputs import LossInputs, LossTerms
-from .sample import draw_ref
+from ..loss.problem import LossInputs, LossTerms
+from .draw import draw_ref
 
 NEG_INF = float("-inf")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
-from .._checks import (
+from ..checks import (
     check_floating,
     check_int64,
     check_number,
@@ -20,8 +20,8 @@ from .._checks import (
     check_tensor,
     describe,
 )
-from .._draws import check_generator
-from .._models import check_callable
+from ..models.call import check_callable
+from ..rng import check_generator
 
 # Step numbers of the counter-based generator that no sampling step uses.
 PLAN, REPLAN = 2**32 - 1, 2**31

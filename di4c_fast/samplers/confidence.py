@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from .._checks import check_bool, check_choice, check_number, describe
-from .._models import (
+from ..checks import check_bool, check_choice, check_number, describe
+from ..draw.api import sample
+from ..draw.request import CONFIDENCE_DTYPES, Draw
+from ..heads import Head, HeadLike
+from ..models.call import (
     Context,
     call_model,
     check_callable,
@@ -26,9 +29,6 @@ from .._models import (
     evaluation_mode,
     select_context,
 )
-from ..heads import Head, HeadLike
-from ..sample import sample
-from ..sample_inputs import CONFIDENCE_DTYPES, Draw
 from ._ranking import choose, defer, without
 from ._shared import (
     check_counts,

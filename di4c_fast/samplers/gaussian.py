@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from .._checks import (
+from ..checks import (
     check_choice,
     check_int64,
     check_number,
@@ -27,11 +27,11 @@ from .._checks import (
     check_token_range,
     describe,
 )
-from .._models import Context, call_model, check_callable, check_context, evaluation_mode
-from .._models import repeat_context as repeat
+from ..draw.api import sample
 from ..heads import HeadLike
+from ..models.call import Context, call_model, check_callable, check_context, evaluation_mode
+from ..models.call import repeat_context as repeat
 from ..processes.gaussian import INITIAL_LAWS, GaussianProcess
-from ..sample import sample
 from ._shared import (
     PLAN,
     check_filters,

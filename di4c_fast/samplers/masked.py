@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from .._checks import check_number
-from .._models import (
+from ..checks import check_number
+from ..draw.api import sample
+from ..heads import HeadLike
+from ..models.call import (
     Context,
     call_model,
     check_callable,
@@ -29,8 +31,6 @@ from .._models import (
     evaluation_mode,
     select_context,
 )
-from ..heads import HeadLike
-from ..sample import sample
 from ._shared import (
     PLAN,
     REPLAN,

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from .._checks import check_bool, check_choice, check_number
-from .._models import (
+from ..checks import check_bool, check_choice, check_number
+from ..draw.api import sample
+from ..heads import Head, HeadLike
+from ..models.call import (
     Context,
     call_model,
     check_callable,
@@ -28,7 +30,7 @@ from .._models import (
     evaluation_mode,
     select_context,
 )
-from .._reveal import (
+from ..processes.reveal import (
     NOISE,
     check_gumbel_temperature,
     check_schedule,
@@ -36,8 +38,6 @@ from .._reveal import (
     most_confident,
     reveal_counts,
 )
-from ..heads import Head, HeadLike
-from ..sample import sample
 from ._shared import (
     check_counts,
     check_filters,
@@ -108,7 +108,7 @@ def sample_maskgit(
         schedule: "arccos", "cosine", "linear", "square", "root", or n counts k_i. Counts above
             what is left are cut, and the last step reveals what is left.
         schedule_style: how a name becomes counts: as in the code of Di4C, of today's valeoai
-            repository or of its first version; see `di4c_fast._reveal.reveal_counts`.
+            repository or of its first version; see `di4c_fast.processes.reveal.reveal_counts`.
         vocab_size: V, to check the model and the prompt against; None accepts the model's.
         latent_dim: L of a mixture student; 0 for a model without λ.
         latent: λ to use: (B, L) for every step, or (n, B, L). None draws a fresh one per step

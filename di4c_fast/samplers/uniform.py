@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from .._checks import (
+from ..checks import (
     check_choice,
     check_int64,
     check_number,
@@ -32,9 +32,9 @@ from .._checks import (
     check_shape,
     check_token_range,
 )
-from .._models import Context, call_model, check_callable, check_context, evaluation_mode
+from ..draw.api import sample
 from ..heads import Head, HeadLike, LinearHead, TensorHead
-from ..sample import sample
+from ..models.call import Context, call_model, check_callable, check_context, evaluation_mode
 from ._shared import (
     check_hooks,
     check_sizes,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from di4c_fast.distill import EMA
+from di4c_fast.training.step import EMA
 
 from .options import Recipe
 from .rundir import RunDirectory, RunError

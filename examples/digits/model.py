@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from di4c_fast.latent import LatentEmbedding
+from di4c_fast.models.latent import LatentEmbedding
 
 from .config import POSITIONS, SIDE
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from di4c_fast.distill import distill_step
 from di4c_fast.heads import as_head
+from di4c_fast.training.step import distill_step
 
 from ..common.rundir import RunDirectory
 from ..common.training import masked_cross_entropy, stratified_latents, train

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from di4c_fast.distill import DistillConfig, distill_step
 from di4c_fast.processes import MaskedProcess
+from di4c_fast.training.step import DistillConfig, distill_step
 
 from ..common.rundir import RunDirectory
 from ..common.training import masked_cross_entropy, stratified_latents, train

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from di4c_fast.distill import DistillConfig
 from di4c_fast.processes import Process
+from di4c_fast.training.step import DistillConfig
 
 from ..config import Config
 from ..data import Digits

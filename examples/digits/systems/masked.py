@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from di4c_fast.distill import DistillConfig
 from di4c_fast.processes import MaskedProcess
+from di4c_fast.training.step import DistillConfig
 
 from ...common import sampling
 from ..config import Config

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from di4c_fast.distill import DistillConfig
 from di4c_fast.processes import MaskGITProcess
 from di4c_fast.samplers import sample_maskgit
+from di4c_fast.training.step import DistillConfig
 
 from ..config import MaskGITConfig
 from ..data import Digits

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_bool, check_floating, describe
-from .heads import Head, LinearHead, TensorHead
-from .integrations._linear_output import call_for_head
-from .integrations.huggingface import MaskedLM, has_linear_head
+from ..checks import check_bool, check_floating, describe
+from ..heads import Head, LinearHead, TensorHead
+from ..integrations.huggingface import MaskedLM, has_linear_head
 from .latent import LatentShift, LatentToken
+from .linear_output import call_for_head
 
 __all__ = ["ShiftedModel", "TokenModel", "with_latent_shift", "with_latent_token"]
 

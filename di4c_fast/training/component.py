@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._draws import uniform
-from ._models import Context, call_model, evaluation_mode, repeat_context, unflatten_rows
-from .distill_config import DistillConfig
-from .heads import HeadLike
-from .latent import draw_latents
-from .loss import loss
-from .processes import Process
+from ..heads import HeadLike
+from ..loss.api import loss
+from ..models.call import Context, call_model, evaluation_mode, repeat_context, unflatten_rows
+from ..models.latent import draw_latents
+from ..processes import Process
+from ..rng import generator_uniform
+from .config import DistillConfig
 
 
 def call_components(
@@ -67,7 +67,7 @@ def component_step(
     count = batch * rows
     t_min = torch.full((count,), time, dtype=torch.float32, device=x0.device)
     if config.component_spread:
-        later = uniform((2, count), generator=generator, device=x0.device)
+        later = generator_uniform((2, count), generator=generator, device=x0.device)
         t_min = t_min + (later[0] < 0.5) * later[1] * config.component_spread
         t_min = t_min.clamp(max=1.0)
     x0, context = x0.repeat_interleave(rows, dim=0), repeat_context(context, rows)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ._checks import describe
+from ..checks import describe
 
 PathLike = str | os.PathLike[str]
 

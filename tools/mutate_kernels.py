@@ -32,7 +32,7 @@ class Mutation:
 MUTATIONS = [
     Mutation(
         "wrong stride",
-        "kernels/_tl.py",
+        "kernels/triton/_tl.py",
         "+ b * (stride_b // ALIGN)\n        + d * (stride_d // ALIGN)",
         "+ b * (stride_d // ALIGN)\n        + d * (stride_b // ALIGN)",
         "test_row_statistics.py",
@@ -40,7 +40,7 @@ MUTATIONS = [
     ),
     Mutation(
         "dropped rescale",
-        "kernels/row_statistics.py",
+        "kernels/triton/row_statistics.py",
         "total * ratio + 1.0",
         "total + 1.0",
         "test_row_statistics.py",
@@ -48,7 +48,7 @@ MUTATIONS = [
     ),
     Mutation(
         "missing tail mask",
-        "kernels/_tl.py",
+        "kernels/triton/_tl.py",
         "            keep = keep & (cols < V)[None, :]\n        tile = tl.load",
         "            keep = keep\n        tile = tl.load",
         "test_row_statistics.py",
@@ -56,7 +56,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mask column counted",
-        "kernels/_tl.py",
+        "kernels/triton/_tl.py",
         'tile = tl.where((cols == mask_id)[None, :], float("-inf"), tile)',
         "tile = tile",
         "test_row_statistics.py",
@@ -64,49 +64,49 @@ MUTATIONS = [
     ),
     Mutation(
         "wrong sign of kappa",
-        "kernels/_tl.py",
+        "kernels/triton/_tl.py",
         "alpha * (local - joint)",
         "alpha * (joint - local)",
         "test_mixture_backward.py",
     ),
     Mutation(
         "coinciding targets not gathered",
-        "kernels/target_gradient.py",
+        "kernels/triton/target_gradient.py",
         "(tokens == token)[:, None]",
         "(j == other)[:, None]",
         "test_mixture_backward.py",
     ),
     Mutation(
         "zeros not written",
-        "kernels/mixture_backward.py",
+        "kernels/triton/mixture_backward.py",
         "elif slot < slots:",
         "elif slot < 0:",
         "test_mixture_backward.py",
     ),
     Mutation(
         "upstream gradient ignored",
-        "kernels/mixture_backward.py",
+        "kernels/triton/mixture_backward.py",
         "tl.load(upstream_ptr + b) * scale",
         "scale",
         "test_mixture_backward.py",
     ),
     Mutation(
         "component term without its weight",
-        "kernels/target_gradient.py",
+        "kernels/triton/target_gradient.py",
         "component_weight * tl.exp(a)",
         "component_weight",
         "test_mixture_backward.py",
     ),
     Mutation(
         "split one block short",
-        "kernels/mixture_forward.py",
+        "kernels/triton/mixture_forward.py",
         "stop = tl.minimum(start + split, V)",
         "stop = tl.minimum(start + split - BLOCK_V, V)",
         "test_mixture_forward.py",
     ),
     Mutation(
         "rescale dropped in the loop over components",
-        "kernels/mixture_forward.py",
+        "kernels/triton/mixture_forward.py",
         "total = total * tl.exp(peak - top)",
         "total = total",
         "test_mixture_forward.py",
@@ -114,7 +114,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mean not divided",
-        "kernels/_tl.py",
+        "kernels/triton/_tl.py",
         "return total / components",
         "return total",
         "test_mixture_forward.py",
@@ -122,7 +122,7 @@ MUTATIONS = [
     ),
     Mutation(
         "joint sums over positions that do not count",
-        "kernels/joint.py",
+        "kernels/triton/joint.py",
         "picked = tl.where(counted[:, None], picked, 0.0)",
         "picked = tl.where(visited[:, None], picked, 0.0)",
         "test_mixture_forward.py",
@@ -130,7 +130,7 @@ MUTATIONS = [
     ),
     Mutation(
         "positions without any class counted",
-        "kernels/mixture_forward.py",
+        "kernels/triton/mixture_forward.py",
         'dead = tl.where(tl.min(lse, axis=0) == float("inf"), 0.0, 1.0)',
         "dead = 1.0",
         "test_fused.py",
@@ -138,7 +138,7 @@ MUTATIONS = [
     ),
     Mutation(
         "draw does not rescale",
-        "kernels/draw.py",
+        "kernels/triton/draw.py",
         "            total = total * tl.exp(peak - top)\n",
         "",
         "test_row_statistics.py",
@@ -146,7 +146,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row draw: blocks not scaled to the maximum of the row",
-        "kernels/row_draw.py",
+        "kernels/triton/row_draw.py",
         "mass = total * share",
         "mass = total",
         "test_row_draw.py",
@@ -154,7 +154,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row draw: last column of a partial block left out",
-        "kernels/row_draw.py",
+        "kernels/triton/row_draw.py",
         "keep = wanted[:, None] & (v < V)",
         "keep = wanted[:, None] & (v < V - 1)",
         "test_row_draw.py",
@@ -162,7 +162,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row draw: highest id wins ties",
-        "kernels/row_draw.py",
+        "kernels/triton/row_draw.py",
         "best = tl.min(tl.where(x == tl.max(x, axis=1)[:, None], v, 2147483647), axis=1)",
         "best = tl.max(tl.where(x == tl.max(x, axis=1)[:, None], v, -1), axis=1)",
         "test_row_draw.py",
@@ -170,7 +170,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row draw: margin within the block of the maximum only",
-        "kernels/row_draw.py",
+        "kernels/triton/row_draw.py",
         "(tl.maximum(within, outside) - shift)",
         "(within - shift)",
         "test_row_draw.py",
@@ -178,7 +178,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row draw: entropy without the distance of a block to the maximum",
-        "kernels/row_draw.py",
+        "kernels/triton/row_draw.py",
         "share * (weighted + total * log_share)",
         "share * weighted",
         "test_row_draw.py",
@@ -186,7 +186,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row draw: mask column beyond the first tile counted",
-        "kernels/block_sums.py",
+        "kernels/triton/block_sums.py",
         "& ((mask_id < begin) | (mask_id >= begin + columns))",
         "& ((mask_id < begin) | (mask_id > begin))",
         "test_row_draw.py",
@@ -194,7 +194,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row draw: raw probability at the drawing temperature",
-        "kernels/row_draw.py",
+        "kernels/triton/row_draw.py",
         "raw_prob = tl.exp(picked - shift) / sum_raw",
         "raw_prob = tl.exp((picked - shift) / temperature) / sum_raw",
         "test_row_draw.py",
@@ -202,7 +202,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row draw: excluded tokens return with guidance",
-        "kernels/block_sums.py",
+        "kernels/triton/block_sums.py",
         'x = tl.where(x == float("-inf"), x, u + gain[:, None] * (x - u))',
         "x = u + gain[:, None] * (x - u)",
         "test_row_draw.py",
@@ -210,7 +210,7 @@ MUTATIONS = [
     ),
     Mutation(
         "row draw: step left out of the counter",
-        "kernels/_tl.py",
+        "kernels/triton/_tl.py",
         "last = (step & 0xFFFFFFFF).to(tl.uint32) + zero",
         "last = zero",
         "test_row_draw.py",
@@ -226,7 +226,7 @@ MUTATIONS = [
     ),
     Mutation(
         "slope of the wrong tail",
-        "kernels/_tl.py",
+        "kernels/triton/_tl.py",
         "slope_mu = part * slope_mu + (1.0 - part) * upper_mu",
         "slope_mu = part * slope_mu - (1.0 - part) * upper_mu",
         "test_logistic.py",

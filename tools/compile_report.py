@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time and report registers, shared memory and spills.
 
-    python -m di4c_fast.kernels.compile_report [--targets sm_90 gfx942] [--shapes language pixel]
+    python -m tools.compile_report [--targets sm_90 gfx942] [--shapes language pixel]
 
 Needs no GPU: the launchers run on tensors without memory, each launch is compiled for the target
 instead of started, and the resource use is read from the binary (`cuobjdump`, which the Triton
@@ -175,7 +175,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def launch_everything(shape: Shape) -> None:
     """Call every launcher that a loss of this shape needs, forward and backward."""
-    from . import (
+    from di4c_fast.kernels.triton import (
         draw,
         joint,
         logistic,
@@ -185,7 +185,7 @@ def launch_everything(shape: Shape) -> None:
         operands,
         target_gradient,
     )
-    from . import row_statistics as statistics
+    from di4c_fast.kernels.triton import row_statistics as statistics
 
     size, positions, vocabulary = shape.batch, shape.positions, shape.vocabulary
     total, components = size * positions, shape.components
@@ -316,7 +316,7 @@ def launch_everything(shape: Shape) -> None:
 
 def launch_draw(shape: DrawShape) -> None:
     """Call the launcher of a row draw of this shape."""
-    from . import operands, row_draw
+    from di4c_fast.kernels.triton import operands, row_draw
 
     rows, vocabulary = shape.rows, shape.vocabulary
     wanted = row_draw.Wanted(**dict.fromkeys(shape.wanted, True))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import (
+from ..checks import (
     check_bool,
     check_int64,
     check_same_device,
@@ -20,8 +20,8 @@ from ._checks import (
     check_values,
     describe,
 )
-from .heads import Head, HeadLike, as_head
-from .rng import draw_seed
+from ..heads import Head, HeadLike, as_head
+from ..rng import draw_seed
 
 
 class LossTerms(NamedTuple):

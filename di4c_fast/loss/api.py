@@ -7,11 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import backends
-from ._checks import check_choice, without_autocast
-from .backends import Backend
-from .heads import HeadLike
-from .inputs import (
+from .. import backends
+from ..backends import Backend
+from ..checks import check_choice, without_autocast
+from ..heads import HeadLike
+from .problem import (
     LossTerms,
     check_targets_allowed,
     prepare_active,

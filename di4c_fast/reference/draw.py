@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..draw.request import SampleInputs
 from ..rng import BLOCKS, TOKENS, Integer, uniform
-from ..sample_inputs import SampleInputs
 from ..streaming_sample import SAMPLE_BLOCK
 
 NEG_INF = float("-inf")

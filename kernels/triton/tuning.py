@@ -1,7 +1,7 @@
 """Launch parameters: one frozen record, defaults, overrides by device from `configs/*.json`.
 
 Nothing is tuned behind the user's back. The defaults come from the ahead-of-time resource report
-(`python -m di4c_fast.kernels.compile_report`). A file `configs/<name>.json`, with <name> the device
+(`python -m tools.compile_report`). A file `configs/<name>.json`, with <name> the device
 name in lower case with everything but letters and digits replaced by "_", overrides fields for
 that device; `override` does so for a block of code.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_number, check_tensor, describe
+from ..checks import check_number, check_tensor, describe
 
 __all__ = ["EMA"]
 

@@ -28,8 +28,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from . import rng
-from ._checks import check_number, describe, without_autocast
+from .. import rng
+from ..checks import check_number, describe, without_autocast
 
 __all__ = ["GaussianTransitions", "draw_by_weights", "draw_from_cdf", "fine_uniform"]
 

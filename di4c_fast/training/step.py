@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import (
+from ..checks import (
     check_floating,
     check_int64,
     check_number,
@@ -27,9 +27,9 @@ from ._checks import (
     describe,
     without_autocast,
 )
-from ._component import call_components, component_step
-from ._draws import check_generator
-from ._models import (
+from ..heads import HeadLike
+from ..loss.api import LossTerms, loss
+from ..models.call import (
     Context,
     check_callable,
     check_context,
@@ -37,12 +37,12 @@ from ._models import (
     select_context,
     split_examples,
 )
-from .distill_config import SCHEDULES, DistillConfig, Schedule, data_weights
+from ..models.latent import draw_latents
+from ..processes import Process
+from ..rng import check_generator
+from .component import call_components, component_step
+from .config import SCHEDULES, DistillConfig, Schedule, data_weights
 from .ema import EMA
-from .heads import HeadLike
-from .latent import draw_latents
-from .loss import LossTerms, loss
-from .processes import Process
 
 __all__ = [
     "EMA",

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_same_device, check_tensor
-from .heads import Head, HeadLike, LinearHead, LogisticHead, TensorHead, as_head
+from ..checks import check_same_device, check_tensor
+from ..heads import Head, HeadLike, LinearHead, LogisticHead, TensorHead, as_head
 
 Context = Mapping[str, Tensor]
 

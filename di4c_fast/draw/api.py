@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, without_autocast
-from .backends import triton_unavailable
-from .heads import HeadLike
-from .rng import Integer
-from .sample_inputs import Draw, SampleInputs, prepare_sample_inputs
+from ..backends import triton_unavailable
+from ..checks import check_choice, without_autocast
+from ..heads import HeadLike
+from ..rng import Integer
+from .request import Draw, SampleInputs, prepare_sample_inputs
 
 __all__ = ["SAMPLE_BACKENDS", "Draw", "sample"]
 
@@ -134,11 +134,11 @@ def sample_backend(name: str, inputs: SampleInputs) -> Any:
     # Import statements rather than importlib: torch.compile traces through them.
     implementation: Any
     if name == "reference":
-        from .reference import sample as implementation
+        from ..reference import draw as implementation
     elif name == "torch" or not _takes_triton(name, inputs):
-        from . import streaming_sample as implementation
+        from .. import streaming_sample as implementation
     else:
-        from . import fused_sample as implementation
+        from .. import fused_sample as implementation
     return implementation
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import rng
-from ._checks import check_choice, check_number, describe
+from .. import rng
+from ..checks import check_choice, check_number, describe
 
 SCHEDULES = ("arccos", "cosine", "linear", "square", "root")
 STYLES = ("di4c", "valeoai", "valeoai_v1")

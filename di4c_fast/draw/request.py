@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import (
+from ..checks import (
     check_floating,
     check_int64,
     check_number,
@@ -18,8 +18,8 @@ from ._checks import (
     check_values,
     describe,
 )
-from .heads import Head, HeadLike, LinearHead, TensorHead, as_head
-from .rng import Integer, draw_seed
+from ..heads import Head, HeadLike, LinearHead, TensorHead, as_head
+from ..rng import Integer, draw_seed
 
 CONFIDENCE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_floating, check_number, check_rank, describe
-from ._draws import uniform
+from ..checks import check_floating, check_number, check_rank, describe
+from ..rng import generator_uniform
 
 __all__ = ["LatentEmbedding", "LatentShift", "LatentToken", "draw_latents", "sinusoid"]
 
@@ -47,7 +47,7 @@ def draw_latents(
     _check_count(batch, "batch", 0)
     _check_count(components, "components", 1)
     _check_count(dim, "dim", 1)
-    return uniform((batch, components, dim), generator=generator, device=device)
+    return generator_uniform((batch, components, dim), generator=generator, device=device)
 
 
 def sinusoid(x: Tensor, features: int, max_period: float = 10_000.0) -> Tensor:

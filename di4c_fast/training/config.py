@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import backends
-from ._checks import check_choice, check_number, describe
+from .. import backends
+from ..checks import check_choice, check_number, describe
 
 __all__ = ["SCHEDULES", "DistillConfig", "Schedule", "data_weights"]
 

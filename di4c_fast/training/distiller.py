@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ._checkpoint import (
+from ..checks import check_bool, check_number, describe, without_autocast
+from ..heads import HeadLike
+from ..models.call import Context, check_callable
+from ..processes import Process
+from ..rng import check_generator
+from .checkpoint import (
     PathLike,
     decode,
     differences,
@@ -28,13 +33,8 @@ from ._checkpoint import (
     same_structure,
     write_checkpoint,
 )
-from ._checks import check_bool, check_number, describe, without_autocast
-from ._draws import check_generator
-from ._models import Context, check_callable
-from .distill import DistillConfig, DistillOutput, distill_step
 from .ema import EMA
-from .heads import HeadLike
-from .processes import Process
+from .step import DistillConfig, DistillOutput, distill_step
 
 __all__ = ["Distiller"]
 

@@ -1,0 +1,1 @@
+"""Models: how they are called, latents, students made from teachers."""

@@ -1,0 +1,184 @@
+"""What the passes of a backend are given and what they leave.
+
+Shapes: B examples, N components of the student, M of the teacher, K consistency draws, D positions,
+V classes, J target rows (x0, then the K draws), A = B·D positions, P slots of a chunk, C components
+of the operand at hand. The *work dtype* is fp32, or fp64 for fp64 logits.
+
+A backend is a module of this package with these functions, all on one chunk of positions and all
+components at once. The driver calls them; nothing else does.
+
+    forward(z, t, u, visit, mixture, statistics)
+        Fill the statistics of the visited slots: the sums of every row, the log-probabilities of
+        the targets and, as far as `mixture` asks, R_n, the divergences and the rows of q.
+    backward(z, t, u, visit, mixture, statistics, factors, gradient)
+        Write dL/dz of the visited slots (the equation stands at `Factors`).
+    draw(x, y, visit, keys, options)
+        A token and statistics for every row of the visited slots: see `di4c_fast.draw`.
+    logistic_logits(mu, log_scale, out, *, eps, clamp)
+    logistic_gradient(mu, log_scale, gradient, *, eps, clamp)
+        The bins of `LogisticHead` and the way back through them.
+
+z, t and u are the `Operand` of student, teacher and consistency logits; t and u are None where
+the pass does not need them. Logits are computed with in the work dtype whatever their own.
+
+The rules that all passes share. A row without any class (all -inf) has total 0 and probability 0
+everywhere; NaN and +inf give NaN, never something finite. A position that the student leaves
+without any class counts as if q were 0 there. KL terms are +inf where q > 0 = m, and such a column
+has no gradient. Column `mask_id` is excluded everywhere and gets gradient 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+PADDING = 64  # elements: rows of our own buffers start at multiples of it
+
+
+def padded(vocabulary: int) -> int:
+    """The row stride of a buffer of logits: wide loads, and fast matrix products.
+
+    >>> padded(50258)
+    50304
+    """
+    return (vocabulary + PADDING - 1) // PADDING * PADDING
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """Logits of C components in memory, addressed by slot, example, component and position.
+
+    The row of component c at slot i, which is position d of example b, starts at element
+    `i·strides[0] + b·strides[1] + c·strides[2] + d·strides[3]` of `logits`, and its V elements are
+    neighbours. Logits of all positions have strides[0] = 0, those of one chunk strides[1] =
+    strides[3] = 0.
+    """
+
+    logits: Tensor
+    strides: tuple[int, int, int, int]
+    components: int
+    vocabulary: int
+
+    @classmethod
+    def of_all(cls, logits: Tensor) -> Operand:
+        """Logits (B, C, D, V) of any strides but along V."""
+        stride_b, stride_c, stride_d, _ = logits.stride()
+        return cls(logits, (0, stride_b, stride_c, stride_d), logits.shape[1], logits.shape[3])
+
+    @classmethod
+    def of_chunk(cls, logits: Tensor) -> Operand:
+        """Logits (P, C, V) of the slots of one chunk; rows may be padded."""
+        stride_i, stride_c, _ = logits.stride()
+        return cls(logits, (stride_i, 0, stride_c, 0), logits.shape[1], logits.shape[2])
+
+    def of_visit(self, visit: Visit) -> Tensor:
+        """(P, C, V) in their own dtype: a view where there is one, else a copy."""
+        stride_i, stride_b, stride_c, stride_d = self.strides
+        if stride_b == 0 and stride_d == 0:
+            return self.logits.as_strided(
+                (visit.slots, self.components, self.vocabulary),
+                (stride_i, stride_c, 1),
+                self.logits.storage_offset(),
+            )
+        if visit.rows is None and self.logits.ndim == 4 and self.logits.shape[0] == 1:
+            stop = visit.first + visit.slots
+            return self.logits[0, :, visit.first : stop].transpose(0, 1)
+        b, d = visit.split()
+        return self.logits[b, :, d]
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """The positions of one chunk: slots first .. first + slots - 1 of the list of all positions.
+
+    With `rows` slot s is position rows[s] = b·D + d, active positions first; without, position s.
+    With `count` slots from `count` on are not active: a pass leaves their statistics as they are,
+    and writes zeros as their gradient. Without it every visited slot is active.
+    """
+
+    first: int
+    slots: int
+    positions: int  # D
+    rows: Tensor | None = None  # (A,) int64
+    count: Tensor | None = None  # () int64, on the device
+
+    @property
+    def part(self) -> slice:
+        """The visited slots in a tensor of all slots."""
+        return slice(self.first, self.first + self.slots)
+
+    def index(self, device: torch.device | None = None) -> Tensor:
+        """Flat position b·D + d of every visited slot: (P,) int64."""
+        if self.rows is not None:
+            return self.rows[self.part]
+        return torch.arange(self.first, self.first + self.slots, device=device)
+
+    def split(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Example and position of every visited slot: (P,) int64 each."""
+        index = self.index(device)
+        return index // self.positions, index % self.positions
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSums:
+    """The two parts of a logsumexp, kept apart: added up they would carry the rounding of large
+    logits. Softmax is `exp(logit - shift) / total`."""
+
+    shift: Tensor  # (A, C) the largest logit of the row, 0 for a row without a class
+    total: Tensor  # (A, C) sum of exp(logit - shift), 0 for a row without a class
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What the passes know of a problem. All weights are in the work dtype."""
+
+    mask_id: int | None
+    xu: Tensor | None  # (B, K, D) int64: one-hot in q_u where it shows a token
+    log_weights: Tensor  # (B, N), normalised
+    teacher_weight: Tensor  # (B,)
+    consistency_weight: Tensor  # (B,)
+    marginal: bool  # KL(q_T || m) and KL(q_u || m) are asked for
+    component: bool  # KL(q_T || p_n) is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What the first sweep leaves, by slot, in the work dtype.
+
+    `q` and `q_teacher` hold the slots 0 .. kept - 1 only, with padded rows; a later chunk forms
+    its rows again in backward.
+    """
+
+    tokens: Tensor  # (B, J, D) int64, the target rows; complete before `forward` of a chunk
+    student: RowSums  # (A, N)
+    teacher: RowSums | None  # (A, M)
+    consistency: RowSums | None  # (A, K); may be there before `forward` (see `sums_known`)
+    log_prob: Tensor  # (A, J, N) of the targets, -inf where impossible
+    mass: Tensor  # (A, N)  R_n = sum_v q_v r_nv,  q = teacher_weight q_T + consistency_weight q_u
+    teacher_kl: Tensor  # (A,)  KL(q_T || m)
+    consistency_kl: Tensor  # (A,)  KL(q_u || m)
+    divergence: Tensor  # (A, N)  KL(q_T || p_n)
+    q: Tensor  # (kept, padded V)
+    q_teacher: Tensor  # (kept, padded V)
+    sums_known: bool  # `draw` has left the row sums of the consistency logits
+
+    def kept(self, rows: Tensor, visit: Visit) -> Tensor | None:
+        """The visited slots of `q` or `q_teacher`; None where they are not kept."""
+        part = rows[visit.part]
+        return part if visit.slots and part.shape[0] == visit.slots else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What `backward` multiplies with, the upstream gradient included. By slot, work dtype.
+
+        dL/dz[n,v] = probability_n p_nv - marginal q_v r_nv - component_n q_T,v
+                     + sum_j kappa_jn 1[v = x_j]
+    """
+
+    probability: Tensor  # (A, N)
+    marginal: Tensor  # (A,)
+    component: Tensor  # (A, N)
+    kappa: Tensor  # (A, J, N)

@@ -1,0 +1,1 @@
+"""Distillation: the step, its configuration, the trainer, averages, checkpoints."""
