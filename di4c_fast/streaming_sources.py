@@ -446,7 +446,7 @@ class LinearSource(Source):
         if self.grad_hidden is not None:
             self.grad_hidden[rows] = product @ self.weight
         if self.grad_weight is not None:
-            hidden = self.head.take(rows).hidden
+            hidden = self.head.take(rows).hidden  # type: ignore[attr-defined]
             if self.grad_weight.dtype == product.dtype:
                 self.grad_weight.addmm_(product.t(), hidden)
             else:
