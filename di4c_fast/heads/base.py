@@ -7,7 +7,6 @@ leading dimensions. The work dtype is fp32, or fp64 for fp64 logits.
 from __future__ import annotations
 
 import abc
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -223,9 +222,8 @@ class BuiltInHead(Head):
         return head, self.map_rows(lambda _: others.pop(0))
 
     def encode(self) -> str:
-        return json.dumps(
-            {"class": type(self).__name__, **{name: getattr(self, name) for name in self.options}}
-        )
+        options = [repr(getattr(self, name)) for name in self.options]
+        return ",".join([repr(type(self).__name__), *options])
 
 
 class ExcludingHead(Head):

@@ -95,20 +95,54 @@ class LogisticHead(BuiltInHead):
         return self.mu.device
 
     def logits(self) -> Tensor:
+        left, right, width, _ = self._bins()
+        # 1 - F(left)/F(right) = F(-left) (1 - e^(left - right)): the product has no cancellation.
+        mass = -torch.expm1(-width)
+        if self.eps == 0.0:  # the plain bin, where both forms agree; its mass may underflow
+            return F.logsigmoid(right) + F.logsigmoid(-left) + torch.log(mass)
+        lower = F.logsigmoid(right) + torch.log(torch.sigmoid(-left) * mass + self.eps)
+        if self.clamp == "left":
+            return lower
+        upper = F.logsigmoid(-left) + torch.log(torch.sigmoid(right) * mass + self.eps)
+        return torch.minimum(lower, upper)
+
+    def _bins(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Scaled edges (..., V) each, scaled width and inverse scale (..., 1)."""
         work = self.work_dtype
         edges = torch.linspace(-1.0, 1.0, self.num_classes + 1, device=self.device, dtype=work)
         inverse_scale = torch.exp(2.0 - self.log_scale.to(work)).unsqueeze(-1)
         scaled = (edges - self.mu.to(work).unsqueeze(-1)) * inverse_scale
-        left, right = scaled[..., :-1], scaled[..., 1:]
-        # 1 - F(left)/F(right) = F(-left) (1 - e^(left - right)): the product has no cancellation.
-        width = -torch.expm1(inverse_scale * (-2.0 / self.num_classes))
-        if self.eps == 0.0:  # the plain bin, where both forms agree; its mass may underflow
-            return F.logsigmoid(right) + F.logsigmoid(-left) + torch.log(width)
-        logits = F.logsigmoid(right) + torch.log(torch.sigmoid(-left) * width + self.eps)
-        if self.clamp == "min":
-            upper = F.logsigmoid(-left) + torch.log(torch.sigmoid(right) * width + self.eps)
-            logits = torch.minimum(logits, upper)
-        return logits
+        return (
+            scaled[..., :-1],
+            scaled[..., 1:],
+            inverse_scale * (2.0 / self.num_classes),
+            (inverse_scale),
+        )
+
+    def _slopes(self) -> tuple[Tensor, Tensor]:
+        """d logit / d mu and d logit / d log_scale of every bin, (..., V) each."""
+        left, right, width, inverse_scale = self._bins()
+        above, below = torch.sigmoid(-left), torch.sigmoid(right)
+        not_above, not_below = torch.sigmoid(left), torch.sigmoid(-right)
+
+        def slopes(by_left: Tensor, by_right: Tensor, by_width: Tensor) -> tuple[Tensor, Tensor]:
+            # left, right and width all fall with log_scale; the edges fall with mu.
+            by_scale = -left * by_left - right * by_right - width * by_width
+            return -inverse_scale * (by_left + by_right), by_scale
+
+        if self.eps == 0.0:
+            return slopes(-not_above, not_below, 1.0 / torch.expm1(width))
+        mass, rest = -torch.expm1(-width), torch.exp(-width)
+        lower_sum = above * mass + self.eps
+        lower = slopes(-mass * above * not_above / lower_sum, not_below, rest * above / lower_sum)
+        if self.clamp == "left":
+            return lower
+        upper_sum = below * mass + self.eps
+        upper = slopes(-not_above, mass * below * not_below / upper_sum, rest * below / upper_sum)
+        # log F(right) + log lower_sum against log F(-left) + log upper_sum; equal ones share.
+        gap = F.logsigmoid(right) + lower_sum.log() - F.logsigmoid(-left) - upper_sum.log()
+        part = 0.5 - 0.5 * gap.sign()
+        return tuple(part * a + (1.0 - part) * b for a, b in zip(lower, upper, strict=True))  # type: ignore[return-value]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.mu, self.log_scale)
@@ -135,13 +169,13 @@ class LogisticHead(BuiltInHead):
     def add_gradient(
         self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, passes: Any = None
     ) -> None:
-        if not hasattr(passes, "logistic_gradient"):
-            super().add_gradient(sums, rows, gradient, passes)
-            return
         head = self._taken(rows)
-        parts = passes.logistic_gradient(
-            head.mu, head.log_scale, gradient, eps=self.eps, clamp=self.clamp
-        )
+        if hasattr(passes, "logistic_gradient"):
+            parts = passes.logistic_gradient(
+                head.mu, head.log_scale, gradient, eps=self.eps, clamp=self.clamp
+            )
+        else:
+            parts = [(gradient * slope).sum(-1) for slope in head._slopes()]
         for total, part in zip(sums, parts, strict=True):
             if total is not None:
                 set_leading(total, rows, self.mu.shape, part.to(total.dtype))

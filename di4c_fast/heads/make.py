@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import ast
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -39,8 +39,8 @@ def as_head(logits: HeadLike, name: str = "logits") -> Head:
 
 def decode_head(text: str, tensors: Sequence[Tensor | None]) -> Head:
     """The head that `encode()` described, over these tensors."""
-    options = json.loads(text)
-    head: Head = object.__new__(BUILT_IN[options.pop("class")])
-    for name, value in options.items():
-        setattr(head, name, value)
+    name, *options = ast.literal_eval(f"({text},)")
+    head = object.__new__(BUILT_IN[name])
+    for option, value in zip(head.options, options, strict=True):
+        setattr(head, option, value)
     return head.with_tensors(tensors)
