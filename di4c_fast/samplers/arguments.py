@@ -1,30 +1,23 @@
-"""What the samplers share: arguments, seeds, latents, prompts and projections.
-
-Shapes: B sequences, D positions, L latent dimensions, P prompt tokens, S steps.
-"""
+"""Checks of the arguments that samplers share. Shapes: B sequences, D positions, L of λ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import rng
 from ..checks import (
     check_floating,
     check_int64,
     check_number,
     check_same_device,
-    check_tensor,
+    check_shape,
+    check_token_range,
     describe,
 )
-from ..models.call import check_callable
 from ..rng import check_generator
-
-# Step numbers of the counter-based generator that no sampling step uses.
-PLAN, REPLAN = 2**32 - 1, 2**31
 
 
 def check_counts(counts: Sequence[tuple[str, Any, int]]) -> None:
@@ -36,26 +29,22 @@ def check_counts(counts: Sequence[tuple[str, Any, int]]) -> None:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
-def check_sizes(shape: Any, **minima: tuple[Any, int]) -> tuple[int, int]:
-    """`shape` as (B, D), and the counts given by name as (value, minimum)."""
+def check_fraction(value: Any, name: str) -> None:
+    check_number(value, name)
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must be in (0, 1), got {value}")
+
+
+def check_size(shape: Any) -> tuple[int, int]:
+    """`shape` as (B, D)."""
     if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 2:
         raise TypeError(f"shape must be (B, D), got {describe(shape)}")
-    counts = [("shape[0]", shape[0], 0), ("shape[1]", shape[1], 1)]
-    check_counts(counts + [(name, *value) for name, value in minima.items()])
+    check_counts([("shape[0]", shape[0], 0), ("shape[1]", shape[1], 1)])
     return shape[0], shape[1]
 
 
-def check_vocab_size(vocab_size: Any, mask_id: int) -> None:
-    """V, if it is given: at least two classes, the mask among them."""
-    if vocab_size is None:
-        return
-    check_counts([("vocab_size", vocab_size, 2)])
-    if mask_id >= vocab_size:
-        raise ValueError(f"mask_id must be in [0, vocab_size) = [0, {vocab_size}), got {mask_id}")
-
-
-def check_filters(temperature: Any, top_k: Any, top_p: Any) -> None:
-    """The draw's options, so that they fail before the first call of the model."""
+def check_filters(temperature: Any, top_k: Any, top_p: Any) -> dict[str, Any]:
+    """The draw's options, checked before the first call of the model."""
     check_number(temperature, "temperature", minimum=0.0)
     if top_k is not None:
         if isinstance(top_k, bool) or not isinstance(top_k, int):
@@ -65,18 +54,11 @@ def check_filters(temperature: Any, top_k: Any, top_p: Any) -> None:
         check_number(top_p, "top_p")
         if not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
 
-def check_hooks(callback: Any, history: Any, project_fn: Any = None) -> None:
-    for name, hook in (("project_fn", project_fn), ("callback", callback)):
-        if hook is not None:
-            check_callable(hook, name)
-    if history is not None and not isinstance(history, list):
-        raise TypeError(f"history must be a list to fill or None, got {describe(history)}")
-
-
-def device_of(device: Any, prompt: Any, model: Any) -> torch.device:
-    """Where to sample: as asked, else with the prompt, else with the model, else on the CPU."""
+def device_of(device: Any, given: Any, model: Any) -> torch.device:
+    """Where to sample: as asked, else with the tokens given, else with the model, else the CPU."""
     if device is not None:
         try:
             # With the index that tensors there have: "cuda" is none that a tensor names.
@@ -86,8 +68,8 @@ def device_of(device: Any, prompt: Any, model: Any) -> torch.device:
             raise ValueError(
                 f"device must be one that torch can use here, got {device!r}: {reason}"
             ) from error
-    if isinstance(prompt, Tensor):
-        return prompt.device
+    if isinstance(given, Tensor):
+        return given.device
     if isinstance(model, nn.Module):
         for parameter in model.parameters():
             return parameter.device
@@ -109,8 +91,15 @@ def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
     return seed
 
 
-def fill_prompt(tokens: Tensor, prompt: Any, vocab_size: int | None) -> int:
-    """Write the prompt (B, P) or (P,) into the tokens (B, D); the largest id in it."""
+def check_start(start: Any, name: str, tokens: Tensor, vocab_size: int) -> None:
+    check_int64(start, name)
+    check_shape(start, name, "B, D", tokens.shape)
+    check_same_device(start, name, tokens, "the samples")
+    check_token_range(start, name, vocab_size)
+
+
+def fill_prompt(tokens: Tensor, prompt: Any, mask_id: int | None, vocab_size: int | None) -> int:
+    """Write the prompt (B, P) or (P,) into the tokens (B, D); the largest known id in it."""
     check_int64(prompt, "prompt")
     batch, positions = tokens.shape
     if prompt.ndim not in (1, 2) or (prompt.ndim == 2 and prompt.shape[0] != batch):
@@ -125,7 +114,8 @@ def fill_prompt(tokens: Tensor, prompt: Any, vocab_size: int | None) -> int:
     check_same_device(prompt, "prompt", tokens, "the samples")
     if prompt.numel() == 0:
         return 0
-    low, high = torch.stack(prompt.aminmax()).tolist()
+    known = prompt if mask_id is None else prompt.masked_fill(prompt == mask_id, 0)
+    low, high = torch.stack(known.aminmax()).tolist()
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         bound = "V" if vocab_size is None else str(vocab_size)
         raise ValueError(
@@ -135,36 +125,10 @@ def fill_prompt(tokens: Tensor, prompt: Any, vocab_size: int | None) -> int:
     return high
 
 
-def latents_of(
-    latent: Any,
-    latent_dim: int,
-    calls: int,
-    batch: int,
-    *,
-    seed: int,
-    first_sequence: int,
-    device: torch.device,
-    letter: str = "S",
-) -> Tensor | None:
-    """λ of every model call: None without λ, (B, L) as passed, or (calls, B, L).
-
-    Drawn on the CPU as a function of (seed, call, number of the sequence). `letter` names the
-    number of calls in messages.
-    """
-    if latent is not None:
-        _check_latent(latent, latent_dim, calls, batch, device, letter)
-        return latent
-    if not latent_dim:
-        return None
-    call = torch.arange(calls).repeat_interleave(batch)
-    keys = (torch.arange(batch) + first_sequence).repeat(calls)
-    return rng.uniform(seed, call, keys, latent_dim).view(calls, batch, latent_dim).to(device)
-
-
-def _check_latent(
+def check_latent(
     latent: Any, latent_dim: int, calls: int, batch: int, device: torch.device, letter: str
 ) -> None:
-    check_tensor(latent, "latent")
+    """λ of every call; `letter` names their number in messages."""
     check_floating(latent, "latent")
     if latent_dim < 1:
         raise ValueError(f"latent needs latent_dim >= 1, got {latent_dim}")
@@ -176,16 +140,3 @@ def _check_latent(
         )
     if latent.device != device:
         raise ValueError(f"latent must be on {device}, got {latent.device}")
-
-
-def project(project_fn: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    # A copy, since many projections write into their argument.
-    projected = project_fn(tokens.clone())
-    check_int64(projected, "the output of project_fn")
-    if projected.shape != tokens.shape:
-        raise ValueError(
-            f"project_fn must return tokens of shape (B, D) = {tuple(tokens.shape)}, "
-            f"got {tuple(projected.shape)}"
-        )
-    check_same_device(projected, "the output of project_fn", tokens, "its input")
-    return projected

@@ -1,0 +1,354 @@
+"""The loop of every sampler: arguments, λ, prompt, calls of the model, draws, hooks.
+
+A sampler is a `Rule`: which rows to draw at a step, and what becomes of the draws. All else is
+here and happens once. Shapes: B sequences, D positions, R rows that a step draws, V classes.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..checks import check_bool, check_int64, check_same_device, check_values, describe
+from ..draw.api import sample
+from ..draw.request import Draw
+from ..heads import Head, HeadLike
+from ..models.call import (
+    Context,
+    call_model,
+    check_callable,
+    check_context,
+    evaluation_mode,
+    repeat_context,
+    select_context,
+)
+from .arguments import (
+    check_counts,
+    check_latent,
+    check_size,
+    check_start,
+    device_of,
+    fill_prompt,
+    seed_of,
+)
+
+# Step numbers of the counter-based generator. λ and tokens of step k have k (in two streams),
+# what a rule draws besides has RULE + k, and what is drawn before the first step has START.
+RULE, START = 2**30, 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """The unconditional logits: of a second half of the call, or of `Run.other` without λ."""
+
+    scale: float  # w of (1 + w)·conditional − w·unconditional
+    tokens: Tensor  # (B, D)
+    context: Context
+    apart: bool = False  # ask `Run.other`
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """One step: what the model is asked, and which rows are drawn."""
+
+    number: int  # from 0 on: which λ, which random numbers
+    time: float | None  # None: the share of masked positions of each sequence
+    rows: Tensor | None  # (R,) int64, b·D + d in ascending order; None: all; empty: no call
+    sequences: Tensor | None = None  # int64, those with such rows, ascending; None: all
+    greedy: bool = False  # the argmax in place of a draw
+    want: tuple[str, ...] = ()  # statistics of the draw
+    guidance: Guidance | None = None
+    teacher: bool = False  # ask `Run.other` in place of the model, without λ
+    tries: Tensor | None = None  # (B·n, L): n rows in place of each sequence, with these λ
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a visit brought: the draw of its rows, and the heads that it came from."""
+
+    draw: Draw
+    head: Head  # (R, V)
+    guidance: tuple[Head, float] | None
+
+
+class Rule(abc.ABC):
+    """What makes a sampler, in two methods."""
+
+    options: dict[str, Any] = {}  # of every draw, by the names of `di4c_fast.sample`
+    shift = False  # position d takes its logits from row d − 1, position 0 from row 0
+    banned: Tensor | None = None  # ids that are never drawn
+
+    @abc.abstractmethod
+    def visits(self, run: Run) -> Iterator[Visit]:
+        """The steps, one after another; `run.tokens` holds the tokens as they then are."""
+
+    def fill(self, run: Run, visit: Visit, answer: Answer) -> Tensor:
+        """The tokens (B, D) after a visit, as a new tensor: every row takes its draw."""
+        return run.put(visit, answer.draw.token)
+
+
+class Run:
+    """The arguments of a run, checked, and its tokens (B, D) as they are."""
+
+    def __init__(
+        self,
+        model: Callable[..., HeadLike],
+        shape: Any,
+        *,
+        mask_id: int | None = None,
+        vocab_size: int | None = None,
+        prompt: Tensor | None = None,
+        start: tuple[str, Any] | None = None,
+        context: Context | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        first_sequence: int = 0,
+        device: torch.device | str | None = None,
+        ids: dict[str, int] | None = None,
+        unless: str = "",
+    ):
+        """mask_id: what the tokens start from; None: from `start` (name, tokens), or unset.
+
+        ids: further token ids by the name of their argument.
+        unless: what a caller can do where an id lies outside the vocabulary.
+        """
+        batch, positions = self.batch, self.positions = check_size(shape)
+        check_counts([("first_sequence", first_sequence, 0)])
+        check_callable(model, "model")
+        self.model, self.mask_id, self.first_sequence = model, mask_id, first_sequence
+        self.other: Callable[..., HeadLike] | None = None
+        self.ids = dict(ids or {})
+        self.unless = unless
+        self.vocab_size = vocab_size
+        if vocab_size is not None:
+            check_counts([("vocab_size", vocab_size, 2 if self.ids or mask_id is None else 1)])
+            self._check_ids("vocab_size", "")
+        given = prompt if prompt is not None or start is None else start[1]
+        self.device = device_of(device, given, model)
+        filler = -1 if mask_id is None else mask_id
+        tokens = torch.full((batch, positions), filler, dtype=torch.int64, device=self.device)
+        self.device = tokens.device
+        if start is not None and isinstance(start[1], Tensor):
+            assert vocab_size is not None
+            check_start(start[1], start[0], tokens, vocab_size)
+            tokens.copy_(start[1])
+        self.top_known = 0
+        if prompt is not None:
+            self.top_known = fill_prompt(tokens, prompt, mask_id, vocab_size)
+        self.tokens = tokens
+        self.context = check_context(context, batch, self.device)
+        self.seed = seed_of(seed, generator)
+        first_key = first_sequence * positions
+        self.keys = torch.arange(batch * positions, device=self.device) + first_key
+        self.latent: Tensor | None = None
+        self.callback: Callable[[int, int, Tensor], None] | None = None
+        self.history: list[Tensor] | None = None
+        self.project_fn: Callable[[Tensor], Tensor] | None = None
+
+    def set_latents(self, latent: Any, latent_dim: Any, calls: int, letter: str = "S") -> None:
+        """λ of every call: none, (B, L) or (calls, B, L) as passed, or drawn on the CPU.
+
+        Drawn, they are a function of (seed, call, number of the sequence).
+        """
+        check_counts([("latent_dim", latent_dim, 0)])
+        if latent is not None:
+            check_latent(latent, latent_dim, calls, self.batch, self.device, letter)
+        elif latent_dim:
+            call = torch.arange(calls).repeat_interleave(self.batch)
+            drawn = rng.uniform(self.seed, call, self.sequence_keys().repeat(calls), latent_dim)
+            latent = drawn.view(calls, self.batch, latent_dim).to(self.device)
+        self.latent = latent
+
+    def set_hooks(self, callback: Any, history: Any, project_fn: Any = None) -> None:
+        for name, hook in (("project_fn", project_fn), ("callback", callback)):
+            if hook is not None:
+                check_callable(hook, name)
+        if history is not None and not isinstance(history, list):
+            raise TypeError(f"history must be a list to fill or None, got {describe(history)}")
+        self.callback, self.history, self.project_fn = callback, history, project_fn
+
+    # What a rule asks
+
+    def sequence_keys(self, device: torch.device | str = "cpu") -> Tensor:
+        """(B,) the numbers of the sequences."""
+        return torch.arange(self.batch, device=device) + self.first_sequence
+
+    def masked(self) -> Tensor:
+        """(B, D) bool."""
+        return self.tokens == self.mask_id
+
+    def rows_of(self, wanted: Tensor, count: int) -> Tensor:
+        """The flat numbers of the `count` True elements of `wanted` (B, D), without a sync."""
+        if wanted.device.type == "cpu":
+            return wanted.flatten().nonzero()[:, 0]
+        return first_true(wanted.flatten(), count)
+
+    def put(self, visit: Visit, values: Tensor) -> Tensor:
+        """The tokens with `values` in the rows of the visit."""
+        if visit.rows is None:
+            return values
+        # Not in place: the model may have kept the tensor it was given.
+        return self.tokens.flatten().index_copy(0, visit.rows, values).view_as(self.tokens)
+
+    def uniform(self, visit: Visit, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(R, count) numbers of the rule's own for the rows of the visit."""
+        keys = self.keys if visit.rows is None else self.keys[visit.rows]
+        return rng.uniform(self.seed, RULE + visit.number, keys, count, dtype=dtype)
+
+    # The loop
+
+    def loop(self, rule: Rule, total: int) -> Tensor:
+        """Take the steps of the rule; `total` is what the callback is told."""
+        self._project()
+        if self.history is not None:
+            self.history.append(self.tokens)
+        with evaluation_mode(self.model, self.other):
+            for visit in rule.visits(self):
+                if visit.rows is None or visit.rows.numel():
+                    self.tokens = rule.fill(self, visit, self._ask(rule, visit))
+                self._project()
+                if self.history is not None:
+                    self.history.append(self.tokens)
+                if self.callback is not None:
+                    self.callback(visit.number + 1, total, self.tokens)
+        return self.tokens
+
+    def _ask(self, rule: Rule, visit: Visit) -> Answer:
+        head, guidance = self._heads(visit, self._local_rows(rule, visit))
+        if rule.banned is not None:
+            head = head.exclude(rule.banned)
+        keys = None
+        if visit.tries is None:
+            keys = self.keys.view_as(self.tokens) if visit.rows is None else self.keys[visit.rows]
+        options = rule.options | ({"temperature": 0.0} if visit.greedy else {})
+        draw = sample(
+            head,
+            guidance=guidance,
+            seed=self.seed,
+            step=visit.number,
+            row_keys=keys,
+            want=visit.want,
+            **options,
+        )
+        return Answer(draw, head, guidance)
+
+    def _local_rows(self, rule: Rule, visit: Visit) -> Tensor | None:
+        """The rows by their numbers in the call of the model."""
+        rows = visit.rows
+        if rows is None:
+            return None
+        position = rows % self.positions
+        if visit.sequences is not None:
+            number = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+            number[visit.sequences] = torch.arange(len(visit.sequences), device=self.device)
+            rows = number[rows // self.positions] * self.positions + position
+        return rows - (position > 0).long() if rule.shift else rows
+
+    def _heads(self, visit: Visit, rows: Tensor | None) -> tuple[Head, tuple[Head, float] | None]:
+        """The wanted rows of the head, and `guidance` for `sample`."""
+        guidance, context = visit.guidance, self.context
+        some = visit.sequences
+        if some is not None and len(some) == self.batch:
+            some = None
+
+        def cut(values: Tensor) -> Tensor:
+            return values if some is None else values[some]
+
+        if some is not None:
+            context = select_context(context, some)
+        tokens = cut(self.tokens)
+        lam = self.latent
+        if lam is not None:
+            lam = cut(lam if lam.ndim == 2 else lam[visit.number])
+        if visit.tries is not None:
+            count = len(visit.tries) // self.batch if self.batch else 1
+            tokens, lam = tokens.repeat_interleave(count, dim=0), visit.tries
+            context = repeat_context(context, count)
+        if visit.teacher:
+            head = self._call("teacher", visit, tokens, None, context)
+        elif guidance is None or guidance.apart:
+            head = self._call("model", visit, tokens, lam, context)
+        if guidance is None:
+            return (head if rows is None else head.take(rows)), None
+        assert rows is not None
+        others = cut(guidance.tokens)
+        without = {key: cut(value) for key, value in guidance.context.items()}
+        if guidance.apart:
+            other = self._call("guidance_model", visit, others, None, without)
+            return head.take(rows), (other.take(rows), guidance.scale)
+        both = {key: torch.cat([value, without[key]]) for key, value in context.items()}
+        lam = None if lam is None else torch.cat([lam, lam])
+        head = self._call("model", visit, torch.cat([tokens, others]), lam, both)
+        return head.take(rows), (head.take(rows + tokens.numel()), guidance.scale)
+
+    def _call(
+        self, name: str, visit: Visit, tokens: Tensor, lam: Tensor | None, context: Context
+    ) -> Head:
+        model = self.model if name == "model" else self.other
+        assert model is not None
+        if visit.time is None:
+            t = (tokens == self.mask_id).float().mean(1)
+        else:
+            t = torch.full((len(tokens),), visit.time, dtype=torch.float32, device=self.device)
+        head = call_model(model, name, tokens, t, lam, context, self.vocab_size)
+        if self.vocab_size is None:
+            # What could not be checked before; later calls must have as many classes.
+            self.vocab_size = head.shape[-1]
+            self._check_ids("V", f" = [0, {self.vocab_size}) of model")
+            if self.top_known >= self.vocab_size:
+                raise ValueError(
+                    f"prompt must hold token ids in [0, V) = [0, {self.vocab_size}) of model, "
+                    f"got {self.top_known}"
+                )
+        return head
+
+    def _check_ids(self, bound: str, detail: str) -> None:
+        size = self.vocab_size
+        assert size is not None
+        if self.ids and size < 2:
+            raise ValueError(f"model must return at least 2 classes with a mask_id, got {size}")
+        for name, value in self.ids.items():
+            if value >= size:
+                shown = detail or f" = [0, {size})"
+                raise ValueError(f"{name} must be in [0, {bound}){shown}{self.unless}, got {value}")
+
+    def _project(self) -> None:
+        if self.project_fn is None:
+            return
+        # A copy, since many projections write into their argument.
+        projected, name = self.project_fn(self.tokens.clone()), "the output of project_fn"
+        check_int64(projected, name)
+        if projected.shape != self.tokens.shape:
+            raise ValueError(
+                f"project_fn must return tokens of shape (B, D) = {tuple(self.tokens.shape)}, "
+                f"got {tuple(projected.shape)}"
+            )
+        check_same_device(projected, name, self.tokens, "its input")
+        inside, bound = projected >= 0, "V"
+        if self.vocab_size is not None:
+            inside, bound = inside & (projected < self.vocab_size), str(self.vocab_size)
+        check_values(inside, f"{name} must hold token ids in [0, {bound})", projected)
+        self.tokens = projected
+
+
+def first_true(wanted: Tensor, count: int) -> Tensor:
+    """The numbers of the `count` True elements of a vector, without asking the device."""
+    return torch.sort((~wanted).to(torch.uint8), stable=True).indices[:count]
+
+
+def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of one dtype, each (n,), on the device, moved in one go."""
+    if not tensors:
+        return []
+    return list(torch.cat(tensors).to(device).split([t.numel() for t in tensors]))
+
+
+def check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        check_bool(value, name)
