@@ -29,9 +29,9 @@ D positions, V classes, L dimensions of λ, R rows of a call. Options of all sam
     device: where to sample; None for the device of the prompt or start, else that of the module's
         parameters, else the CPU.
 
-Every wrong argument raises a TypeError or ValueError that names it, what was expected and what
-came, before the model is called; a model or `project_fn` that returns something wrong as soon as it
-does.
+All return the tokens, (B, D) int64. Every wrong argument raises a TypeError or ValueError that
+names it, what was expected and what came, before the model is called; a model or `project_fn` that
+returns something wrong as soon as it does.
 """
 
 from .analytic import sample_analytic

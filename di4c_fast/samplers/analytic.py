@@ -127,9 +127,6 @@ def sample_analytic(
         t_min: last time.
         denoise: take the last step. False may leave masks.
 
-    Returns:
-        (B, D) int64.
-
     Only masked rows go through the head, and only sequences with a mask through the model. The
     hooks hear of every step. Host syncs: one per step, to learn which positions are still masked.
     """
@@ -139,19 +136,10 @@ def sample_analytic(
     check_flags(denoise=denoise)
     times = torch.linspace(1.0, t_min, steps + 1, dtype=torch.float64).tolist()
     sigmas = _sigmas(noise, times)
-    run = Run(
-        model,
-        shape,
-        mask_id=mask_id,
-        vocab_size=vocab_size,
-        prompt=prompt,
-        context=context,
-        seed=seed,
-        generator=generator,
-        first_sequence=first_sequence,
-        device=device,
-        ids={"mask_id": mask_id},
-    )
+    run = Run(model, shape, device, prompt)
+    run.set_seed(seed, generator, first_sequence)
+    run.set_vocabulary(vocab_size, {"mask_id": mask_id})
+    run.set_tokens(mask_id, prompt, context)
     run.set_latents(latent, latent_dim, steps + 1, "S + 1")
     run.set_hooks(callback, history, project_fn)
     total = steps + denoise

@@ -13,8 +13,6 @@ from ..checks import (
     check_int64,
     check_number,
     check_same_device,
-    check_shape,
-    check_token_range,
     describe,
 )
 from ..rng import check_generator
@@ -91,14 +89,7 @@ def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
     return seed
 
 
-def check_start(start: Any, name: str, tokens: Tensor, vocab_size: int) -> None:
-    check_int64(start, name)
-    check_shape(start, name, "B, D", tokens.shape)
-    check_same_device(start, name, tokens, "the samples")
-    check_token_range(start, name, vocab_size)
-
-
-def fill_prompt(tokens: Tensor, prompt: Any, mask_id: int | None, vocab_size: int | None) -> int:
+def fill_prompt(tokens: Tensor, prompt: Any, mask_id: int, vocab_size: int | None) -> int:
     """Write the prompt (B, P) or (P,) into the tokens (B, D); the largest known id in it."""
     check_int64(prompt, "prompt")
     batch, positions = tokens.shape
@@ -114,7 +105,7 @@ def fill_prompt(tokens: Tensor, prompt: Any, mask_id: int | None, vocab_size: in
     check_same_device(prompt, "prompt", tokens, "the samples")
     if prompt.numel() == 0:
         return 0
-    known = prompt if mask_id is None else prompt.masked_fill(prompt == mask_id, 0)
+    known = prompt.masked_fill(prompt == mask_id, 0) if mask_id >= 0 else prompt
     low, high = torch.stack(known.aminmax()).tolist()
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         bound = "V" if vocab_size is None else str(vocab_size)

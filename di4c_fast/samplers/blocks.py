@@ -12,52 +12,36 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .arguments import check_counts
 from .loop import Run, moved
-from .masked import plan_unmask_steps
+from .masked import plan_unmask_steps, rows_by_step
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Layout:
     """The blocks of a run. The first also holds the unknown tokens of the prompt."""
 
-    mask_id: int
-    eos_id: int | None
     prompt_length: int
     positions: int
-    block_length: int
-    steps: int | None  # of one block
+    block_length: int  # 0: one block
+    steps: int | None  # of one block; as passed, of all
     schedule: str
     t_min: float
+    eos_id: int | None
+    capped: bool  # the steps cap a threshold
 
-    @classmethod
-    def of(
-        cls,
-        mask_id: int,
-        eos_id: int | None,
-        lengths: tuple[int, int],
-        block_length: int | None,
-        steps: int | None,
-        schedule: tuple[str, float],
-        capped: bool,
-    ) -> Layout:
-        """lengths: P and D. steps: in all blocks. capped: they cap a threshold."""
-        prompt, positions = lengths
-        if block_length is not None:
-            check_counts([("block_length", block_length, 1)])
-        length = block_length or max(positions - prompt, 1)
-        layout = cls(mask_id, eos_id, prompt, positions, length, steps, *schedule)
-        if steps is None:
-            return layout
-        if capped and layout.blocks > 1:
+    def __post_init__(self) -> None:
+        self.block_length = self.block_length or max(self.positions - self.prompt_length, 1)
+        if self.steps is None:
+            return
+        if self.capped and self.blocks > 1:
             raise ValueError(
-                f"steps caps a threshold in a single block only, got {layout.blocks} blocks"
+                f"steps caps a threshold in a single block only, got {self.blocks} blocks"
             )
-        if steps % layout.blocks:
+        if self.steps % self.blocks:
             raise ValueError(
-                f"steps must be a multiple of the number of blocks, {layout.blocks}, got {steps}"
+                f"steps must be a multiple of the number of blocks, {self.blocks}, got {self.steps}"
             )
-        return dataclasses.replace(layout, steps=steps // layout.blocks)
+        self.steps //= self.blocks
 
     @property
     def blocks(self) -> int:
@@ -141,12 +125,13 @@ def planned_steps(run: Run, layout: Layout) -> Iterator[Step]:
 
     def of_block(masked: Tensor, block: int) -> Iterator[Step]:
         begin, end = layout.bounds(block)
-        for index in range(per_block):
-            chosen = (plan == index) & masked
-            chosen[:, :begin] = chosen[:, end:] = False
-            flat, sequences = chosen.flatten().nonzero()[:, 0], chosen.any(1).nonzero()[:, 0]
-            if flat.numel():
-                yield Step(block * per_block + index, end, flat.numel(), sequences, flat=flat)
+        place = torch.arange(layout.positions)
+        chosen = torch.where(masked & (place >= begin) & (place < end), plan, -1)
+        flat, sequences = rows_by_step(chosen, per_block, plan.device)
+        for index, rows in enumerate(flat):
+            if rows.numel():
+                number = block * per_block + index
+                yield Step(number, end, rows.numel(), sequences[index], flat=rows)
 
     return _block_by_block(run, layout, of_block)
 
@@ -238,10 +223,14 @@ def _counted(number: int, end: int, active: Tensor, counts: Tensor) -> Step:
 
 def _moved(steps: list[Step], device: torch.device) -> list[Step]:
     """The steps with all their tensors on the device, moved in one go."""
-    names = [("sequences", "counts" if step.flat is None else "flat") for step in steps]
-    values = [getattr(step, name) for step, of in zip(steps, names, strict=True) for name in of]
-    each = iter(moved(values, device))
+    values = [(s.sequences, s.counts if s.flat is None else s.flat) for s in steps]
+    each = iter(moved([t for pair in values for t in pair if t is not None], device))
     return [
-        dataclasses.replace(step, **{name: next(each) for name in of})
-        for step, of in zip(steps, names, strict=True)
+        dataclasses.replace(
+            step,
+            sequences=next(each),
+            counts=None if step.counts is None else next(each),
+            flat=None if step.flat is None else next(each),
+        )
+        for step in steps
     ]

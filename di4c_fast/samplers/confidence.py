@@ -65,7 +65,7 @@ class _Confidence(Rule):
             rows = run.rows_of(self.active, step.rows) if step.flat is None else step.flat
             guidance = None
             if self.guidance_scale:
-                without = torch.where(given, self.layout.mask_id, run.tokens)
+                without = torch.where(given, run.mask_id, run.tokens)
                 guidance = Guidance(self.guidance_scale, without, run.context)
             some = step.sequences if self.active_only else None
             yield Visit(step.number, None, rows, some, want=want, guidance=guidance)
@@ -209,9 +209,6 @@ def sample_confidence(
         latent: (D, B, L) for λ per step with a threshold or a factor.
         prompt: its unknown tokens are filled with the first block.
 
-    Returns:
-        (B, D) int64.
-
     The hooks hear of the steps that call the model; their total is `steps`, or the bound D where
     a rule decides. With `eos_id` the result may differ from the last entry of `history`, since a
     sequence is ended without a call.
@@ -240,28 +237,22 @@ def sample_confidence(
     if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
         known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
         raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
-    ids = {"mask_id": [mask_id], "banned_ids": banned, "deferred_ids": deferred}
-    run = Run(
-        model,
-        shape,
-        mask_id=mask_id,
-        vocab_size=vocab_size,
-        prompt=prompt,
-        context=context,
-        seed=seed,
-        generator=generator,
-        first_sequence=first_sequence,
-        device=device,
-        ids={name: max(values, default=0) for name, values in ids.items()}
-        | {"eos_id": eos_id or 0},
-    )
-    layout = Layout.of(
-        mask_id,
-        eos_id,
-        (0 if prompt is None else prompt.shape[-1], run.positions),
-        block_length,
+    ids = {"mask_id": mask_id, "banned_ids": max(banned, default=0), "eos_id": eos_id or 0}
+    ids["deferred_ids"] = max(deferred, default=0)
+    run = Run(model, shape, device, prompt)
+    run.set_seed(seed, generator, first_sequence)
+    run.set_vocabulary(vocab_size, ids)
+    run.set_tokens(mask_id, prompt, context)
+    if block_length is not None:
+        check_counts([("block_length", block_length, 1)])
+    layout = Layout(
+        0 if prompt is None else prompt.shape[-1],
+        run.positions,
+        block_length or 0,
         _check_steps(steps, threshold, factor),
-        (schedule, t_min),
+        schedule,
+        t_min,
+        eos_id,
         capped=threshold is not None,
     )
     open_ended = threshold is not None or factor is not None

@@ -119,9 +119,6 @@ def sample_gaussian(
         temperature, top_k, top_p: of the draws of x_0. Other values than the defaults are no
             longer the model's law.
 
-    Returns:
-        (B, D) int64.
-
     The hooks hear of every call. Host syncs: none in the loop.
     """
     check_counts(
@@ -142,22 +139,15 @@ def sample_gaussian(
     options = check_filters(temperature, top_k, top_p)
     if not isinstance(initial, Tensor):
         check_choice(initial, "initial", INITIAL_LAWS)
-    run = Run(
-        model,
-        shape,
-        vocab_size=process.num_classes,
-        start=("initial", initial),
-        context=context,
-        seed=seed,
-        generator=generator,
-        first_sequence=first_sequence,
-        device=device,
-    )
+    run = Run(model, shape, device, initial)
     run.other = teacher
+    run.set_seed(seed, generator, first_sequence)
+    run.set_vocabulary(process.num_classes, {})
+    if not isinstance(initial, Tensor):
+        initial = process.initial(run.seed, START, run.keys.view_as(run.tokens), initial)
+    run.set_start(initial, "initial", process.num_classes, None, context)
     run.set_latents(latent, latent_dim, steps)
     run.set_hooks(callback, history)
-    if not isinstance(initial, Tensor):
-        run.tokens = process.initial(run.seed, START, run.keys.view_as(run.tokens), initial)
     tries = None
     if last_latents > 1:
         tries = rng.uniform(run.seed, steps - 1, run.sequence_keys(), last_latents * latent_dim)

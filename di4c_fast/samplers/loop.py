@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_bool, check_int64, check_same_device, check_values, describe
+from ..checks import (
+    check_bool,
+    check_int64,
+    check_same_device,
+    check_shape,
+    check_token_range,
+    check_values,
+    describe,
+)
 from ..draw.api import sample
 from ..draw.request import Draw
 from ..heads import Head, HeadLike
@@ -32,7 +41,6 @@ from .arguments import (
     check_counts,
     check_latent,
     check_size,
-    check_start,
     device_of,
     fill_prompt,
     seed_of,
@@ -80,7 +88,7 @@ class Answer:
 class Rule(abc.ABC):
     """What makes a sampler, in two methods."""
 
-    options: dict[str, Any] = {}  # of every draw, by the names of `di4c_fast.sample`
+    options: Mapping[str, Any] = MappingProxyType({})  # of every draw, as of `di4c_fast.sample`
     shift = False  # position d takes its logits from row d − 1, position 0 from row 0
     banned: Tensor | None = None  # ids that are never drawn
 
@@ -94,62 +102,53 @@ class Rule(abc.ABC):
 
 
 class Run:
-    """The arguments of a run, checked, and its tokens (B, D) as they are."""
+    """The arguments of a run, checked as they are set, and its tokens (B, D) as they are."""
 
-    def __init__(
-        self,
-        model: Callable[..., HeadLike],
-        shape: Any,
-        *,
-        mask_id: int | None = None,
-        vocab_size: int | None = None,
-        prompt: Tensor | None = None,
-        start: tuple[str, Any] | None = None,
-        context: Context | None = None,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        first_sequence: int = 0,
-        device: torch.device | str | None = None,
-        ids: dict[str, int] | None = None,
-        unless: str = "",
-    ):
-        """mask_id: what the tokens start from; None: from `start` (name, tokens), or unset.
-
-        ids: further token ids by the name of their argument.
-        unless: what a caller can do where an id lies outside the vocabulary.
-        """
-        batch, positions = self.batch, self.positions = check_size(shape)
-        check_counts([("first_sequence", first_sequence, 0)])
+    def __init__(self, model: Any, shape: Any, device: Any = None, given: Any = None):
+        """given: tokens whose device serves where `device` is None."""
+        self.batch, self.positions = check_size(shape)
         check_callable(model, "model")
-        self.model, self.mask_id, self.first_sequence = model, mask_id, first_sequence
+        self.model: Callable[..., HeadLike] = model
         self.other: Callable[..., HeadLike] | None = None
-        self.ids = dict(ids or {})
-        self.unless = unless
-        self.vocab_size = vocab_size
+        size = (self.batch, self.positions)
+        self.tokens = torch.empty(size, dtype=torch.int64, device=device_of(device, given, model))
+        self.device = self.tokens.device
+
+    def set_seed(self, seed: Any, generator: Any, first_sequence: Any) -> None:
+        check_counts([("first_sequence", first_sequence, 0)])
+        self.seed, self.first_sequence = seed_of(seed, generator), first_sequence
+        rows = torch.arange(self.batch * self.positions, device=self.device)
+        self.keys = rows + first_sequence * self.positions
+
+    def set_vocabulary(self, vocab_size: Any, ids: dict[str, int], unless: str = "") -> None:
+        """ids: those in the vocabulary by their argument; unless: what to do if they are not."""
+        self.vocab_size: int | None = vocab_size
+        self.ids, self.unless = ids, unless
         if vocab_size is not None:
-            check_counts([("vocab_size", vocab_size, 2 if self.ids or mask_id is None else 1)])
-            self._check_ids("vocab_size", "")
-        given = prompt if prompt is not None or start is None else start[1]
-        self.device = device_of(device, given, model)
-        filler = -1 if mask_id is None else mask_id
-        tokens = torch.full((batch, positions), filler, dtype=torch.int64, device=self.device)
-        self.device = tokens.device
-        if start is not None and isinstance(start[1], Tensor):
-            assert vocab_size is not None
-            check_start(start[1], start[0], tokens, vocab_size)
-            tokens.copy_(start[1])
+            check_counts([("vocab_size", vocab_size, 2 if ids else 1)])
+            self._check_ids("vocab_size", f" = [0, {vocab_size})")
+
+    def set_tokens(self, mask_id: int, prompt: Any, context: Any) -> None:
+        """Masks behind the known tokens of the prompt; what the model is given besides."""
+        self.mask_id = mask_id
+        self.tokens.fill_(mask_id)
+        self._set_prompt(prompt, context)
+
+    def _set_prompt(self, prompt: Any, context: Any) -> None:
         self.top_known = 0
         if prompt is not None:
-            self.top_known = fill_prompt(tokens, prompt, mask_id, vocab_size)
-        self.tokens = tokens
-        self.context = check_context(context, batch, self.device)
-        self.seed = seed_of(seed, generator)
-        first_key = first_sequence * positions
-        self.keys = torch.arange(batch * positions, device=self.device) + first_key
-        self.latent: Tensor | None = None
-        self.callback: Callable[[int, int, Tensor], None] | None = None
-        self.history: list[Tensor] | None = None
-        self.project_fn: Callable[[Tensor], Tensor] | None = None
+            self.top_known = fill_prompt(self.tokens, prompt, self.mask_id, self.vocab_size)
+        self.context = check_context(context, self.batch, self.device)
+
+    def set_start(self, start: Any, name: str, vocab_size: int, prompt: Any, context: Any) -> None:
+        """The same for a process without masks, whose start is the argument `name`."""
+        check_int64(start, name)
+        check_shape(start, name, "B, D", self.tokens.shape)
+        check_same_device(start, name, self.tokens, "the samples")
+        check_token_range(start, name, vocab_size)
+        self.tokens.copy_(start)
+        self.mask_id = -1  # no token is
+        self._set_prompt(prompt, context)
 
     def set_latents(self, latent: Any, latent_dim: Any, calls: int, letter: str = "S") -> None:
         """λ of every call: none, (B, L) or (calls, B, L) as passed, or drawn on the CPU.
@@ -181,7 +180,7 @@ class Run:
 
     def masked(self) -> Tensor:
         """(B, D) bool."""
-        return self.tokens == self.mask_id
+        return torch.eq(self.tokens, self.mask_id)
 
     def rows_of(self, wanted: Tensor, count: int) -> Tensor:
         """The flat numbers of the `count` True elements of `wanted` (B, D), without a sync."""
@@ -226,7 +225,7 @@ class Run:
         keys = None
         if visit.tries is None:
             keys = self.keys.view_as(self.tokens) if visit.rows is None else self.keys[visit.rows]
-        options = rule.options | ({"temperature": 0.0} if visit.greedy else {})
+        options = dict(rule.options) | ({"temperature": 0.0} if visit.greedy else {})
         draw = sample(
             head,
             guidance=guidance,
@@ -293,7 +292,7 @@ class Run:
         model = self.model if name == "model" else self.other
         assert model is not None
         if visit.time is None:
-            t = (tokens == self.mask_id).float().mean(1)
+            t = torch.eq(tokens, self.mask_id).float().mean(1)
         else:
             t = torch.full((len(tokens),), visit.time, dtype=torch.float32, device=self.device)
         head = call_model(model, name, tokens, t, lam, context, self.vocab_size)
@@ -315,8 +314,9 @@ class Run:
             raise ValueError(f"model must return at least 2 classes with a mask_id, got {size}")
         for name, value in self.ids.items():
             if value >= size:
-                shown = detail or f" = [0, {size})"
-                raise ValueError(f"{name} must be in [0, {bound}){shown}{self.unless}, got {value}")
+                raise ValueError(
+                    f"{name} must be in [0, {bound}){detail}{self.unless}, got {value}"
+                )
 
     def _project(self) -> None:
         if self.project_fn is None:

@@ -151,28 +151,16 @@ def sample_masked(
         t_min: last time.
         temperature, top_k, top_p: other values than the defaults are no longer the model's law.
 
-    Returns:
-        (B, D) int64.
-
     The hooks hear of every step, whether or not the model ran. Host syncs: before the loop one or
     two to read the prompt; inside none, but with `project_fn` one per step, to see what it changed.
     """
     check_counts([("steps", steps, 1), ("mask_id", mask_id, 0)])
     check_fraction(t_min, "t_min")
     check_flags(active_only=active_only)
-    run = Run(
-        model,
-        shape,
-        mask_id=mask_id,
-        vocab_size=vocab_size,
-        prompt=prompt,
-        context=context,
-        seed=seed,
-        generator=generator,
-        first_sequence=first_sequence,
-        device=device,
-        ids={"mask_id": mask_id},
-    )
+    run = Run(model, shape, device, prompt)
+    run.set_seed(seed, generator, first_sequence)
+    run.set_vocabulary(vocab_size, {"mask_id": mask_id})
+    run.set_tokens(mask_id, prompt, context)
     run.set_latents(latent, latent_dim, steps + 1, "S + 1")
     run.set_hooks(callback, history, project_fn)
     times = torch.linspace(1.0, t_min, steps + 1, dtype=torch.float64)

@@ -180,9 +180,6 @@ def sample_maskgit(
             `resample` such a position is masked again, without it counts as revealed; the
             result may hold mask tokens. A model without a column for the mask needs False.
 
-    Returns:
-        (B, D) int64.
-
     The hooks hear of every step. Host syncs: before the loop two to read the prompt; inside none.
     """
     check_counts([("steps", steps, 1), ("mask_id", mask_id, 0)])
@@ -195,21 +192,12 @@ def sample_maskgit(
     check_choice(randomize, "randomize", RANDOMIZE)
     check_gumbel_temperature(gumbel_temperature)
     options = check_filters(temperature, top_k, top_p)
-    run = Run(
-        model,
-        shape,
-        mask_id=mask_id,
-        vocab_size=vocab_size,
-        prompt=prompt,
-        context=context,
-        seed=seed,
-        generator=generator,
-        first_sequence=first_sequence,
-        device=device,
-        ids={"mask_id": mask_id} if exclude_mask else {},
-        unless=" unless exclude_mask=False",
-    )
+    run = Run(model, shape, device, prompt)
     run.other = guidance_model
+    run.set_seed(seed, generator, first_sequence)
+    ids = {"mask_id": mask_id} if exclude_mask else {}
+    run.set_vocabulary(vocab_size, ids, " unless exclude_mask=False")
+    run.set_tokens(mask_id, prompt, context)
     if guidance != 0.0 and guidance_model is None and not unconditional:
         raise ValueError(
             "guidance needs unconditional, the context of the unconditional half, "

@@ -161,9 +161,6 @@ def sample_uniform_state(
         start: (B, D) int64, tokens to start from in place of uniform ones.
         t_min: last time.
 
-    Returns:
-        (B, D) int64.
-
     Rows of the prompt never go through the head. The hooks hear of every step. Host syncs: before
     the loop one to read a prompt; inside none.
     """
@@ -173,29 +170,19 @@ def sample_uniform_state(
     check_fraction(t_min, "t_min")
     times = torch.linspace(1.0, t_min, steps + 1, dtype=torch.float64).tolist()
     alphas = _alphas(signal, times, condition)
-    run = Run(
-        model,
-        shape,
-        vocab_size=vocab_size,
-        prompt=prompt,
-        start=None if start is None else ("start", start),
-        context=context,
-        seed=seed,
-        generator=generator,
-        first_sequence=first_sequence,
-        device=device,
-    )
-    known = 0 if prompt is None else prompt.shape[-1]
+    run = Run(model, shape, device, prompt if prompt is not None else start)
+    run.set_seed(seed, generator, first_sequence)
+    run.set_vocabulary(vocab_size, {})
     if start is None:
         u = rng.uniform(run.seed, START, run.keys, 1, dtype=torch.float64)
-        uniform = (u * vocab_size).long().view_as(run.tokens)
-        run.tokens[:, known:] = uniform[:, known:]
+        start = (u * vocab_size).long().view_as(run.tokens)
+    run.set_start(start, "start", vocab_size, prompt, context)
     run.set_latents(latent, latent_dim, steps + 1, "S + 1")
     run.set_hooks(callback, history)
     moments = {"t": times, "alpha": alphas}.get(condition)
     if moments is None:
         moments = [-math.log(alpha) for alpha in alphas]
-    rule = _UniformState(moments, alphas, last_step, known)
+    rule = _UniformState(moments, alphas, last_step, 0 if prompt is None else prompt.shape[-1])
     return run.loop(rule, steps + (last_step != "none"))
 
 
