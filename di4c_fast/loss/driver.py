@@ -41,7 +41,7 @@ class Saved:
     def tensors(self) -> list[Tensor]:
         """All tensors; empty ones stand for what is not there."""
         s = self.statistics
-        sums = []
+        sums: list[Tensor] = []
         for pair in (s.student, s.teacher, s.consistency):
             none = (s.mass.new_empty(0), s.mass.new_empty(0))
             sums += none if pair is None else (pair.shift, pair.total)
@@ -51,12 +51,26 @@ class Saved:
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Saved:
         tokens, *others = tensors
-        student, teacher, consistency = (
-            RowSums(*others[i : i + 2]) if others[i].numel() else None for i in (0, 2, 4)
+        student = RowSums(*others[:2])
+        teacher, consistency = (
+            RowSums(*others[i : i + 2]) if others[i].ndim == 2 else None for i in (2, 4)
         )
-        *rest, rows, count, logits = others[6:]
-        student = student or RowSums(*others[:2])
-        statistics = Statistics(tokens, student, teacher, consistency, *rest, sums_known=True)
+        log_prob, mass, teacher_kl, consistency_kl, divergence, q, q_teacher = others[6:13]
+        rows, count, logits = others[13:]
+        statistics = Statistics(
+            tokens,
+            student,
+            teacher,
+            consistency,
+            log_prob,
+            mass,
+            teacher_kl,
+            consistency_kl,
+            divergence,
+            q,
+            q_teacher,
+            sums_known=True,
+        )
         return Saved(statistics, rows, count, logits)
 
     def places(self, problem: Problem) -> Places:
@@ -67,14 +81,24 @@ class Saved:
 
 
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
-    """Uninitialised memory for what the first sweep leaves; its sizes follow from shapes alone."""
+    """Memory for what the first sweep leaves; its sizes follow from shapes alone.
+
+    Small tensors are zeros, so that slots which are not active hold something; so are the large
+    ones where zeros cost nothing.
+    """
     plan = make_plan(problem, passes, needs_grad)
     batch, components, positions, vocabulary = problem.sizes
     total, like, row = batch * positions, problem.log_weights, padded(vocabulary)
     targets = problem.tokens.shape[1]
 
     def new(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return like.new_empty(shape, dtype=dtype)
+        return like.new_zeros(shape, dtype=dtype)
+
+    def large(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        strides = torch.empty(shape, device="meta").stride()
+        real = type(like) is Tensor and like.device.type == "cpu"
+        make = zeros_strided if real else torch.empty_strided
+        return make(shape, strides, dtype=dtype, device=like.device)
 
     def sums(head: Head | None) -> RowSums | None:
         if head is None:
@@ -94,20 +118,16 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         teacher_kl=new(both),
         consistency_kl=new(both),
         divergence=new(total if problem.component else 0, components),
-        q=new(plan.kept if problem.marginal else 0, row),
-        q_teacher=new(plan.kept if problem.component else 0, row),
+        q=large(plan.kept if problem.marginal else 0, row),
+        q_teacher=large(plan.kept if problem.component else 0, row),
         sums_known=problem.seed is not None,
     )
     if problem.active is None:
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
-    elif problem.active.device.type == "meta" or isinstance(
-        problem.active, torch._subclasses.FakeTensor
-    ):
-        rows, count = new(total, dtype=torch.int64), new(dtype=torch.int64)
     else:
         rows, count = order_positions(problem.active)
     dtype = problem.student.chunk_dtype
-    logits = new(plan.kept_logits, components, row, dtype=dtype)
+    logits = large(plan.kept_logits, components, row, dtype=dtype)
     return plan, Saved(statistics, rows, count, logits)
 
 
@@ -217,7 +237,7 @@ def _draw_targets(
         token = torch.where((slots < visit.count).unsqueeze(-1), token, 0)
     if xu is not None:
         shown = xu[b, :, d]
-        token = torch.where(shown != problem.mask_id, shown, token)
+        token = torch.where(shown.ne(problem.mask_id or 0), shown, token)
     tokens[:, tokens.shape[1] - u.components :][b, :, d] = token
 
 

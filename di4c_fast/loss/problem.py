@@ -122,7 +122,7 @@ class Problem:
     def decode(tensors: Sequence[Tensor], text: str) -> Problem:
         """The problem that `encode` described, over these tensors."""
         left = list(tensors)
-        values = {}
+        values: dict[str, Any] = {}
         for name, value in ast.literal_eval(text).items():
             if value == ():
                 values[name] = left.pop(0)
@@ -349,15 +349,13 @@ class Weights:
     zero: frozenset[str]
 
 
-def prepare_weights(student: Head, **values: float | Tensor) -> Weights:
-    prepared = {name: prepare_weight(value, name, student) for name, value in values.items()}
-    return Weights(
-        *(
-            prepared[f"{name}_weight"][0]
-            for name in ("data", "teacher", "consistency", "component")
-        ),
-        frozenset(name for name, (_, zero) in prepared.items() if zero),
-    )
+def prepare_weights(student: Head, given: dict[str, float | Tensor]) -> Weights:
+    """The weights by the names of the terms, as `loss` was given them."""
+    prepared = {
+        name: prepare_weight(value, f"{name}_weight", student) for name, value in given.items()
+    }
+    zero = frozenset(name for name, (_, is_zero) in prepared.items() if is_zero)
+    return Weights(**{name: weight for name, (weight, _) in prepared.items()}, zero=zero)
 
 
 def prepare_loss(
@@ -388,7 +386,7 @@ def prepare_loss(
     active = prepare_active(xt, valid, mask_id, head)
     x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
     check_targets_allowed(x0, "x0", mask_id, active)
-    prepared = prepare_weights(head, **weights)
+    prepared = prepare_weights(head, weights)
     normalised = prepare_log_weights(log_weights, head)
 
     draws, seed = None, None
@@ -420,7 +418,7 @@ def prepare_loss(
                 )
 
     def asked(name: str) -> bool:
-        return return_terms or f"{name}_weight" not in prepared.zero
+        return return_terms or name not in prepared.zero
 
     tokens = x0.unsqueeze(1)
     if draws is None or not asked("consistency"):
@@ -428,7 +426,8 @@ def prepare_loss(
     else:
         given = tokens.new_zeros(sizes) if consistency_x is None else consistency_x
         if xu is not None:
-            given = torch.where(xu != mask_id, xu, given)
+            assert mask_id is not None
+            given = torch.where(xu.ne(mask_id), xu, given)
         tokens = torch.cat([tokens, given], dim=1)
     marginal = control_variate and (asked("teacher") or draws is not None)
     component = asked("component")

@@ -162,7 +162,9 @@ class Statistics:
     divergence: Tensor  # (A, N)  KL(q_T || p_n)
     q: Tensor  # (kept, padded V)
     q_teacher: Tensor  # (kept, padded V)
-    sums_known: bool  # `draw` has left the row sums of the consistency logits
+    # `draw` has left the row sums of the consistency logits. In `backward` all sums are known, and
+    # nothing of the statistics is written.
+    sums_known: bool
 
     def kept(self, rows: Tensor, visit: Visit) -> Tensor | None:
         """The visited slots of `q` or `q_teacher`; None where they are not kept."""
