@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -123,7 +124,7 @@ class Problem:
         """The problem that `encode` described, over these tensors."""
         left = list(tensors)
         values: dict[str, Any] = {}
-        for name, value in ast.literal_eval(text).items():
+        for name, value in _parse(text).items():
             if value == ():
                 values[name] = left.pop(0)
             elif isinstance(value, tuple):
@@ -134,6 +135,7 @@ class Problem:
         return Problem(**values)
 
 
+_parse = functools.lru_cache(ast.literal_eval)  # texts repeat from step to step
 _FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
 
 
