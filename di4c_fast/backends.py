@@ -1,65 +1,104 @@
-"""Which backend runs, and why another does not.
+"""Names of backends, the passes behind them, and why one does not run.
 
-A loss backend is a module with two functions, `loss_per_example(inputs, scale)` and
-`token_rows(student, targets, log_weights, active, mask_id, correlation)`. The first returns the
-loss of every example times `scale`; a number says that the caller will sum them, so that all share
-one upstream gradient, and None that it will not (a scale of 1).
+A backend is a module with the functions of `passes.base`; one line makes another known:
+
+    di4c_fast.backends.register("mine", "my_package.passes")
+
+The module is imported when it first runs. If it has a function `unavailable(device)`, that says
+why it cannot run there (None if it can). "reference" is no set of passes: `loss` and `sample`
+have it as dense formulas of their own.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .heads import Head
-
-Backend = Literal["auto", "triton", "torch", "reference"]
-LOSS_BACKENDS = ("auto", "triton", "torch", "reference")
+Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
+Reason = Callable[[torch.device], "str | None"]
 
 
-def loss_backend(name: str, student: Head) -> Any:
-    """The module that computes the loss for `student`.
+class _Passes(NamedTuple):
+    module: str
+    reason: Reason | None
+    float64: bool
+
+
+_known: dict[str, _Passes] = {}
+
+
+def register(
+    name: str, module: str, reason: Reason | None = None, *, float64: bool = False
+) -> None:
+    """Make `backend=name` known to `loss` and `sample`.
+
+    Args:
+        name: of the backend; one that is known already is replaced.
+        module: path of the module with the passes.
+        reason: like the module's `unavailable`, asked before the module is imported.
+        float64: whether it computes in fp64; if not, fp64 logits go to the torch backend.
+    """
+    _known[name] = _Passes(module, reason, float64)
+
+
+def names() -> tuple[str, ...]:
+    """What `backend` may be."""
+    return ("auto", *_known, "reference")
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs for `backend=name` on this device, in this work dtype.
+
+    "auto" is triton on a GPU, cpu on a CPU, and torch where those cannot run; on a GPU a warning
+    says so, once for each reason.
 
     Raises:
-        RuntimeError: `name` is "triton" and Triton cannot run on the device of `student`.
+        RuntimeError: the backend that is asked for by name cannot run on the device.
     """
-    # Import statements rather than importlib: torch.compile traces through them.
-    if name == "reference":
-        from .reference import loss as reference_loss
-
-        return reference_loss
-    if name == "torch" or not _takes_triton(name, student.device):
-        from . import streaming
-
-        return streaming
-    from . import fused
-
-    return fused
+    better = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
+    chosen = better if name == "auto" else name
+    reason = unavailable(chosen, device)
+    if reason is not None:
+        if name != "auto":
+            raise RuntimeError(f'backend="{name}" cannot run: {reason}')
+        if device.type == "cuda":
+            _warn_fallback(reason)
+        return "torch"
+    return chosen if dtype != torch.float64 or _known[chosen].float64 else "torch"
 
 
-def _takes_triton(name: str, device: torch.device) -> bool:
-    reason = triton_unavailable(device)
-    if name == "triton":
-        if reason is not None:
-            raise RuntimeError(f'backend="triton" cannot run: {reason}')
-        return True
-    if reason is None:
-        return device.type != "cpu"
-    if device.type == "cuda":
-        _warn_fallback(reason)
-    return False
+def passes_for(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The module of the passes that run for `backend=name`; see `resolve`."""
+    return importlib.import_module(_known[resolve(name, device, dtype)].module)
 
 
 @torch.compiler.assume_constant_result
-def triton_unavailable(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on `device`; None if they can."""
-    if importlib.util.find_spec("di4c_fast.fused") is None:
-        return "this version of di4c_fast has no Triton kernels for it"
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on `device`; None if it can."""
+    if name == "reference":
+        return None
+    passes = _known[name]
+    reason = passes.reason and passes.reason(device)
+    if reason:
+        return reason
+    try:
+        if importlib.util.find_spec(passes.module) is None:
+            return f"there is no module {passes.module}"
+        module = importlib.import_module(passes.module)
+    except Exception as error:  # whatever a foreign package raises while it is imported
+        return f"{passes.module} cannot be imported: {type(error).__name__}: {error}"
+    ask = getattr(module, "unavailable", None)
+    return None if ask is None else ask(device)
+
+
+def _no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu":
@@ -77,7 +116,15 @@ def triton_unavailable(device: torch.device) -> str | None:
     return None
 
 
+def _no_cpu(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else f"the tensors are on {device.type}, not on a CPU"
+
+
 @functools.cache
 def _warn_fallback(reason: str) -> None:
-    """Warn once per reason that `auto` took the torch backend on a GPU."""
-    warnings.warn(f'backend="auto" uses the torch backend, which is slower: {reason}', stacklevel=4)
+    warnings.warn(f'backend="auto" uses the torch backend, which is slower: {reason}', stacklevel=5)
+
+
+register("triton", "di4c_fast.passes.triton", _no_triton)
+register("cpu", "di4c_fast.passes.cpu", _no_cpu)
+register("torch", "di4c_fast.passes.torch", float64=True)

@@ -135,10 +135,9 @@ class LinearHead(BuiltInHead):
             head._positions = change(every)
         return head
 
-    def prepared(self) -> LinearHead:
+    def prepared(self, *, widen: bool = True) -> LinearHead:
         # Few CPUs multiply half precision faster than fp32, and none more exactly.
-        half = self.dtype in (torch.float16, torch.bfloat16)
-        work = torch.float32 if half and self.device.type == "cpu" else self.dtype
+        work = self.work_dtype if widen and self.device.type == "cpu" else self.dtype
         head = copy.copy(self)
         head.hidden, head.weight = self.hidden.to(work), self.weight.to(work)
         head.bias = None if self.bias is None else self.bias.to(work)
