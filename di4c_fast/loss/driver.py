@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..heads import Head
 from ..memory import zeros_strided
-from ..passes.base import Factors, Operand, RowSums, Statistics, Visit, padded
+from ..passes.base import DrawOptions, Factors, Operand, RowSums, Statistics, Visit, padded
 from .joint import Joint, Places, joint_terms
 from .plan import Plan, make_plan, order_positions, visits
 from .problem import Problem, Values, weighted
@@ -133,7 +133,7 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
     else:
         rows, count = order_positions(problem.active)
-    dtype = problem.student.chunk_dtype
+    dtype = problem.student.prepared_dtype
     logits = large(plan.kept_logits, components, row, dtype=dtype)
     joint = Joint(
         large(total, targets, components), new(batch, targets, components), new(batch, targets)
@@ -231,12 +231,10 @@ def _draw_targets(
     sums, tokens, xu = statistics.consistency, statistics.tokens, problem.xu
     assert problem.seed is not None
     assert sums is not None
-    from ..passes.base import DrawOptions
-
     options = DrawOptions(mask_id=problem.mask_id, seed=problem.seed)
     drawn = passes.draw(u, None, visit, rows.flatten(), options)
     sums.shift[visit.part] = drawn.shift.view(rows.shape)
-    sums.total[visit.part] = drawn.log_total.exp().view(rows.shape)
+    sums.total[visit.part] = drawn.total.view(rows.shape)
     token = drawn.token.view(rows.shape).clamp_min(0)
     b, d = visit.split(token.device)
     if visit.count is not None:

@@ -6,9 +6,7 @@ V classes, J target rows.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,7 +24,7 @@ from ..checks import (
     check_values,
     describe,
 )
-from ..heads import Head, HeadLike, as_head, decode_head
+from ..heads import Head, HeadLike, as_head
 from ..passes.base import Mixture
 from ..rng import check_generator, draw_seed
 
@@ -98,45 +96,6 @@ class Problem:
             self.marginal,
             self.component,
         )
-
-    def encode(self) -> tuple[list[Tensor], str] | None:
-        """All tensors in a list, and a text with the rest; None with a head of one's own."""
-        tensors: list[Tensor] = []
-        texts = []
-        for name in _FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, Head):
-                text, parts = value.encode(), value.tensors()
-                if text is None:
-                    return None
-                present = ",".join(["01"[part is not None] for part in parts])
-                texts.append(f"{name!r}:({text!r},({present},))")
-                tensors += [part for part in parts if part is not None]
-            elif isinstance(value, Tensor):
-                texts.append(f"{name!r}:()")
-                tensors.append(value)
-            else:
-                texts.append(f"{name!r}:{value!r}")
-        return tensors, "{" + ",".join(texts) + "}"
-
-    @staticmethod
-    def decode(tensors: Sequence[Tensor], text: str) -> Problem:
-        """The problem that `encode` described, over these tensors."""
-        left = list(tensors)
-        values: dict[str, Any] = {}
-        for name, value in _parse(text).items():
-            if value == ():
-                values[name] = left.pop(0)
-            elif isinstance(value, tuple):
-                parts = [left.pop(0) if there else None for there in value[1]]
-                values[name] = decode_head(value[0], parts)
-            else:
-                values[name] = value
-        return Problem(**values)
-
-
-_parse = functools.lru_cache(ast.literal_eval)  # texts repeat from step to step
-_FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
 
 
 def weighted(term: Tensor, weight: Tensor) -> Tensor:

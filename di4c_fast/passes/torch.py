@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from .base import Factors, Mixture, Operand, RowSums, Statistics, Visit
+from .torch_draw import draw
+
+__all__ = ["backward", "chunk_bytes", "draw", "forward", "temporary_bytes", "unavailable"]
 
 WRITES_ZEROS = False  # `backward` visits active slots only
 NEG_INF = float("-inf")
