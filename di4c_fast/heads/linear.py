@@ -135,10 +135,13 @@ class LinearHead(BuiltInHead):
             head._positions = change(every)
         return head
 
-    def prepared(self) -> LinearHead:
+    @property
+    def prepared_dtype(self) -> torch.dtype:
         # Few CPUs multiply half precision faster than fp32, and none more exactly.
-        half = self.dtype in (torch.float16, torch.bfloat16)
-        work = torch.float32 if half and self.device.type == "cpu" else self.dtype
+        return self.work_dtype if self.device.type == "cpu" else self.dtype
+
+    def prepared(self, *, widen: bool = True) -> LinearHead:
+        work = self.prepared_dtype if widen else self.dtype
         head = copy.copy(self)
         head.hidden, head.weight = self.hidden.to(work), self.weight.to(work)
         head.bias = None if self.bias is None else self.bias.to(work)

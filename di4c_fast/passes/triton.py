@@ -1,0 +1,5 @@
+"""The passes as Triton launches."""
+
+from .triton_draw import draw
+
+__all__ = ["draw"]
