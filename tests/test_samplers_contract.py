@@ -10,7 +10,6 @@ from torch import Tensor
 from di4c_fast import rng
 
 
-
 def those(*arguments: str):
     """Every sampler that takes the arguments."""
     names = [name for name, sampler in SAMPLERS.items() if sampler.takes(*arguments)]
