@@ -41,7 +41,7 @@ from .tuning import launch_parameters, tunable
 @tunable("mixture_backward")
 @dataclasses.dataclass(frozen=True)
 class MixtureBackward:
-    elements: int = 2048  # of a tile, N · BLOCK_V
+    elements: int = 2048  # of a tile, N · BLOCK_V, in 2 bytes; half as many in fp32
     warps: int = 8
     stages: int = 3
     split_columns: int = 4096  # columns of one program
@@ -234,7 +234,7 @@ def mixture_backward(
         return
     like = statistics.student.total
     tuned = launch_parameters("mixture_backward", like.device)
-    tiles = mixture_tiles(student.components, student.vocabulary, tuned)
+    tiles = mixture_tiles(student, tuned)
     # A split of the columns shares no gradient with another, so it may be as wide as one likes;
     # with many components every program would read them all for each of its tiles.
     _mixture_backward_kernel[(visit.slots, tiles.splits)](

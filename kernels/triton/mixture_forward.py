@@ -47,7 +47,7 @@ from .tuning import launch_parameters, tunable
 @tunable("mixture_forward")
 @dataclasses.dataclass(frozen=True)
 class MixtureForward:
-    elements: int = 2048  # of a tile, N · BLOCK_V
+    elements: int = 2048  # of a tile, N · BLOCK_V, in 2 bytes; half as many in fp32
     warps: int = 8
     stages: int = 3
     split_columns: int = 4096  # columns of one program
@@ -259,7 +259,7 @@ def mixture_forward(
     like = statistics.student.total
     tuned = launch_parameters("mixture_forward", like.device)
     components = student.components
-    tiles = mixture_tiles(components, student.vocabulary, tuned)
+    tiles = mixture_tiles(student, tuned)
     size = (visit.slots, tiles.splits)
 
     def parts(*shape: int) -> Tensor:

@@ -152,11 +152,16 @@ class Tiles:
     warps: int
 
 
-def mixture_tiles(components: int, vocabulary: int, tuned: Any) -> Tiles:
-    """All components in a tile up to COMPONENT_TILE; beyond, one block of columns per split."""
+def mixture_tiles(operand: Any, tuned: Any) -> Tiles:
+    """All components in a tile up to COMPONENT_TILE; beyond, one block of columns per split.
+
+    A tile has `tuned.elements` of 2 bytes, or half as many of 4: as many bytes on their way.
+    """
+    components, vocabulary = operand.components, operand.vocabulary
+    elements = tuned.elements * 2 // operand.logits.element_size()
     one_tile = components <= COMPONENT_TILE
     block_n = power_of_two(min(components, COMPONENT_TILE))
-    block_v = max(1, min(power_of_two(vocabulary), tuned.elements // block_n))
+    block_v = max(1, min(power_of_two(vocabulary), elements // block_n))
     split = max(tuned.split_columns, block_v) if one_tile else block_v
     splits = triton.cdiv(vocabulary, split)
     if one_tile:  # even splits
