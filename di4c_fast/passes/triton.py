@@ -12,10 +12,12 @@ from ..kernels.triton.mixture_forward import mixture_forward
 from ..kernels.triton.row_statistics import row_statistics
 from ..kernels.triton.target_gradient import target_gradient
 from .base import Factors, Mixture, Operand, Statistics, Visit, padded
+from .triton_draw import draw
 
 __all__ = [
     "backward",
     "chunk_bytes",
+    "draw",
     "forward",
     "logistic_gradient",
     "logistic_logits",
