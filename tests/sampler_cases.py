@@ -21,6 +21,7 @@ from di4c_fast.samplers import (
     sample_maskgit,
     sample_uniform_state,
 )
+from di4c_fast.testing import assert_counts_match
 
 VOCAB, MASK, D, WIDTH = 11, 10, 14, 6
 PROCESS = GaussianProcess(VOCAB, rate_sigma=1.5, target_sigma=3.0, time_base=0.05)
@@ -204,3 +205,13 @@ class Tabular:
 
     def counts_of(self, tokens: Tensor) -> Tensor:
         return torch.bincount(self.state_of(tokens), minlength=self.STATES)
+
+
+def assert_same_law(ours: Tensor, theirs: Tensor) -> None:
+    """Two samples have one law: counts (K,) of the same outcomes.
+
+    The noise of the second sample adds to that of the first: the first is thinned by as much, and
+    the second then taken as exact.
+    """
+    share = 1 / (1 + float(ours.sum()) / float(theirs.sum()))
+    assert_counts_match((ours * share).round().long(), theirs.double() + 1e-9)

@@ -24,10 +24,10 @@ import di4c_fast
 from di4c_fast import LinearHead, LogisticHead, TensorHead
 
 fused = pytest.importorskip("di4c_fast.fused")
+from di4c_fast.fused_heads import HeadSpec, padded  # noqa: E402
 from di4c_fast.kernels.triton import tuning  # noqa: E402
 
 from di4c_fast import fused_passes, fused_plan  # noqa: E402
-from di4c_fast.fused_heads import HeadSpec, padded  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="run by test_fused_gpu on a GPU"),
