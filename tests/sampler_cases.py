@@ -99,11 +99,7 @@ class Denoiser(nn.Module):
         return torch.tanh(h)
 
     def forward(
-        self,
-        tokens: Tensor,
-        t: Tensor,
-        latent: Tensor | None = None,
-        label: Tensor | None = None,
+        self, tokens: Tensor, t: Tensor, latent: Tensor | None = None, label: Tensor | None = None
     ):
         self.on_call()
         self.inputs.append(tokens)

@@ -1,4 +1,4 @@
-"""The masked ancestral sampler: its law, by enumeration and of the naive loop; its rows and calls."""
+"""The masked ancestral sampler: its law, enumerated and of the naive loop; its rows and calls."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from sampler_cases import FUNCTIONS, MASK, SAMPLERS, VOCAB, D, Denoiser, prompts
 from torch import Tensor
 
 from di4c_fast import rng
+from di4c_fast.samplers.loop import first_true
 
 
 def those(*arguments: str):
@@ -303,6 +304,11 @@ def test_logits_that_are_not_numbers_are_refused(name):
 
 
 # Devices
+
+
+def test_rows_found_without_asking_the_device_are_those_of_nonzero():
+    wanted = torch.rand(60, generator=torch.Generator().manual_seed(0)) < 0.3
+    assert torch.equal(first_true(wanted, int(wanted.sum())), wanted.nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

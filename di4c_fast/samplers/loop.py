@@ -37,14 +37,7 @@ from ..models.call import (
     repeat_context,
     select_context,
 )
-from .arguments import (
-    check_counts,
-    check_latent,
-    check_size,
-    device_of,
-    fill_prompt,
-    seed_of,
-)
+from .arguments import check_counts, check_latent, check_size, device_of, fill_prompt, seed_of
 
 # Step numbers of the counter-based generator. λ and tokens of step k have k (in two streams),
 # what a rule draws besides has RULE + k, and what is drawn before the first step has START.
