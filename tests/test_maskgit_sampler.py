@@ -27,6 +27,13 @@ def sample(model, shape, **more) -> Tensor:
     return sample_maskgit(model, shape, **{"mask_id": 4, "seed": 0, **more})
 
 
+def states(model, shape, **more) -> list[Tensor]:
+    """The tokens at the start and after every step."""
+    history: list[Tensor] = []
+    sample(model, shape, history=history, **more)
+    return history
+
+
 # Exactly the schedule
 
 
@@ -34,14 +41,8 @@ def sample(model, shape, **more) -> Tensor:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("resample", [False, True])
 def test_every_step_reveals_exactly_the_schedule(positions, steps, schedule, resample):
-    history = []
-    sample(
-        uniform_model,
-        (3, positions),
-        steps=steps,
-        schedule=schedule,
-        resample=resample,
-        history=history,
+    history = states(
+        uniform_model, (3, positions), steps=steps, schedule=schedule, resample=resample
     )
     masked = torch.stack([(codes == 4).sum(-1) for codes in history])
     revealed = (masked[:-1] - masked[1:]).T.tolist()
@@ -56,8 +57,7 @@ def test_more_steps_than_positions_call_the_model_once_per_position():
 
 
 def test_own_counts_are_followed():
-    history = []
-    sample(uniform_model, (2, 6), steps=3, schedule=[3, 1, 2], history=history)
+    history = states(uniform_model, (2, 6), steps=3, schedule=[3, 1, 2])
     assert [int((codes == 4).sum(-1)[0]) for codes in history] == [6, 3, 2, 0]
 
 
@@ -113,7 +113,6 @@ def test_the_mask_token_is_drawn_only_on_request_and_then_counts_as_revealed():
         schedule=[1, 1],
         exclude_mask=False,
         gumbel_temperature=1e9,  # confidence without regard to the token
-        seed=0,
         history=history,
     )
     counts = torch.bincount(drawn.flatten(), minlength=3)
@@ -156,15 +155,13 @@ def ranked_model(tokens: Tensor, t: Tensor) -> Tensor:
 
 
 def test_without_noise_and_temperature_the_most_confident_argmax_comes_first():
-    history = []
-    sample(
+    history = states(
         ranked_model,
         (2, 4),
         steps=4,
         schedule=[1, 1, 1, 1],
         temperature=0.0,
         gumbel_temperature=0.0,
-        history=history,
     )
     expected = [[4, 4, 4, 4], [4, 4, 2, 4], [4, 1, 2, 4], [0, 1, 2, 4], [0, 1, 2, 3]]
     assert [codes[0].tolist() for codes in history] == expected
@@ -179,15 +176,13 @@ def test_no_randomness_equals_a_gumbel_temperature_of_zero():
 
 
 def test_equal_confidences_reveal_the_lowest_positions_first():
-    history = []
-    sample(
+    history = states(
         lambda tokens, t: torch.tensor([0.0, *[-torch.inf] * 4]).expand(*tokens.shape, 5),
         (1, 5),
         steps=3,
         schedule=[2, 2, 1],
         randomize="none",
         temperature=0.0,
-        history=history,
     )
     assert history[1].tolist() == [[0, 0, 4, 4, 4]]
     assert history[2].tolist() == [[0, 0, 0, 0, 4]]
@@ -195,15 +190,8 @@ def test_equal_confidences_reveal_the_lowest_positions_first():
 
 @lru_cache
 def first_positions(randomize: str, step: int) -> Tensor:
-    history = []
-    sample(
-        ranked_model,
-        (3000, 4),
-        steps=4,
-        schedule=[1, 1, 1, 1],
-        randomize=randomize,
-        seed=5,
-        history=history,
+    history = states(
+        ranked_model, (3000, 4), steps=4, schedule=[1, 1, 1, 1], randomize=randomize, seed=5
     )
     new = (history[step + 1] != 4) & (history[step] == 4)
     return new.sum(0)
@@ -223,10 +211,7 @@ def test_warm_up_is_random_in_two_steps_and_confident_afterwards():
 
 def test_the_noise_fades_out_and_never_turns_round():
     """At the last step of two, whose factor is 0, the confident position always wins."""
-    history = []
-    sample(
-        ranked_model, (500, 4), steps=2, schedule=[1, 3], temperature=0.0, seed=5, history=history
-    )
+    history = states(ranked_model, (500, 4), steps=2, schedule=[1, 3], temperature=0.0, seed=5)
     assert len(torch.unique((history[1] != 4).long().argmax(-1))) == 4
     assert history[2].tolist() == [[0, 1, 2, 3]] * 500
 
@@ -234,11 +219,8 @@ def test_the_noise_fades_out_and_never_turns_round():
 @pytest.mark.parametrize("resample", [False, True])
 def test_a_sequence_does_not_depend_on_the_prompts_of_others(resample):
     def model(tokens, t):
-        return (
-            torch.linspace(0, 2, 5).expand(*tokens.shape, 5)
-            * (1 + tokens.sum(-1)).view(-1, 1, 1)
-            / 20
-        )
+        scale = (1 + tokens.sum(-1)).view(-1, 1, 1) / 20
+        return torch.linspace(0, 2, 5, dtype=torch.float64).expand(*tokens.shape, 5) * scale
 
     prompt = torch.full((3, 8), 4)
     prompt[0, :6] = 1
@@ -275,8 +257,7 @@ def test_guided_logits_are_the_formula(schedule, weights):
     tables = torch.randn(2, 5, generator=generator)
     model = LabelModel(tables)
     label = torch.zeros(4000, dtype=torch.int64)
-    history = []
-    sample(
+    history = states(
         model,
         (4000, 3),
         steps=3,
@@ -287,7 +268,6 @@ def test_guided_logits_are_the_formula(schedule, weights):
         guidance_schedule=schedule,
         randomize="random",
         seed=1,
-        history=history,
     )
     for step, w in enumerate(weights):
         logits = (1 + w) * tables[0] - w * tables[1]

@@ -42,6 +42,7 @@ from .arguments import check_counts, check_latent, check_size, device_of, fill_p
 # Step numbers of the counter-based generator. λ and tokens of step k have k (in two streams),
 # what a rule draws besides has RULE + k, and what is drawn before the first step has START.
 RULE, START = 2**30, 2**32 - 1
+_ROWS_BYTES = 64 << 20  # of logits at a time, where the head does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,6 +334,16 @@ class Run:
 def first_true(wanted: Tensor, count: int) -> Tensor:
     """The numbers of the `count` True elements of a vector, without asking the device."""
     return torch.sort((~wanted).to(torch.uint8), stable=True).indices[:count]
+
+
+def single_logits(head: Head, tokens: Tensor) -> Tensor:
+    """The logit of one token (R,) per row of a head (R, V), in fp32, or fp64 for fp64 heads."""
+    dtype = torch.promote_types(head.dtype, torch.float32)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    # A head of one's own computes whole rows for them.
+    size = (head.budget_bytes or _ROWS_BYTES) // (head.shape[-1] * dtype.itemsize)
+    parts = [head.logits_at(some, tokens[some]).to(dtype) for some in rows.split(max(1, size))]
+    return torch.cat(parts)
 
 
 def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
