@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -178,29 +177,32 @@ def prompts(batch: int, length: int, seed: int = 1) -> Tensor:
 
 
 class Tabular:
-    """Any denoiser of three tokens of four: a table of logits per state, half of λ and label."""
+    """Any denoiser of a few tokens: a table of logits per state, half of λ and label."""
 
-    D, VOCAB, MASK = 3, 4, 3
-    STATES = VOCAB**D
-    ROWS = torch.tensor(list(itertools.product(range(VOCAB), repeat=D)))
-
-    def __init__(self, seed: int, latent: bool = False, labels: int = 1, timed: bool = True):
+    def __init__(
+        self, seed: int, latent: bool = False, labels: int = 1, timed: bool = True, size=(3, 4)
+    ):
         generator = torch.Generator().manual_seed(seed)
-        shape = (labels, 1 + latent, self.STATES, self.D, self.VOCAB)
+        positions, vocab = size
+        self.powers = vocab ** torch.arange(positions - 1, -1, -1)
+        self.states = vocab**positions
+        shape = (labels, 1 + latent, self.states, positions, vocab)
         self.table = 1.5 * torch.randn(*shape, generator=generator)
         self.timed = timed
+        self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def __call__(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None, label=0) -> Tensor:
+        self.calls.append((tokens, t, latent))
         component = 0 if latent is None else (latent[:, 0] > 0.5).long()
         logits = self.table[label, component, self.state_of(tokens)]
         return logits * (0.5 + t.view(-1, 1, 1)) if self.timed else logits
 
     def state_of(self, tokens: Tensor) -> Tensor:
-        """Number of a token row (..., D) in base VOCAB."""
-        return (tokens * self.VOCAB ** torch.arange(self.D - 1, -1, -1)).sum(-1)
+        """Number of a token row (..., D) in base V."""
+        return (tokens * self.powers).sum(-1)
 
     def counts_of(self, tokens: Tensor) -> Tensor:
-        return torch.bincount(self.state_of(tokens), minlength=self.STATES)
+        return torch.bincount(self.state_of(tokens), minlength=self.states)
 
 
 def assert_same_law(ours: Tensor, theirs: Tensor) -> None:

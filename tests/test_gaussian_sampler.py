@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from sampler_cases import Denoiser
+from sampler_cases import Denoiser, Tabular
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -18,14 +18,6 @@ D, V = 2, 4
 STATES = V**D
 PROCESS = GaussianProcess(V, rate_sigma=1.2, target_sigma=2.0, time_base=0.05, t_min=0.02)
 ROWS = torch.tensor(list(itertools.product(range(V), repeat=D)))
-
-
-def state_of(tokens: Tensor) -> Tensor:
-    return (tokens * V ** torch.arange(D - 1, -1, -1)).sum(-1)
-
-
-def counts_of(tokens: Tensor) -> Tensor:
-    return torch.bincount(state_of(tokens), minlength=STATES)
 
 
 def matrix(s: float, t: float) -> Tensor:
@@ -48,24 +40,15 @@ class Oracle:
         return torch.stack([joint.sum(2), joint.sum(1)], dim=1)
 
     def __call__(self, tokens: Tensor, t: Tensor) -> Tensor:
-        return self.probabilities(float(t[0])).log()[state_of(tokens)]
+        return self.probabilities(float(t[0])).log()[Table(0).state_of(tokens)]
 
 
-class Tabular:
-    """Any denoiser: one table of logits per state, and per half of λ; remembers its calls."""
-
+class Table(Tabular):
     def __init__(self, seed: int, latent: bool = False):
-        generator = torch.Generator().manual_seed(seed)
-        self.table = 1.5 * torch.randn(2 if latent else 1, STATES, D, V, generator=generator)
-        self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
-
-    def __call__(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
-        self.calls.append((tokens, t, latent))
-        component = 0 if latent is None else (latent[:, 0] > 0.5).long()
-        return self.table[component, state_of(tokens)] * (0.5 + t.view(-1, 1, 1))
+        super().__init__(seed, latent, size=(D, V))
 
     def probabilities(self, t: float, component: int = 0) -> Tensor:
-        return (self.table[component].double() * (0.5 + t)).softmax(-1)
+        return (self.table[0, component].double() * (0.5 + t)).softmax(-1)
 
 
 def step_matrix(model, t: float, s: float | None, component: int = 0) -> Tensor:
@@ -88,7 +71,7 @@ def exact_law(models: list, steps: int) -> Tensor:
     target = PROCESS.transitions.target
     law = torch.kron(target, target)
     for model, t, s in zip(models, times, [*times[1:], None], strict=True):
-        components = range(len(getattr(model, "table", [0])))
+        components = range(getattr(model, "table", torch.zeros(1, 1)).shape[1])
         law = torch.stack([law @ step_matrix(model, t, s, c) for c in components]).mean(0)
     return law
 
@@ -103,29 +86,29 @@ def run(model, batch: int, steps: int, **more) -> Tensor:
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_samples_follow_the_enumerated_chain(steps):
-    model = Tabular(0)
+    model = Table(0)
     tokens = run(model, 15_000, steps)
     assert tokens.dtype == torch.int64
-    assert_counts_match(counts_of(tokens), exact_law([model] * steps, steps))
+    assert_counts_match(Table(0).counts_of(tokens), exact_law([model] * steps, steps))
 
 
 def test_fresh_latents_mix_at_every_step():
-    model = Tabular(1, latent=True)
+    model = Table(1, latent=True)
     tokens = run(model, 15_000, 4, latent_dim=1)
-    assert_counts_match(counts_of(tokens), exact_law([model] * 4, 4))
+    assert_counts_match(Table(0).counts_of(tokens), exact_law([model] * 4, 4))
 
 
 def test_last_steps_go_to_the_teacher():
-    student, teacher = Tabular(2, latent=True), Tabular(3)
+    student, teacher = Table(2, latent=True), Table(3)
     tokens = run(student, 15_000, 5, latent_dim=1, teacher=teacher, teacher_steps=2)
     assert len(student.calls) == 3
     assert [call[2] is None for call in teacher.calls] == [True, True]
     models = [student] * 3 + [teacher] * 2
-    assert_counts_match(counts_of(tokens), exact_law(models, 5))
+    assert_counts_match(Table(0).counts_of(tokens), exact_law(models, 5))
 
 
 def test_teacher_alone_and_teacher_unused():
-    student, teacher = Tabular(2, latent=True), Tabular(3)
+    student, teacher = Table(2, latent=True), Table(3)
     alone = run(student, 20, 3, latent_dim=1, teacher=teacher, teacher_steps=3)
     assert torch.equal(alone, run(teacher, 20, 3))
     assert not student.calls
@@ -141,7 +124,7 @@ def test_exact_denoiser_gives_the_data_with_many_steps():
         law = exact_law([oracle] * steps, steps)
         errors.append(float((law - oracle.law).abs().sum()) / 2)
         tokens = run(oracle, 3000, steps)
-        assert_counts_match(counts_of(tokens), law, name=f"{steps} steps")
+        assert_counts_match(Table(0).counts_of(tokens), law, name=f"{steps} steps")
     assert errors[1] < 0.5 * errors[0]
     share = torch.bincount(tokens[:, 0], minlength=V) / len(tokens)
     # What remains is the argmax of the last step at t_min and the length of the steps.
@@ -149,16 +132,16 @@ def test_exact_denoiser_gives_the_data_with_many_steps():
 
 
 def test_last_step_can_draw():
-    model = Tabular(4)
+    model = Table(4)
     tokens = run(model, 15_000, 1, last="draw")
     start = torch.kron(PROCESS.transitions.target, PROCESS.transitions.target)
     p = model.probabilities(1.0)
     law = start @ torch.einsum("xi,xj->xij", *p.unbind(1)).flatten(1)
-    assert_counts_match(counts_of(tokens), law)
+    assert_counts_match(Table(0).counts_of(tokens), law)
 
 
 def test_last_step_keeps_the_most_probable_of_several_latents():
-    model = Tabular(5, latent=True)
+    model = Table(5, latent=True)
     start = torch.tensor([[0, 1]]).expand(6, -1)
     tokens = run(model, 6, 1, latent_dim=1, last_latents=8, initial=start)
     seen, _, latent = model.calls[0]
@@ -174,7 +157,7 @@ def test_last_step_keeps_the_most_probable_of_several_latents():
 
 
 def test_first_of_several_latents_is_that_of_one():
-    one, many = Tabular(6, latent=True), Tabular(6, latent=True)
+    one, many = Table(6, latent=True), Table(6, latent=True)
     run(one, 5, 2, latent_dim=1)
     run(many, 5, 2, latent_dim=1, last_latents=3)
     assert torch.equal(one.calls[-1][2], many.calls[-1][2].view(5, 3, 1)[:, 0])
@@ -183,16 +166,16 @@ def test_first_of_several_latents_is_that_of_one():
 @pytest.mark.parametrize("law", ["target", "uniform"])
 def test_sampling_starts_from_its_law(law):
     history: list[Tensor] = []
-    run(Tabular(0), 20_000, 1, initial=law, history=history)
+    run(Table(0), 20_000, 1, initial=law, history=history)
     start = PROCESS.transitions.target if law == "target" else torch.ones(V) / V
-    assert_counts_match(counts_of(history[0]), torch.kron(start, start))
+    assert_counts_match(Table(0).counts_of(history[0]), torch.kron(start, start))
 
 
 # Calls, times, latents
 
 
 def test_models_are_called_on_an_even_grid():
-    model = Tabular(0)
+    model = Table(0)
     run(model, 3, 5)
     times = torch.stack([t for _, t, _ in model.calls])
     torch.testing.assert_close(times, torch.linspace(1.0, 0.02, 5).unsqueeze(1).expand(-1, 3))
@@ -202,14 +185,14 @@ def test_models_are_called_on_an_even_grid():
 
 
 def test_same_sequences_come_out_with_several_latents_in_the_last_call():
-    model, more = Tabular(7, latent=True), {"latent_dim": 1, "last_latents": 3}
+    model, more = Table(7, latent=True), {"latent_dim": 1, "last_latents": 3}
     whole = run(model, 10, 4, **more)
     parts = [run(model, n, 4, first_sequence=first, **more) for first, n in ((0, 3), (3, 7))]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_given_start_is_used_and_not_written_to():
-    model = Tabular(0)
+    model = Table(0)
     start = torch.tensor([[0, 1], [3, 3]])
     copy = start.clone()
     run(model, 2, 3, initial=start)

@@ -15,7 +15,8 @@ from di4c_fast.samplers import sample_masked
 from di4c_fast.samplers.masked import plan_unmask_steps
 from di4c_fast.testing import assert_counts_match, assert_frequency
 
-D, V, HIDDEN = Tabular.D, Tabular.VOCAB, Tabular.MASK  # of three tokens of four, the last the mask
+D, V, HIDDEN = 3, 4, 3  # of `Tabular`, whose last token is the mask here
+ROWS = torch.tensor(list(itertools.product(range(V), repeat=D)))
 
 
 def grid(steps: int, t_min: float = 1e-5) -> Tensor:
@@ -35,8 +36,8 @@ def transition(model: Tabular, t: float, s: float | None, component: int) -> Ten
     else:
         step = logits.softmax(-1) * (t - s) / t
         step[..., HIDDEN] = s / t
-    known = Tabular.ROWS != HIDDEN
-    step[known] = one_hot(Tabular.ROWS, V).double()[known]
+    known = ROWS != HIDDEN
+    step[known] = one_hot(ROWS, V).double()[known]
     return torch.einsum("xi,xj,xk->xijk", *step.unbind(1)).flatten(1)
 
 
@@ -46,7 +47,7 @@ def exact_law(model: Tabular, times: Tensor, start=(HIDDEN,) * D, fresh: bool = 
     components = range(model.table.shape[1])
 
     def run(choices) -> Tensor:
-        law = torch.zeros(Tabular.STATES, dtype=torch.float64)
+        law = torch.zeros(model.states, dtype=torch.float64)
         law[model.state_of(torch.tensor(start))] = 1.0
         for t, s in zip(times.tolist(), ends, strict=True):
             law = torch.stack([law @ transition(model, t, s, c) for c in choices]).mean(0)

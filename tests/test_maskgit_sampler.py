@@ -15,8 +15,8 @@ from di4c_fast.processes.reveal import SCHEDULES, reveal_counts
 from di4c_fast.samplers import sample_maskgit
 from di4c_fast.testing import assert_counts_match
 
-D, HIDDEN = Tabular.D, Tabular.MASK  # of three tokens of four, the last the mask
-ALL_ROWS = [tuple(row) for row in Tabular.ROWS.tolist()]
+D, HIDDEN = 3, 3  # of `Tabular`, whose last token is the mask here
+ALL_ROWS = list(itertools.product(range(4), repeat=D))
 
 
 def uniform_model(tokens: Tensor, t: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ def test_latents_are_fresh_per_step_and_sequence_or_as_passed(name):
 
 
 @every
-def test_λ_shares_no_random_number_with_the_noise_of_a_rule(name, monkeypatch):
+def test_latents_share_no_random_number_with_the_noise_of_a_rule(name, monkeypatch):
     used: list[tuple[int, int, int]] = []
     words = rng.random_words
 

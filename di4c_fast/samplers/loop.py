@@ -204,7 +204,9 @@ class Run:
         with evaluation_mode(self.model, self.other):
             for visit in rule.visits(self):
                 if visit.rows is None or visit.rows.numel():
-                    self.tokens = rule.fill(self, visit, self._ask(rule, visit))
+                    # Kept until the next: memory that is freed here comes back as fresh pages.
+                    answer = self._ask(rule, visit)
+                    self.tokens = rule.fill(self, visit, answer)
                 self._project()
                 if self.history is not None:
                     self.history.append(self.tokens)
