@@ -136,6 +136,23 @@ def test_with_resampling_a_drawn_mask_is_masked_again():
     assert float((tokens == 2).float().mean()) < 0.05
 
 
+def test_positions_that_drew_the_mask_compete_again():
+    calls = []
+
+    def model(tokens, t):
+        calls.append(tokens)
+        logits = torch.full((1, 4, 3), -9.0)
+        if len(calls) == 1:  # the mask, most surely at the first two positions
+            logits[..., 2] = torch.tensor([3.0, 2.0, 1.0, 0.0])
+        else:  # token 0, the more surely the further behind
+            logits[..., 0] = torch.tensor([-6.0, -5.0, -4.0, -3.0])
+        return logits
+
+    how = {"schedule": [2, 1, 1], "temperature": 0.0, "randomize": "none", "exclude_mask": False}
+    history = states(model, (1, 4), mask_id=2, steps=3, resample=True, **how)
+    assert [state[0].tolist() for state in history[1:]] == [[2] * 4, [2, 0, 0, 0], [0] * 4]
+
+
 def test_a_model_without_a_column_for_the_mask_serves_without_exclusion():
     tokens = sample(uniform_model, (5, 6), mask_id=5, steps=3, exclude_mask=False, vocab_size=5)
     assert int(tokens.max()) < 5
