@@ -232,12 +232,8 @@ def test_temperature_zero_takes_the_most_probable_clean_token():
     logits = torch.zeros(1, D, V)
     logits[..., 2] = 1e-3
     tokens = sample_gaussian(
-        lambda x, t: logits.expand(len(x), -1, -1),
-        (500, D),
-        process=GaussianProcess(V, rate_sigma=1.2, time_base=1e-6, t_min=1e-3),
-        steps=2,
-        temperature=0.0,
-        last="draw",
-        seed=1,
-    )
+        lambda x, t: logits.expand(len(x), -1, -1), (500, D),
+        process=GaussianProcess(V, rate_sigma=1.2, time_base=1e-6, t_min=1e-3), steps=2,
+        temperature=0.0, last="draw", seed=1,
+    )  # fmt: skip
     assert bool((tokens == 2).all())

@@ -173,13 +173,9 @@ def ranked_model(tokens: Tensor, t: Tensor) -> Tensor:
 
 def test_without_noise_and_temperature_the_most_confident_argmax_comes_first():
     history = states(
-        ranked_model,
-        (2, 4),
-        steps=4,
-        schedule=[1, 1, 1, 1],
-        temperature=0.0,
+        ranked_model, (2, 4), steps=4, schedule=[1, 1, 1, 1], temperature=0.0,
         gumbel_temperature=0.0,
-    )
+    )  # fmt: skip
     expected = [[4, 4, 4, 4], [4, 4, 2, 4], [4, 1, 2, 4], [0, 1, 2, 4], [0, 1, 2, 3]]
     assert [codes[0].tolist() for codes in history] == expected
     assert [codes[1].tolist() for codes in history] == expected
@@ -194,13 +190,9 @@ def test_no_randomness_equals_a_gumbel_temperature_of_zero():
 
 def test_equal_confidences_reveal_the_lowest_positions_first():
     history = states(
-        lambda tokens, t: torch.tensor([0.0, *[-torch.inf] * 4]).expand(*tokens.shape, 5),
-        (1, 5),
-        steps=3,
-        schedule=[2, 2, 1],
-        randomize="none",
-        temperature=0.0,
-    )
+        lambda tokens, t: torch.tensor([0.0, *[-torch.inf] * 4]).expand(*tokens.shape, 5), (1, 5),
+        steps=3, schedule=[2, 2, 1], randomize="none", temperature=0.0,
+    )  # fmt: skip
     assert history[1].tolist() == [[0, 0, 4, 4, 4]]
     assert history[2].tolist() == [[0, 0, 0, 0, 4]]
 
@@ -275,17 +267,10 @@ def test_guided_logits_are_the_formula(schedule, weights):
     model = LabelModel(tables)
     label = torch.zeros(4000, dtype=torch.int64)
     history = states(
-        model,
-        (4000, 3),
-        steps=3,
-        schedule=[1, 1, 1],
-        context={"label": label},
-        unconditional={"label": label + 1},
-        guidance=2.0,
-        guidance_schedule=schedule,
-        randomize="random",
-        seed=1,
-    )
+        model, (4000, 3), steps=3, schedule=[1, 1, 1], context={"label": label},
+        unconditional={"label": label + 1}, guidance=2.0, guidance_schedule=schedule,
+        randomize="random", seed=1,
+    )  # fmt: skip
     for step, w in enumerate(weights):
         logits = (1 + w) * tables[0] - w * tables[1]
         logits[4] = -math.inf
@@ -302,15 +287,9 @@ def test_one_step_is_the_first_step_without_guidance_unless_it_is_constant():
     for schedule, token, rows in (("linear", 0, 8), ("constant", 1, 16)):
         model = LabelModel(tables)
         tokens = sample(
-            model,
-            (8, 4),
-            steps=1,
-            temperature=0.0,
-            context={"label": label},
-            unconditional={"label": label + 1},
-            guidance=3.0,
-            guidance_schedule=schedule,
-        )
+            model, (8, 4), steps=1, temperature=0.0, context={"label": label},
+            unconditional={"label": label + 1}, guidance=3.0, guidance_schedule=schedule,
+        )  # fmt: skip
         assert bool((tokens == token).all())
         assert [len(call[0]) for call in model.calls] == [rows]
 
@@ -324,15 +303,9 @@ def test_both_halves_share_the_latent_and_the_tokens():
 
     label = torch.arange(3)
     sample(
-        model,
-        (3, 4),
-        steps=2,
-        latent_dim=2,
-        context={"label": label},
-        unconditional={"label": label + 10},
-        guidance=1.0,
-        guidance_schedule="constant",
-    )
+        model, (3, 4), steps=2, latent_dim=2, context={"label": label},
+        unconditional={"label": label + 10}, guidance=1.0, guidance_schedule="constant",
+    )  # fmt: skip
     for tokens, t, latent, labels in seen:
         assert torch.equal(tokens[:3], tokens[3:])
         assert torch.equal(latent[:3], latent[3:])
@@ -352,17 +325,10 @@ def test_another_model_gives_the_unconditional_logits_without_latent():
         return torch.tensor([2.0, 0.5, 0.0, 0.0]).expand(*tokens.shape, 4)
 
     tokens = sample(
-        student,
-        (3, 2),
-        mask_id=3,
-        steps=2,
-        latent_dim=1,
-        temperature=0.0,
-        guidance=3.0,
-        guidance_schedule="constant",
-        guidance_model=teacher,
+        student, (3, 2), mask_id=3, steps=2, latent_dim=1, temperature=0.0, guidance=3.0,
+        guidance_schedule="constant", guidance_model=teacher,
         unconditional={"label": torch.arange(3)},
-    )
+    )  # fmt: skip
     # (1 + 3)(2, 1) − 3(2, 0.5) = (2, 2.5): guidance turns the argmax round.
     assert bool((tokens == 1).all())
     assert [label.tolist() for label in calls] == [[0, 1, 2]] * 2
@@ -425,14 +391,9 @@ def exact_law(logits_of, counts: list[int], gumbel_temperature: float) -> Tensor
 def test_samples_have_the_exact_law_of_the_rule(schedule, gumbel_temperature):
     model = Tabular(seed=1, timed=False)
     tokens = sample(
-        model,
-        (20_000, D),
-        mask_id=HIDDEN,
-        steps=len(schedule),
-        schedule=schedule,
-        gumbel_temperature=gumbel_temperature,
-        seed=3,
-    )
+        model, (20_000, D), mask_id=HIDDEN, steps=len(schedule), schedule=schedule,
+        gumbel_temperature=gumbel_temperature, seed=3,
+    )  # fmt: skip
     table = model.table[0, 0]
     law = exact_law(
         lambda row, step: [(1.0, table[ALL_ROWS.index(row)])], schedule, gumbel_temperature
@@ -490,16 +451,9 @@ def test_pair_marginals_with_guidance_are_those_of_the_naive_loop():
     batch, counts, w = 30_000, [1, 1, 1], 1.5
     label, other = torch.zeros(batch, dtype=torch.int64), torch.ones(batch, dtype=torch.int64)
     ours = sample(
-        model,
-        (batch, D),
-        mask_id=HIDDEN,
-        steps=3,
-        schedule=counts,
-        context={"label": label},
-        unconditional={"label": other},
-        guidance=w,
-        seed=6,
-    )
+        model, (batch, D), mask_id=HIDDEN, steps=3, schedule=counts, context={"label": label},
+        unconditional={"label": other}, guidance=w, seed=6,
+    )  # fmt: skip
     theirs = naive_loop(model, label, other, batch, counts, w, torch.Generator().manual_seed(7))
     for i, j in itertools.combinations(range(D), 2):
         assert_same_law(

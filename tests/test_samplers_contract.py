@@ -10,6 +10,7 @@ from torch import Tensor
 from di4c_fast import rng
 from di4c_fast.samplers.loop import first_true
 
+
 def those(*arguments: str):
     """Every sampler that takes the arguments."""
     names = [name for name, sampler in SAMPLERS.items() if sampler.takes(*arguments)]
