@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-
-from di4c_fast.draw.api import Draw, sample
 from di4c_fast.streaming_sample import (
     SAMPLE_BLOCK,
     block_sums,
@@ -14,6 +12,8 @@ from di4c_fast.streaming_sample import (
     take_block,
     token_uniforms,
 )
+
+from di4c_fast.draw.api import Draw, sample
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:

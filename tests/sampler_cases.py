@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from di4c_fast.samplers import (
     sample_maskgit,
     sample_uniform_state,
 )
+from di4c_fast.testing import assert_counts_match
 
 VOCAB, MASK, D, WIDTH = 11, 10, 14, 6
 PROCESS = GaussianProcess(VOCAB, rate_sigma=1.5, target_sigma=3.0, time_base=0.05)
@@ -98,11 +98,7 @@ class Denoiser(nn.Module):
         return torch.tanh(h)
 
     def forward(
-        self,
-        tokens: Tensor,
-        t: Tensor,
-        latent: Tensor | None = None,
-        label: Tensor | None = None,
+        self, tokens: Tensor, t: Tensor, latent: Tensor | None = None, label: Tensor | None = None
     ):
         self.on_call()
         self.inputs.append(tokens)
@@ -181,26 +177,39 @@ def prompts(batch: int, length: int, seed: int = 1) -> Tensor:
 
 
 class Tabular:
-    """Any denoiser of three tokens of four: a table of logits per state, half of λ and label."""
+    """Any denoiser of a few tokens: a table of logits per state, half of λ and label."""
 
-    D, VOCAB, MASK = 3, 4, 3
-    STATES = VOCAB**D
-    ROWS = torch.tensor(list(itertools.product(range(VOCAB), repeat=D)))
-
-    def __init__(self, seed: int, latent: bool = False, labels: int = 1, timed: bool = True):
+    def __init__(
+        self, seed: int, latent: bool = False, labels: int = 1, timed: bool = True, size=(3, 4)
+    ):
         generator = torch.Generator().manual_seed(seed)
-        shape = (labels, 1 + latent, self.STATES, self.D, self.VOCAB)
+        positions, vocab = size
+        self.powers = vocab ** torch.arange(positions - 1, -1, -1)
+        self.states = vocab**positions
+        shape = (labels, 1 + latent, self.states, positions, vocab)
         self.table = 1.5 * torch.randn(*shape, generator=generator)
         self.timed = timed
+        self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def __call__(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None, label=0) -> Tensor:
+        self.calls.append((tokens, t, latent))
         component = 0 if latent is None else (latent[:, 0] > 0.5).long()
         logits = self.table[label, component, self.state_of(tokens)]
         return logits * (0.5 + t.view(-1, 1, 1)) if self.timed else logits
 
     def state_of(self, tokens: Tensor) -> Tensor:
-        """Number of a token row (..., D) in base VOCAB."""
-        return (tokens * self.VOCAB ** torch.arange(self.D - 1, -1, -1)).sum(-1)
+        """Number of a token row (..., D) in base V."""
+        return (tokens * self.powers).sum(-1)
 
     def counts_of(self, tokens: Tensor) -> Tensor:
-        return torch.bincount(self.state_of(tokens), minlength=self.STATES)
+        return torch.bincount(self.state_of(tokens), minlength=self.states)
+
+
+def assert_same_law(ours: Tensor, theirs: Tensor) -> None:
+    """Two samples have one law: counts (K,) of the same outcomes.
+
+    The noise of the second sample adds to that of the first: the first is thinned by as much, and
+    the second then taken as exact.
+    """
+    share = 1 / (1 + float(ours.sum()) / float(theirs.sum()))
+    assert_counts_match((ours * share).round().long(), theirs.double() + 1e-9)

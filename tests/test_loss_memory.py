@@ -190,12 +190,12 @@ def test_positions_that_do_not_count_cost_no_work():
     weight = torch.randn(64, 4, generator=g)
     valid = torch.zeros(1, 512, dtype=torch.bool)
     valid[:, 100:116] = True
-    teacher = LinearHead(torch.randn(1, 512, 4, generator=g), weight)
+    # A budget of one byte: nothing is kept between the sweeps.
+    teacher = LinearHead(torch.randn(1, 512, 4, generator=g), weight, budget_bytes=1)
+    student = LinearHead(hidden, weight, budget_bytes=1)
     x0 = torch.zeros(1, 512, dtype=torch.int64)
     with watched() as seen:
-        value = di4c_fast.loss(
-            LinearHead(hidden, weight), teacher, x0, valid=valid, backend="torch"
-        )
+        value = di4c_fast.loss(student, teacher, x0, valid=valid, backend="torch")
         value.backward()
     # Sixteen rows of logits and no more, beside the gradient of all hidden states.
     rows = 4 * 16 * 64 * 4

@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
+from di4c_fast.streaming_sample import SAMPLE_BLOCK
 from sample_cases import assert_near, assert_same_draw, normal, streamed
 
 from di4c_fast.draw.api import Draw, sample
 from di4c_fast.draw.request import STATISTICS
 from di4c_fast.heads import LinearHead, LogisticHead
 from di4c_fast.reference.draw import transformed_logits_ref
-from di4c_fast.streaming_sample import SAMPLE_BLOCK
 from di4c_fast.testing import assert_close_to_reference, assert_draws_match
 
 INF = math.inf

@@ -8,6 +8,7 @@ from sampler_cases import FUNCTIONS, MASK, SAMPLERS, VOCAB, D, Denoiser, prompts
 from torch import Tensor
 
 from di4c_fast import rng
+from di4c_fast.samplers.loop import first_true
 
 
 def those(*arguments: str):
@@ -205,6 +206,8 @@ def test_latents_are_fresh_per_step_and_sequence_or_as_passed(name):
     assert all(len(step) == 1 for step in number)
     assert number == sorted(number)
     assert len({step[0] for step in number}) == len(number)
+    if name not in ("masked", "masked, whole batch", "origin"):  # every step has a call
+        assert number == [[step] for step in range(len(number))]
     for lam in model.latents:
         sequences = lam - lam.floor()
         assert torch.equal(sequences, sequences.sort(0).values)
@@ -214,7 +217,7 @@ def test_latents_are_fresh_per_step_and_sequence_or_as_passed(name):
 
 
 @every
-def test_λ_shares_no_random_number_with_the_noise_of_a_rule(name, monkeypatch):
+def test_latents_share_no_random_number_with_the_noise_of_a_rule(name, monkeypatch):
     used: list[tuple[int, int, int]] = []
     words = rng.random_words
 
@@ -301,6 +304,11 @@ def test_logits_that_are_not_numbers_are_refused(name):
 
 
 # Devices
+
+
+def test_rows_found_without_asking_the_device_are_those_of_nonzero():
+    wanted = torch.rand(60, generator=torch.Generator().manual_seed(0)) < 0.3
+    assert torch.equal(first_true(wanted, int(wanted.sum())), wanted.nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

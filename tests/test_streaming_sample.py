@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from di4c_fast.streaming_sample import SAMPLE_BLOCK, draw_from_probs
 from sample_cases import assert_near, assert_same_draw, draws_of_one_row, normal, streamed
 
 from di4c_fast import streaming_sample
 from di4c_fast.draw.api import Draw
 from di4c_fast.heads import Head, LinearHead, LogisticHead
 from di4c_fast.reference.draw import draw_ref
-from di4c_fast.streaming_sample import SAMPLE_BLOCK, draw_from_probs
 from di4c_fast.testing import assert_tail_mass, tail_logits
 
 

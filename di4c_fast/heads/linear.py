@@ -161,11 +161,12 @@ class LinearHead(BuiltInHead):
 
     def logits_at(self, rows: Tensor, tokens: Tensor) -> Tensor:
         hidden = take_leading(self.hidden, rows, self.hidden.shape[:-1])
-        logits = (hidden * self.weight[tokens].to(hidden.dtype)).sum(-1)
-        if self.bias is None:
-            return logits
-        bias = self.bias[self.positions(rows), tokens] if self.positional else self.bias[tokens]
-        return logits + bias.to(logits.dtype)
+        work = self.work_dtype  # one rounding at the end, as a matrix product has
+        logits = (hidden.to(work) * self.weight[tokens].to(work)).sum(-1)
+        if self.bias is not None:
+            at = (self.positions(rows), tokens) if self.positional else (tokens,)
+            logits = logits + self.bias[at].to(work)
+        return logits.to(hidden.dtype)
 
     def new_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         sums = super().new_gradients(needs)

@@ -278,8 +278,8 @@ def prepare_teacher(teacher: HeadLike, student: Head) -> Head:
             f"teacher must have shape (B, D, V) = {(batch, *sizes)} or (B, M, D, V) with M >= 1, "
             f"got {shape}"
         )
-    _check_tensors(head, "teacher")
     check_same_device(head, "teacher", student, "student")
+    _check_tensors(head, "teacher")
     return head.detach()
 
 
@@ -293,8 +293,8 @@ def prepare_consistency(consistency: HeadLike, student: Head) -> Head:
             "consistency must have shape (B, K, D, V) with K >= 1 and (B, D, V) = "
             f"{(batch, *sizes)}, got {shape}"
         )
-    _check_tensors(head, "consistency")
     check_same_device(head, "consistency", student, "student")
+    _check_tensors(head, "consistency")
     return head.detach()
 
 

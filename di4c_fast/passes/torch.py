@@ -118,7 +118,8 @@ def backward(
 def _load(x: Operand, visit: Visit, mask_id: int | None, dtype: torch.dtype) -> Tensor:
     """Logits (P, C, V) in memory of their own; -inf in the excluded column."""
     logits = x.of_visit(visit)
-    logits = logits.clone() if logits.dtype == dtype and logits._is_view() else logits.to(dtype)
+    shared = logits.untyped_storage()._cdata == x.logits.untyped_storage()._cdata
+    logits = logits.clone() if shared and logits.dtype == dtype else logits.to(dtype)
     if mask_id is not None:
         logits[..., mask_id] = NEG_INF
     return logits

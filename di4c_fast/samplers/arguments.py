@@ -8,13 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import (
-    check_floating,
-    check_int64,
-    check_number,
-    check_same_device,
-    describe,
-)
+from ..checks import check_floating, check_int64, check_number, check_same_device, describe
 from ..rng import check_generator
 
 

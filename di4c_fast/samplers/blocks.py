@@ -194,7 +194,7 @@ def open_steps(run: Run, layout: Layout) -> Iterator[Step]:
         if layout.steps is not None:  # a cap on what the rule lets through
             initial = active if initial is None else initial
             reached = even_reached(initial, number, layout.steps)
-            counts = (reached - (initial - active)).clamp(min=1)
+            counts = reached - (initial - active)  # at least 1 while any are masked
         on_host = active.cpu()
         rows = int(on_host.sum())
         if not rows:

@@ -219,19 +219,16 @@ def sample_confidence(
     active rows, a few numbers for each, and the head's budget.
     """
     check_counts([("mask_id", mask_id, 0)])
-    _check_rules(rule, schedule, threshold, factor, confidence_temperature)
+    check_choice(schedule, "schedule", ("even", "ancestral"))
     check_fraction(t_min, "t_min")
     options = check_filters(temperature, top_k, top_p)
     check_number(guidance_scale, "guidance_scale", minimum=0.0)
     check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only)
     banned = _check_ids(banned_ids, "banned_ids")
     deferred = _check_ids(deferred_ids, "deferred_ids")
-    if deferred and rule != "low_confidence":
-        raise ValueError(f'deferred_ids needs rule="low_confidence", got {rule!r}')
+    _check_rule(rule, threshold, factor, confidence_temperature, exclude_mask, bool(deferred))
     if mask_id in deferred:
         raise ValueError(f"deferred_ids must not hold the mask, {mask_id}")
-    if not exclude_mask and rule == "origin":
-        raise ValueError('exclude_mask=False needs a rule with counts, got rule="origin"')
     if eos_id is not None:
         check_counts([("eos_id", eos_id, 0)])
     if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
@@ -271,25 +268,35 @@ def sample_confidence(
     return run.loop(how, total)
 
 
-def _check_rules(
-    rule: Any, schedule: Any, threshold: Any, factor: Any, confidence_temperature: Any
+def _check_rule(
+    rule: Any, threshold: Any, factor: Any, temperature: Any, exclude_mask: bool, deferred: bool
 ) -> None:
     check_choice(rule, "rule", CONFIDENCE_RULES)
-    check_choice(schedule, "schedule", ("even", "ancestral"))
-    check_number(confidence_temperature, "confidence_temperature", minimum=0.0)
+    check_number(temperature, "confidence_temperature", minimum=0.0)
     if threshold is not None:
         check_number(threshold, "threshold")
-        if rule != "entropy" and not 0.0 <= threshold <= 1.0:
-            raise ValueError(f"threshold must be in [0, 1] with rule={rule!r}, got {threshold}")
     if factor is not None:
         check_number(factor, "factor", minimum=0.0)
-    if threshold is not None and factor is not None:
-        raise ValueError("threshold and factor exclude each other: pass one of them")
-    if rule in ("origin", "random") and not (threshold is None and factor is None):
-        name = "threshold" if factor is None else "factor"
-        raise ValueError(f"{name} needs a rule with confidences of the model, got {rule!r}")
-    if rule == "origin" and confidence_temperature:
-        raise ValueError('confidence_temperature needs confidences, got rule="origin"')
+    both, origin = threshold is not None and factor is not None, rule == "origin"
+    bounded = threshold is None or rule == "entropy" or 0.0 <= threshold <= 1.0
+    name = "threshold" if factor is None else "factor"
+    ruled = threshold is not None or factor is not None
+    for wrong, message in (
+        (both, "threshold and factor exclude each other: pass one of them"),
+        (not bounded, f"threshold must be in [0, 1] with rule={rule!r}, got {threshold}"),
+        (
+            ruled and rule in ("origin", "random"),
+            f"{name} needs a rule with confidences of the model, got {rule!r}",
+        ),
+        (origin and temperature, f"confidence_temperature needs confidences, got rule={rule!r}"),
+        (origin and not exclude_mask, f"exclude_mask=False needs a rule with counts, got {rule!r}"),
+        (
+            deferred and rule != "low_confidence",
+            f'deferred_ids needs rule="low_confidence", got {rule!r}',
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
 def _check_ids(ids: Any, name: str) -> list[int]:

@@ -121,19 +121,12 @@ def sample_gaussian(
 
     The hooks hear of every call. Host syncs: none in the loop.
     """
-    check_counts(
-        [
-            ("steps", steps, 1),
-            ("teacher_steps", teacher_steps, 0),
-            ("latent_dim", latent_dim, 0),
-            ("last_latents", last_latents, 1),
-        ]
-    )
+    check_counts([("steps", steps, 1), ("teacher_steps", teacher_steps, 0)])
+    check_counts([("latent_dim", latent_dim, 0), ("last_latents", last_latents, 1)])
     if not isinstance(process, GaussianProcess):
         raise TypeError(f"process must be a GaussianProcess, got {describe(process)}")
-    _check_teacher(teacher, teacher_steps, steps)
     check_choice(last, "last", ("argmax", "draw"))
-    _check_last_latents(last_latents, last, latent, latent_dim, teacher_steps)
+    _check_last_calls(teacher, teacher_steps, steps, last_latents, last, latent, latent_dim)
     t_min = process.t_min if t_min is None else t_min
     check_fraction(t_min, "t_min")
     options = check_filters(temperature, top_k, top_p)
@@ -158,25 +151,26 @@ def sample_gaussian(
     return run.loop(_Posterior(process, times, teacher_steps, last, tries, options), steps)
 
 
-def _check_teacher(teacher: Any, teacher_steps: int, steps: int) -> None:
+def _check_last_calls(
+    teacher: Any,
+    teacher_steps: int,
+    steps: int,
+    last_latents: int,
+    last: str,
+    latent: Any,
+    dim: int,
+) -> None:
     if teacher is not None:
         check_callable(teacher, "teacher")
     if teacher_steps > steps:
         raise ValueError(f"teacher_steps must be at most steps = {steps}, got {teacher_steps}")
     if teacher_steps and teacher is None:
         raise ValueError(f"teacher_steps = {teacher_steps} needs a teacher, got None")
-
-
-def _check_last_latents(
-    last_latents: int, last: str, latent: Any, latent_dim: int, teacher_steps: int
-) -> None:
-    if last_latents == 1:
-        return
     for wrong, reason in (
-        (latent_dim < 1, f"latent_dim >= 1, got {latent_dim}"),
+        (dim < 1, f"latent_dim >= 1, got {dim}"),
         (latent is not None, "fresh λ, but latent was passed"),
         (teacher_steps > 0, f"the student in the last step, got teacher_steps = {teacher_steps}"),
         (last != "argmax", f"last = 'argmax', got {last!r}"),
     ):
-        if wrong:
+        if wrong and last_latents > 1:
             raise ValueError(f"last_latents = {last_latents} needs {reason}")

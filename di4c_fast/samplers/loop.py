@@ -37,18 +37,12 @@ from ..models.call import (
     repeat_context,
     select_context,
 )
-from .arguments import (
-    check_counts,
-    check_latent,
-    check_size,
-    device_of,
-    fill_prompt,
-    seed_of,
-)
+from .arguments import check_counts, check_latent, check_size, device_of, fill_prompt, seed_of
 
 # Step numbers of the counter-based generator. λ and tokens of step k have k (in two streams),
 # what a rule draws besides has RULE + k, and what is drawn before the first step has START.
 RULE, START = 2**30, 2**32 - 1
+_ROWS_BYTES = 64 << 20  # of logits at a time, where the head does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +204,9 @@ class Run:
         with evaluation_mode(self.model, self.other):
             for visit in rule.visits(self):
                 if visit.rows is None or visit.rows.numel():
-                    self.tokens = rule.fill(self, visit, self._ask(rule, visit))
+                    # Kept until the next: memory that is freed here comes back as fresh pages.
+                    answer = self._ask(rule, visit)
+                    self.tokens = rule.fill(self, visit, answer)
                 self._project()
                 if self.history is not None:
                     self.history.append(self.tokens)
@@ -340,6 +336,16 @@ class Run:
 def first_true(wanted: Tensor, count: int) -> Tensor:
     """The numbers of the `count` True elements of a vector, without asking the device."""
     return torch.sort((~wanted).to(torch.uint8), stable=True).indices[:count]
+
+
+def single_logits(head: Head, tokens: Tensor) -> Tensor:
+    """The logit of one token (R,) per row of a head (R, V), in fp32, or fp64 for fp64 heads."""
+    dtype = torch.promote_types(head.dtype, torch.float32)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    # A head of one's own computes whole rows for them.
+    size = (head.budget_bytes or _ROWS_BYTES) // (head.shape[-1] * dtype.itemsize)
+    parts = [head.logits_at(some, tokens[some]).to(dtype) for some in rows.split(max(1, size))]
+    return torch.cat(parts)
 
 
 def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

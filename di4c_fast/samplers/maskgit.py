@@ -203,10 +203,8 @@ def sample_maskgit(
             "guidance needs unconditional, the context of the unconditional half, "
             "or a guidance_model"
         )
-    same_model = guidance_model is None and unconditional is not None
-    unconditional = _check_unconditional(unconditional, run.batch, run.device)
-    if same_model:
-        _check_alike(unconditional, run.context)
+    alike = guidance_model is None and unconditional is not None
+    unconditional = _check_unconditional(unconditional, run, alike)
     run.set_latents(latent, latent_dim, steps)
     run.set_hooks(callback, history)
     masked = torch.full((run.batch,), run.positions)
@@ -233,24 +231,24 @@ def _counts(masked: Tensor, steps: int, schedule: str | Sequence[int], style: st
     return torch.tensor(table, dtype=torch.int64).view(-1, steps)[index].T
 
 
-def _check_unconditional(unconditional: Any, batch: int, device: torch.device) -> Context:
+def _check_unconditional(unconditional: Any, run: Run, alike: bool) -> Context:
+    """alike: both halves of a guided call are concatenated."""
     try:
-        return check_context(unconditional, batch, device)
+        checked = check_context(unconditional, run.batch, run.device)
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("context", "unconditional", 1)) from None
-
-
-def _check_alike(unconditional: Context, context: Context) -> None:
-    """Both halves of a guided call can be concatenated."""
-    if unconditional.keys() != context.keys():
+    if not alike:
+        return checked
+    if checked.keys() != run.context.keys():
         raise ValueError(
-            f"unconditional must have the keywords of context, {sorted(context)}, "
-            f"got {sorted(unconditional)}"
+            f"unconditional must have the keywords of context, {sorted(run.context)}, "
+            f"got {sorted(checked)}"
         )
-    for key, value in context.items():
-        other = unconditional[key]
-        if other.shape != value.shape or other.dtype != value.dtype:
+    for key, value in run.context.items():
+        got, wanted = ((tuple(x.shape), x.dtype) for x in (checked[key], value))
+        if got != wanted:
             raise ValueError(
                 f"unconditional[{key!r}] must have the shape and dtype of context[{key!r}], "
-                f"{tuple(value.shape)} {value.dtype}, got {tuple(other.shape)} {other.dtype}"
+                f"{wanted}, got {got}"
             )
+    return checked

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..heads import Head
-from .loop import Answer
+from .loop import Answer, single_logits
 
 NEG_INF = float("-inf")
 
@@ -61,6 +61,5 @@ def defer(confidence: Tensor, answer: Answer, logsumexp: Tensor, ids: Tensor) ->
 
 def _columns(head: Head, ids: Tensor) -> Tensor:
     """The logits of some columns, (R, E) in fp32 or fp64, without the others."""
-    rows = torch.arange(head.shape[0], device=ids.device)
-    columns = [head.logits_at(rows, token.expand(len(rows))) for token in ids]
-    return torch.stack(columns, 1).to(torch.promote_types(head.dtype, torch.float32))
+    count = head.shape[0]
+    return torch.stack([single_logits(head, token.expand(count)) for token in ids], 1)

@@ -24,14 +24,13 @@ from torch import Tensor
 
 from .. import rng
 from ..checks import check_choice
-from ..heads import Head, HeadLike
+from ..heads import HeadLike
 from ..models.call import Context, check_callable
 from .arguments import check_counts, check_fraction
-from .loop import START, Answer, Rule, Run, Visit
+from .loop import START, Answer, Rule, Run, Visit, single_logits
 
 __all__ = ["cosine_signal", "log_linear_signal", "sample_uniform_state"]
 
-_GATHER_BYTES = 64 << 20  # of what single logits are computed from
 _LAST_STEPS = ("ancestral", "greedy", "none")
 
 Signal = Callable[[float], float]
@@ -102,15 +101,6 @@ def _mix(
     anything = (u[:, 1] * vocabulary).long()
     # Staying comes last, so that rounding at the top end of u never makes up a token.
     return torch.where(at < uniform, anything, torch.where(at < uniform + from_p, drawn, present))
-
-
-def single_logits(head: Head, tokens: Tensor) -> Tensor:
-    """The logit of one token (R,) per row of a head (R, V), in fp32, or fp64 for fp64 heads."""
-    dtype = torch.promote_types(head.dtype, torch.float32)
-    rows = torch.arange(len(tokens), device=tokens.device)
-    size = max(1, _GATHER_BYTES // (head.shape[-1] * dtype.itemsize))
-    parts = [head.logits_at(some, tokens[some]).to(dtype) for some in rows.split(size)]
-    return torch.cat(parts)
 
 
 @torch.no_grad()
