@@ -17,11 +17,11 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-Backend = Literal["auto", "triton", "cpu", "torch", "reference"]
+Backend: TypeAlias = str  # "auto", "reference", or a name that is registered
 Reason = Callable[[torch.device], "str | None"]
 
 

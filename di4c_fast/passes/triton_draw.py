@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from ..draw.law import SAMPLE_BLOCK
-from ..kernels.triton.row_draw import row_draw
+from ..kernels.triton.row_draw import MAX_VOCABULARY, row_draw
+from . import torch_draw
 from .base import Drawn, DrawOptions, Operand, Visit
 
 
 def draw(x: Operand, y: Operand | None, visit: Visit, keys: Tensor, options: DrawOptions) -> Drawn:
     """One draw for each row of the visited slots; y are unconditional logits of guidance."""
+    if x.vocabulary > MAX_VOCABULARY:  # more than the registers of one program hold
+        return torch_draw.draw(x, y, visit, keys, options)
     device = x.logits.device
     seeded = DrawOptions(
         options.mask_id,

@@ -215,8 +215,7 @@ def row_draw(
     `passes.base.DrawOptions` whose seed and step are on the device; width is SAMPLE_BLOCK.
     """
     rows, vocabulary, device = len(keys), x.vocabulary, x.logits.device
-    if vocabulary > MAX_VOCABULARY:
-        raise ValueError(f"at most {MAX_VOCABULARY} columns can be drawn from, got {vocabulary}")
+    assert vocabulary <= MAX_VOCABULARY
     wanted, temperature, guidance = options.wanted, options.temperature, options.guidance
     raw_prob = "raw_prob" in wanted
     raw = raw_prob and options.tempered
