@@ -67,7 +67,10 @@ def test_a_backend_that_cannot_be_imported_is_listed_with_its_reason(monkeypatch
     monkeypatch.setattr(backends, "_known", dict(backends._known))
     backends.register("mine", "json.nothing")
     assert command.main([]) == 0
-    assert "mine       cpu      unavailable: json.nothing" in capsys.readouterr().out
+    assert (
+        "mine       cpu      unavailable: there is no module json.nothing"
+        in capsys.readouterr().out
+    )
 
 
 def test_help_explains_the_command(capsys):

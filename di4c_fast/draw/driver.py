@@ -159,9 +159,10 @@ def _draw_prepared(
 ) -> tuple[dict[str, Tensor], int]:
     """The fields of rows (r, V) that guidance, temperature and filters are applied to here."""
     dtype, vocabulary, mask_id = request.dtype, request.vocabulary, request.mask_id
-    temperature, heat = options.temperature, 0.0 if options.greedy else 1.0
+    temperature = options.temperature
+    left: float | Tensor = 0.0 if options.greedy else 1.0  # of the temperature, for the passes
     if isinstance(temperature, Tensor):
-        heat = (temperature != 0.0).to(dtype)
+        left = (temperature != 0.0).to(dtype)
         temperature = torch.where(temperature == 0.0, 1.0, temperature).unsqueeze(-1)
     logits = given[0]
     if len(given) == 2:
@@ -184,7 +185,7 @@ def _draw_prepared(
         look = filter_scaled_(columns, request.top_p, request.top_k, look)
 
     wanted = options.wanted - ({"raw_prob"} if literal is None else CONFIDENCES)
-    simple = dataclasses.replace(options, mask_id=None, temperature=heat, wanted=wanted)
+    simple = dataclasses.replace(options, mask_id=None, temperature=left, wanted=wanted)
     drawn = _draw(passes, [columns], keys, simple)
     moved = drawn.shift + (peak / (temperature if options.tempered else 1.0))[:, 0]
     drawn = dataclasses.replace(drawn, shift=moved)

@@ -84,9 +84,18 @@ def _draw_group(logits: Tensor, other: Tensor | None, keys: Tensor, options: Dra
     def number(*width: int, dtype: torch.dtype = work) -> Tensor:
         return torch.zeros(len(keys), *width, dtype=dtype, device=keys.device)
 
-    whole = number(dtype=torch.int64), number(dtype=torch.int64)
-    sums = (number() for _ in range(5))
-    group = _Group(uniforms, cold, *whole, *sums, number(SAMPLE_BLOCK))
+    group = _Group(
+        uniforms,
+        cold,
+        chosen=number(dtype=torch.int64),
+        argmax=number(dtype=torch.int64),
+        shift=number(),
+        total=number(),
+        raw_total=number(),
+        entropy=number(),
+        margin=number(),
+        weights=number(SAMPLE_BLOCK),
+    )
     size = slots
     if logits.device.type == "cpu":
         size = max(1, min(slots, CHUNK_BYTES // (components * vocabulary * work.itemsize)))

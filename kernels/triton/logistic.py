@@ -185,6 +185,9 @@ def logistic_gradient(
     mu: Tensor, log_scale: Tensor, gradient: Tensor, *, eps: float, clamp: str
 ) -> tuple[Tensor, Tensor]:
     """dL/dmu and dL/dlog_scale (...) fp32 of dL/dlogits (..., V) fp32."""
-    results = tuple(torch.empty(mu.shape, dtype=torch.float32, device=mu.device) for _ in range(2))
+    grad_mu, grad_log_scale = (
+        torch.empty(mu.shape, dtype=torch.float32, device=mu.device) for _ in range(2)
+    )
+    results = (grad_mu, grad_log_scale)
     _launch(_bins_gradient_kernel, mu, log_scale, gradient, results, eps, clamp)
     return results
