@@ -25,6 +25,8 @@ GUMBEL_COMPILED = Variant("gumbel-fp32-compiled", "torch.compile of Gumbel noise
 FLASHINFER = Variant("flashinfer", "FlashInfer sampling_from_logits (token alone)")
 STREAMING = Variant("torch", "di4c_fast torch", library=True)
 STREAMING_ALL = Variant("torch-all", "di4c_fast torch, with argmax and entropy", library=True)
+CPU = Variant("cpu", "di4c_fast cpu", library=True)
+CPU_ALL = Variant("cpu-all", "di4c_fast cpu, with argmax and entropy", library=True)
 TRITON = Variant("triton", "di4c_fast triton", library=True)
 TRITON_ALL = Variant("triton-all", "di4c_fast triton, with argmax and entropy", library=True)
 VARIANTS = [
@@ -35,6 +37,8 @@ VARIANTS = [
     FLASHINFER,
     STREAMING,
     STREAMING_ALL,
+    CPU,
+    CPU_ALL,
     TRITON,
     TRITON_ALL,
 ]
@@ -109,7 +113,7 @@ class DrawGroup(Group):
 
     def call(self, name: str, inputs: Inputs) -> Any:
         self.calls += 1
-        if name in ("torch", "torch-all", "triton", "triton-all"):
+        if name in ("torch", "torch-all", "cpu", "cpu-all", "triton", "triton-all"):
             return self.draw(name, inputs, self.calls)
         with torch.no_grad():
             logits = inputs.logits()

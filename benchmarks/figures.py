@@ -32,6 +32,8 @@ STYLES = {
     "torch": ("#0f8fd0", "o"),
     "triton": ("#009e73", "o"),
     "torch-all": ("#0f8fd0", "P"),
+    "cpu": ("#cc3311", "o"),
+    "cpu-all": ("#cc3311", "P"),
     "triton-all": ("#009e73", "P"),
     "eager": ("#d55e00", "s"),
     "eager-compiled": ("#d55e00", "^"),
@@ -47,7 +49,7 @@ STYLES = {
     "plain": ("#d55e00", "s"),
     "di4c-fast": ("#0f8fd0", "o"),
 }
-FILLED = {"torch", "triton", "torch-all", "triton-all", "di4c-fast"}
+FILLED = {"torch", "triton", "cpu", "cpu-all", "torch-all", "triton-all", "di4c-fast"}
 FLOOR: dict[str, Any] = {
     "marker": "|",
     "markersize": 16,

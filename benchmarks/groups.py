@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from di4c_fast import backends
+
 from .cases import Case
 from .floors import Work
 
@@ -98,41 +100,6 @@ class Group(abc.ABC):
         torch.compiler.reset()
 
 
-def make_group(case: Case) -> Group:
-    """The group of a case."""
-    if case.kind == "loss":
-        from .loss_group import LossGroup
-
-        return LossGroup(case)
-    if case.kind == "draw":
-        from .draw_group import DrawGroup
-
-        return DrawGroup(case)
-    if case.kind == "ancestral":
-        from .ancestral_group import AncestralGroup
-
-        return AncestralGroup(case)
-    if case.kind == "confidence":
-        from .confidence_group import ConfidenceGroup
-
-        return ConfidenceGroup(case)
-    from .step_group import StepGroup
-
-    return StepGroup(case)
-
-
-def all_variants() -> dict[str, str]:
-    """Names and titles of every variant of every kind."""
-    from .cases import SHAPES, make_case
-
-    found = {}
-    for kind, shapes in SHAPES.items():
-        for shape in shapes if kind == "loss" else list(shapes)[:1]:
-            for variant in make_group(make_case(shape, "tiny", "fp32", "cpu")).variants():
-                found[variant.name] = variant.title
-    return found
-
-
 PEERS = {
     "liger": "liger_kernel",
     "cut-cross-entropy": "cut_cross_entropy",
@@ -152,19 +119,16 @@ def unavailable(name: str, case: Case) -> str | None:
         return f"torch {torch.__version__} has no F.linear_cross_entropy"
     if name.endswith("compiled"):
         return no_compiler(device.type)
-    if name.startswith("triton"):
-        return _no_triton(case, device)
-    return None
+    backend = name.split("-")[0]
+    return _no_backend(backend, case, device) if backend in backends.names()[1:] else None
 
 
-def _no_triton(case: Case, device: torch.device) -> str | None:
-    from di4c_fast.backends import triton_unavailable
-
+def _no_backend(backend: str, case: Case, device: torch.device) -> str | None:
     # The interpreter goes through everything at tiny sizes; its speed means nothing.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and case.size == "tiny"
-    if device.type == "cpu" and not interpreted:
+    if backend == "triton" and device.type == "cpu" and not interpreted:
         return "it needs a GPU"
-    return triton_unavailable(device)
+    return backends.unavailable(backend, device)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ VECTORISED = Variant("vectorised", "eager, vectorised")
 DENSE_COMPILED = Variant("dense-compiled", "torch.compile of one gather per target")
 VECTORISED_COMPILED = Variant("vectorised-compiled", "torch.compile of the vectorised one")
 STREAMING = Variant("torch", "di4c_fast torch", library=True)
+CPU = Variant("cpu", "di4c_fast cpu", library=True)
 TRITON = Variant("triton", "di4c_fast triton", library=True)
 IN_PLACE = Variant(
     "triton-in-place", "di4c_fast triton, gradient in place", library=True, timed=False
@@ -44,9 +45,10 @@ LOSS_VARIANTS = [
     DENSE_COMPILED,
     VECTORISED_COMPILED,
     STREAMING,
+    CPU,
     TRITON,
 ]
-CE_VARIANTS = [EAGER_CE, EAGER_CE_COMPILED, LINEAR_CE, LIGER, CCE, STREAMING, TRITON]
+CE_VARIANTS = [EAGER_CE, EAGER_CE_COMPILED, LINEAR_CE, LIGER, CCE, STREAMING, CPU, TRITON]
 
 # Relative error of loss and gradient above which a variant counts as wrong. fp32 sums of some
 # thousand terms reach 1e-6 to 1e-5. Half precision rounds the gradient it returns (2^-9 for bf16),
@@ -77,7 +79,7 @@ class LossGroup(Group):
         if self.case.cross_entropy:
             return CE_VARIANTS
         if self.case.note:  # sweeps
-            return [DENSE, STREAMING, TRITON]
+            return [DENSE, STREAMING, CPU, TRITON]
         if self.case.head == "logits":
             return [*LOSS_VARIANTS, IN_PLACE]
         return LOSS_VARIANTS
@@ -185,7 +187,7 @@ class LossGroup(Group):
         problem = inputs.problem
         if problem.cross_entropy:
             loss = self._cross_entropy(name, problem)
-        elif name in ("reference", "torch", "triton", "triton-in-place"):
+        elif name in ("reference", "torch", "cpu", "triton", "triton-in-place"):
             loss = _library(name, problem, given)
         else:
             loss = self._eager(name, problem, given)
@@ -219,7 +221,7 @@ class LossGroup(Group):
     def _cross_entropy(self, name: str, problem: Problem) -> Tensor:
         head = problem.student
         assert isinstance(head, LinearHead)
-        if name in ("reference", "torch", "triton"):
+        if name in ("reference", "torch", "cpu", "triton"):
             # The teacher has weight 0 and is never read: one number, seen at every position.
             size = (1, head.shape[2], head.shape[3])
             teacher = head.hidden.detach().new_zeros(()).expand(size)

@@ -9,7 +9,6 @@ leaves the resident set at once and cannot hide in the heap.
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
 import json
 import os
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from di4c_fast._spare import release
 
 ROOT = Path(__file__).resolve().parent.parent
 # glibc: blocks from 64 KiB on are mapped, and unmapped when freed.
@@ -107,7 +105,6 @@ def reset_high_water_mark() -> bool:
 
 
 def _trim() -> None:
-    release()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
@@ -196,7 +193,7 @@ class MemoryWorker:
                 path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path
             )
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.memory", threads],
+                [sys.executable, "-m", "benchmarks.memory_worker", threads],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -219,47 +216,3 @@ class MemoryWorker:
                     stream.close()
                 except OSError:
                     continue
-
-
-def _serve(threads: int) -> None:
-    """Answer requests from the standard input until it ends."""
-    torch.set_num_threads(threads)
-    warmed: set[tuple[str, str, str]] = set()
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer: dict[str, Any]
-        try:
-            answer = _answer(request["case"], request["variant"], warmed)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
-
-
-def _answer(
-    spec: dict[str, Any], variant: str, warmed: set[tuple[str, str, str]]
-) -> dict[str, Any]:
-    from .cases import Case, check_name, make_case
-    from .groups import make_group
-
-    case = Case.from_spec(spec)
-    group = make_group(case)
-    check_name(variant, "variant", [known.name for known in group.variants()])
-    resettable = reset_high_water_mark()
-    shape = case.shape if case.shape != "scaling" else "language"
-    if (shape, case.dtype, variant) not in warmed:
-        # Imports, thread pools and workspaces are not the variant's memory.
-        tiny = make_group(make_case(shape, "tiny", case.dtype, case.device))
-        tiny.call(variant, tiny.make_inputs(0))
-        warmed.add((shape, case.dtype, variant))
-    inputs = group.make_inputs(0)
-    call = functools.partial(group.call, variant, inputs)
-    started = time.monotonic()
-    peak = peak_in_this_process(call)
-    if resettable and time.monotonic() - started < 1.0:
-        # The first call of this size also sets up what later calls reuse.
-        peak = min(peak, peak_in_this_process(call))
-    return {"peak": peak, "resettable": resettable}
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]))

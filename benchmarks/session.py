@@ -21,9 +21,10 @@ from .cases import (
     shape_names,
     sweep_cases,
 )
-from .groups import Group, Variant, all_variants, make_group
+from .groups import Group, Variant
 from .harness import Settings
 from .memory import MemoryWorker, available_bytes
+from .registry import all_variants, make_group
 
 SERIES = ("scaling", "linear-memory")
 # Shapes whose torch.compile variants are measured on a CPU, where compiling takes half a minute.
@@ -212,8 +213,10 @@ class BenchSession:
         if self.device == "cpu" and options.memory:
             self.worker = MemoryWorker(options.threads)
 
-    def _override(self, path: Path) -> dict[str, int]:
+    def _override(self, path: Path) -> dict[str, dict[str, int]]:
         from di4c_fast.kernels.triton import tuning
+
+        from di4c_fast.passes import triton  # noqa: F401 - registers the records
 
         fields = tuning.load_config(path)
         self.overrides.enter_context(tuning.override(**fields))

@@ -1,7 +1,7 @@
 """`python -m benchmarks.tune`: find launch parameters of the Triton kernels for this GPU.
 
-Coordinate descent over the fields of `kernels.triton.tuning.LaunchParameters`, each judged by the
-shapes it matters for, against the default in the same run. A candidate must compute the same
+Coordinate descent over the launch parameters of the kernels, each judged by the shapes it
+matters for, against the default in the same run. A candidate must compute the same
 numbers as the default, and is kept only if it is faster by more than the noise. Writes JSON in the
 format of `kernels/configs/<device>.json`; nothing uses it until it is put there (or given to the
 benchmarks with `--launch-parameters`).
@@ -25,48 +25,42 @@ from torch import Tensor
 
 from .cases import make_case
 from .draw_group import DrawGroup
-from .groups import Group, make_group
+from .groups import Group
 from .harness import Clock, quantile
 from .loss_group import LossGroup
 from .machine import describe
+from .registry import make_group
 from .store import write_atomically
 
 _LOGITS = ("language", "image")
 _DRAWS = ("rows", "rows-large")
 _TILES = (1024, 2048, 4096, 8192)
-_WARPS = (4, 8, 16)
+_WARPS = (1, 2, 4, 16)  # few warps compute per-column values fewer times
 _STAGES = (1, 2, 3, 4)
 
 # Field, its candidates, the shapes that it matters for; what costs most comes first, since the
 # search may be stopped. Fields of shapes that no benchmark has keep their defaults.
 SEARCH: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
-    ("forward_elements", _TILES, _LOGITS),
-    ("backward_elements", _TILES, _LOGITS),
-    ("forward_warps", _WARPS, _LOGITS),
-    ("backward_warps", _WARPS, _LOGITS),
-    ("row_elements", _TILES, _LOGITS),
-    ("row_warps", _WARPS, _LOGITS),
-    ("draw_elements", _TILES, _LOGITS),
-    ("draw_warps", _WARPS, _LOGITS),
-    ("marginal_elements", _TILES, _LOGITS),
-    ("marginal_warps", _WARPS, _LOGITS),
-    ("distribution_bytes", (32 << 20, 128 << 20, 1 << 30), ("language",)),
-    ("split_columns", (2048, 8192, 16384), ("language",)),
-    ("sample_elements", _TILES, _DRAWS),
-    ("sample_warps", (1, 2, 4), _DRAWS),
-    ("sample_blocks", (256, 1024), _DRAWS),
-    ("sample_joined_rows", (1, 4), _DRAWS),
-    ("logistic_elements", _TILES, ("pixel",)),
-    ("logistic_warps", (4, 16), ("pixel",)),
-    ("minimum_rows", (512, 2048, 4096), ("language-hidden",)),
-    ("budget_bytes", (256 << 20, 1 << 30), ("language-hidden",)),
-    ("forward_stages", _STAGES, _LOGITS),
-    ("backward_stages", _STAGES, _LOGITS),
-    ("row_stages", _STAGES, _LOGITS),
-    ("draw_stages", _STAGES, _LOGITS),
-    ("marginal_stages", _STAGES, _LOGITS),
-    ("component_tile", (16,), ("image",)),
-    ("draw_kernel_rows", (4, 8, 32), ("image",)),
+    ("mixture_forward.elements", _TILES, _LOGITS),
+    ("mixture_backward.elements", _TILES, _LOGITS),
+    ("mixture_forward.warps", _WARPS, _LOGITS),
+    ("mixture_backward.warps", _WARPS, _LOGITS),
+    ("row_statistics.elements", _TILES, _LOGITS),
+    ("row_statistics.warps", _WARPS, _LOGITS),
+    ("marginal.elements", _TILES, _LOGITS),
+    ("marginal.warps", _WARPS, _LOGITS),
+    ("mixture_forward.split_columns", (2048, 8192, 16384), ("language",)),
+    ("mixture_backward.split_columns", (2048, 8192, 16384), ("language",)),
+    ("row_draw.elements", _TILES, _DRAWS),
+    ("row_draw.warps", (1, 2, 4), _DRAWS),
+    ("row_draw.blocks", (256, 1024), _DRAWS),
+    ("row_draw.joined_rows", (1, 4), _DRAWS),
+    ("logistic.elements", _TILES, ("pixel",)),
+    ("logistic.warps", (1, 2, 8), ("pixel",)),
+    ("mixture_forward.stages", _STAGES, _LOGITS),
+    ("mixture_backward.stages", _STAGES, _LOGITS),
+    ("row_statistics.stages", _STAGES, _LOGITS),
+    ("marginal.stages", _STAGES, _LOGITS),
 )
 KEEP = 0.985  # a candidate must take at most this share of the time before it
 # Of the gradient, and of tokens, against the defaults: other tiles sum in another order.
@@ -96,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = options.size or ("full" if gpu else "tiny")
     try:
         from di4c_fast.kernels.triton import tuning
+
+        from di4c_fast.passes import triton  # noqa: F401 - registers the records
     except ImportError as error:
         print(f"nothing to tune: {error}")
         return 0
@@ -117,7 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fields(found: dict[str, Any]) -> dict[str, int]:
+def by_kernel(fields: dict[str, int]) -> dict[str, dict[str, int]]:
+    """{"marginal.warps": 4} as {"marginal": {"warps": 4}}."""
+    found: dict[str, dict[str, int]] = {}
+    for field, value in fields.items():
+        kernel, name = field.split(".")
+        found.setdefault(kernel, {})[name] = value
+    return found
+
+
+def _fields(found: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if not key.startswith("_")}
 
 
@@ -136,7 +141,7 @@ class Search:
     def found(self) -> dict[str, Any]:
         """The overrides, with their measurements under `_measured`."""
         measured = {"finished": self.finished, "seconds": self.seconds, "log": self.log}
-        return {**self.best, "_measured": measured}
+        return {**by_kernel(self.best), "_measured": measured}
 
     def run(self) -> None:
         """Go through all fields until the deadline."""
@@ -159,11 +164,13 @@ class Search:
         return time.monotonic() > self.deadline
 
     def _current(self, field: str) -> int:
-        with self._overridden(self.best) as parameters:
-            return int(getattr(parameters, field))
+        kernel, name = field.split(".")
+        with self._overridden(self.best):
+            parameters = self.tuning.launch_parameters(kernel, torch.device(self.device))
+        return int(getattr(parameters, name))
 
     def _overridden(self, fields: dict[str, int]) -> contextlib.AbstractContextManager[Any]:
-        return self.tuning.override(**fields)
+        return self.tuning.override(**by_kernel(fields))
 
     def _problem(self, shape: str) -> Problem | None:
         group = make_group(make_case(shape, self.size, self.dtype, self.device))

@@ -18,9 +18,9 @@ from benchmarks import baselines, confidence_group, harness, report, store, targ
 from benchmarks.cases import Case, make_case, shape_names
 from benchmarks.confidence_group import ConfidenceGroup
 from benchmarks.floors import Machine
-from benchmarks.groups import all_variants, make_group
 from benchmarks.harness import Settings, measure
 from benchmarks.memory import MemoryWorker
+from benchmarks.registry import all_variants, make_group
 from benchmarks.session import BenchSession, Options
 
 MACHINE = Machine(10e9, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11})

@@ -19,9 +19,9 @@ from benchmarks import baselines, floors, gpu, harness, report, store, targets, 
 from benchmarks.ancestral_group import _ToyModel
 from benchmarks.cases import AXES, Case, make_case, memory_cases, on_axis, shape_names, sweep_cases
 from benchmarks.floors import Machine, Work
-from benchmarks.groups import make_group
 from benchmarks.harness import Settings, measure, quantile
 from benchmarks.memory import MemoryUnknown, MemoryWorker, reset_high_water_mark
+from benchmarks.registry import make_group
 from benchmarks.session import BenchSession, Options
 from benchmarks.step_group import activation_bytes, largest_components
 
