@@ -31,7 +31,7 @@ from examples.text.blocks import BlockModel, cut
 from examples.text.config import Config
 from examples.text.likelihood import nats
 from examples.text.metrics import Score
-from examples.text.model import TextDenoiser, _rotate, rotary_angles, student_from_teacher
+from examples.text.model import TextDenoiser, rotary_angles, rotate, student_from_teacher
 
 TINY = Config(
     length=16,
@@ -137,7 +137,7 @@ def test_places_enter_through_their_differences_only():
     q, k = torch.randn(2, 1, 8)
     # fp32: eight products of size 1, angles of up to 12 radians, so some ten roundings of 1e-7 to
     # 1e-6. Scores of the other offsets differ by 0.5.
-    scores = _rotate(q.expand(12, 8), angles) @ _rotate(k.expand(12, 8), angles).T
+    scores = rotate(q.expand(12, 8), angles) @ rotate(k.expand(12, 8), angles).T
     for offset in (-7, 0, 3):
         diagonal = scores.diagonal(offset)
         assert torch.allclose(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5)

@@ -1,9 +1,9 @@
 """Distillation: the step, its recipe, the trainer, weight averages, checkpoints."""
 
-from .config import SCHEDULES, DistillConfig, Schedule, data_weights
+from .config import SCHEDULES, DistillConfig, DistillOutput, Schedule, data_weights
 from .distiller import Distiller
 from .ema import EMA
-from .step import DistillOutput, distill_step
+from .step import distill_step
 from .trainer import Trainer
 
 __all__ = [

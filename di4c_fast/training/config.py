@@ -1,4 +1,4 @@
-"""The recipe of a distillation step: weights, their schedules over time, sizes.
+"""The recipe of a distillation step: weights, their schedules over time, sizes; its result.
 
 Source: Di4C (arXiv 2410.08709), the training recipes of its three systems.
 """
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_choice, check_number, describe
+from ..loss.api import LossTerms
 
-__all__ = ["SCHEDULES", "DistillConfig", "Schedule", "data_weights"]
+__all__ = ["SCHEDULES", "DistillConfig", "DistillOutput", "Schedule", "data_weights"]
 
 Schedule = Literal["sigmoid", "linear", "constant"]
 SCHEDULES = ("sigmoid", "linear", "constant")
@@ -113,3 +114,38 @@ def data_weights(t: Tensor, schedule: Schedule, weight: float = 1.0) -> Tensor:
     if schedule == "linear":
         return weight * t
     return torch.full_like(t, weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillOutput:
+    """What a step computed, in the order of x0. Nothing but `loss` has a graph.
+
+    Attributes:
+        loss: scalar, mean over examples, in nats; differentiable, unless `backward` was given.
+        terms: the unweighted terms (B,), consistency terms 0 where no x_u pass was needed, the
+            component term that of the pass at x_min where there is one; None with
+            `return_terms=False`.
+        t, u: (B,) times.
+        xt: (B, D) int64.
+        xu: (B, K, D) int64; rows of examples without an x_u pass hold x_t. None if no
+            example needed the pass.
+        latent: (B, N, L), the student's λ at x_t.
+        latent_u: (B, K, L), the student's λ at x_u.
+        low: (B,) bool on the CPU, which examples took the low-t branch.
+        t_min: (B, N) times of the component pass; None, as the two below, if there was none.
+        x_min: (B, N, D) int64, its tokens.
+        latent_min: (B, N, L), the student's λ there.
+    """
+
+    loss: Tensor
+    terms: LossTerms | None
+    t: Tensor
+    u: Tensor
+    xt: Tensor
+    xu: Tensor | None
+    latent: Tensor
+    latent_u: Tensor
+    low: Tensor
+    t_min: Tensor | None = None
+    x_min: Tensor | None = None
+    latent_min: Tensor | None = None

@@ -21,9 +21,9 @@ from ..heads import HeadLike
 from ..models.call import Context, check_callable
 from ..processes import Process
 from .checkpoint import identity
-from .config import DistillConfig
+from .config import DistillConfig, DistillOutput
 from .ema import EMA
-from .step import DistillOutput, distill_step
+from .step import distill_step
 from .trainer import Backward, Metrics, Trainer, check_kind
 
 __all__ = ["Distiller"]

@@ -41,53 +41,9 @@ from ..models.call import (
 from ..models.latent import draw_latents
 from ..processes import Process
 from ..rng import check_generator, generator_uniform
-from .config import SCHEDULES, DistillConfig, Schedule, data_weights
-from .ema import EMA
+from .config import DistillConfig, DistillOutput, data_weights
 
-__all__ = [
-    "EMA",
-    "SCHEDULES",
-    "DistillConfig",
-    "DistillOutput",
-    "Schedule",
-    "data_weights",
-    "distill_step",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillOutput:
-    """What a step computed, in the order of x0. Nothing but `loss` has a graph.
-
-    Attributes:
-        loss: scalar, mean over examples, in nats; differentiable, unless `backward` was given.
-        terms: the unweighted terms (B,), consistency terms 0 where no x_u pass was needed, the
-            component term that of the pass at x_min where there is one; None with
-            `return_terms=False`.
-        t, u: (B,) times.
-        xt: (B, D) int64.
-        xu: (B, K, D) int64; rows of examples without an x_u pass hold x_t. None if no
-            example needed the pass.
-        latent: (B, N, L), the student's λ at x_t.
-        latent_u: (B, K, L), the student's λ at x_u.
-        low: (B,) bool on the CPU, which examples took the low-t branch.
-        t_min: (B, N) times of the component pass; None, as the two below, if there was none.
-        x_min: (B, N, D) int64, its tokens.
-        latent_min: (B, N, L), the student's λ there.
-    """
-
-    loss: Tensor
-    terms: LossTerms | None
-    t: Tensor
-    u: Tensor
-    xt: Tensor
-    xu: Tensor | None
-    latent: Tensor
-    latent_u: Tensor
-    low: Tensor
-    t_min: Tensor | None = None
-    x_min: Tensor | None = None
-    latent_min: Tensor | None = None
+__all__ = ["distill_step"]
 
 
 def distill_step(
@@ -353,7 +309,7 @@ class _Step:
         for source in sources:  # sums of nothing: weights that are not finite leave no NaN
             value = value + source.flatten()[:0].sum().to(value)
         none = torch.zeros(0, device=x0.device)
-        latents = (self.latents(name, None, x0) for name in ("latent", "latent_u"))
+        latents = [self.latents(name, None, x0) for name in ("latent", "latent_u")]
         return DistillOutput(
             self.hand_over(value),
             LossTerms(*[none] * len(LossTerms._fields)) if self.return_terms else None,
@@ -361,7 +317,8 @@ class _Step:
             t.detach().clone(),
             x0.clone(),
             None,
-            *latents,
+            latents[0],
+            latents[1],
             torch.zeros(0, dtype=torch.bool),
         )
 

@@ -26,7 +26,7 @@ def rotary_angles(places: int, features: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i + half}) of the last dimension by the angle of their place."""
     cos, sin = angles
     first, second = x.chunk(2, dim=-1)
@@ -48,7 +48,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (R, heads, T, C / heads)
-        mixed = F.scaled_dot_product_attention(_rotate(q, angles), _rotate(k, angles), v)
+        mixed = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v)
         x = x + self.attention_out(mixed.transpose(1, 2).flatten(-2))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
