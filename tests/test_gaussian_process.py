@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from counting_head import CountingHead
 from gaussian_cases import SMALL, V, exact, posterior, rng
 from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from di4c_fast.heads import LogisticHead, TensorHead
+from di4c_fast.heads import LogisticHead
 from di4c_fast.processes import GaussianProcess, Process, gaussian
 from di4c_fast.testing import P_VALUE, assert_counts_match, assert_draws_match
 from di4c_fast.training import DistillConfig, distill_step
@@ -178,17 +179,12 @@ def test_logistic_head_draws_as_its_logits_do():
 def test_pieces_of_positions_do_not_change_the_draws(monkeypatch):
     taken: list[Tensor] = []
 
-    class CountingHead(TensorHead):
-        def take(self, rows: Tensor) -> TensorHead:
-            taken.append(rows)
-            return super().take(rows)
-
     logits = torch.randn(2, 3, 9, V, generator=rng(13))
     arguments = (
         torch.randint(0, V, (2, 9), generator=rng(14)),
         torch.tensor([0.5, 0.9]),
         torch.tensor([0.2, 0.8]),
-        CountingHead(logits),
+        CountingHead(logits, taken),
         7,
     )
     whole = SMALL.teacher_step(*arguments, generator=rng(15))

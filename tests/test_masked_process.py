@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from counting_head import CountingHead
 from scipy import stats
 from torch import Tensor
 
-from di4c_fast.heads import LinearHead, TensorHead
+from di4c_fast.heads import LinearHead
 from di4c_fast.processes import MaskedProcess, Process, masked
 
 MASK = 4
@@ -33,21 +34,6 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
 
 def binomial(successes: int, trials: int, p: float) -> float:
     return float(stats.binomtest(successes, trials, p).pvalue)
-
-
-class CountingHead(TensorHead):
-    """A head that remembers which rows were asked for."""
-
-    def __init__(self, logits: Tensor, taken: list[Tensor] | None = None):
-        super().__init__(logits)
-        self.taken = [] if taken is None else taken
-
-    def take(self, rows: Tensor) -> TensorHead:
-        self.taken.append(rows)
-        return super().take(rows)
-
-    def with_tensors(self, tensors):
-        return CountingHead(tensors[0], self.taken)
 
 
 def test_masked_process_is_a_process():

@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
+from counting_head import CountingHead
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
-from di4c_fast.heads import LinearHead, TensorHead
+from di4c_fast.heads import LinearHead
 from di4c_fast.processes import MaskGITProcess, Process, maskgit
 from di4c_fast.processes.reveal import SCHEDULES, masked_share
 from di4c_fast.testing import P_VALUE, assert_counts_match
@@ -182,21 +183,6 @@ def test_draws_follow_the_components_of_the_teacher_in_turn():
         tokens = xu[:, k][xu[:, k] != MASK]
         assert bool((tokens == 1 + k % 2).all())
         assert tokens.numel() > 6
-
-
-class CountingHead(TensorHead):
-    """A head that remembers which rows were asked for."""
-
-    def __init__(self, logits: Tensor, taken: list[Tensor] | None = None):
-        super().__init__(logits)
-        self.taken = [] if taken is None else taken
-
-    def take(self, rows: Tensor) -> TensorHead:
-        self.taken.append(rows)
-        return super().take(rows)
-
-    def with_tensors(self, tensors):
-        return CountingHead(tensors[0], self.taken)
 
 
 def test_logits_are_computed_once_per_masked_position_for_all_draws(monkeypatch):
