@@ -13,13 +13,11 @@ from ..checks import check_choice, without_autocast
 from ..heads import HeadLike
 from .problem import (
     LossTerms,
-    check_targets_allowed,
-    prepare_active,
-    prepare_inputs,
-    prepare_log_weights,
-    prepare_mask_id,
-    prepare_rows,
-    prepare_student,
+    Problem,
+    Values,
+    prepare_loss,
+    prepare_rows_problem,
+    weighted,
 )
 
 __all__ = ["LossTerms", "correlation", "loss", "mixture_log_prob"]
@@ -179,11 +177,17 @@ def loss(
     it reproduces.
     """
     check_choice(reduction, "reduction", REDUCTIONS)
-    check_choice(backend, "backend", backends.LOSS_BACKENDS)
-    inputs = prepare_inputs(
+    check_choice(backend, "backend", backends.names())
+    problem, weights = prepare_loss(
         student,
         teacher,
         x0,
+        {
+            "data_weight": data_weight,
+            "teacher_weight": teacher_weight,
+            "consistency_weight": consistency_weight,
+            "component_weight": component_weight,
+        },
         consistency=consistency,
         consistency_x=consistency_x,
         xt=xt,
@@ -191,24 +195,35 @@ def loss(
         mask_id=mask_id,
         valid=valid,
         log_weights=log_weights,
-        data_weight=data_weight,
-        teacher_weight=teacher_weight,
-        consistency_weight=consistency_weight,
-        component_weight=component_weight,
         control_variate=control_variate,
         generator=generator,
         return_terms=return_terms,
     )
-    # The mean is folded into the weights: a backend that computes gradients in its forward pass
-    # then need not scale them again.
-    scale = None
-    if reduction != "none":
-        scale = 1.0 / inputs.batch if reduction == "mean" and inputs.batch > 0 else 1.0
-    implementation = backends.loss_backend(backend, inputs.student)
-    with without_autocast(inputs.student.device):
-        per_example, terms = implementation.loss_per_example(inputs, scale)
-    value = per_example if reduction == "none" else per_example.sum()
-    return (value, terms) if return_terms else value
+    with without_autocast(problem.student.device):
+        values = _evaluate(problem, backend)
+        data = values.rows[:, 0]
+        draws = torch.zeros_like(data)
+        if problem.consistency is not None:
+            draws = values.rows[:, 1:].mean(1)
+        value = weighted(data, weights.data) + weighted(draws, weights.consistency)
+        value = value + values.marginal + weighted(values.component, weights.component)
+    if reduction == "mean":
+        value = value.sum() / max(value.shape[0], 1)
+    elif reduction == "sum":
+        value = value.sum()
+    terms = (data, values.teacher_kl, draws, values.consistency_kl, values.component)
+    return (value, LossTerms(*(term.detach() for term in terms))) if return_terms else value
+
+
+def _evaluate(problem: Problem, backend: Backend) -> Values:
+    # Import statements rather than importlib: torch.compile traces through them.
+    if backend == "reference":
+        from ..reference import loss as reference
+
+        return reference.evaluate(problem)
+    from .op import evaluate
+
+    return evaluate(problem, backends.resolve(backend, problem.student.device, problem.dtype))
 
 
 def mixture_log_prob(
@@ -287,14 +302,17 @@ def _token_rows(
     backend: Backend,
     correlation: bool,
 ) -> Tensor:
-    check_choice(backend, "backend", backends.LOSS_BACKENDS)
-    head = prepare_student(student)
-    mask_id = prepare_mask_id(mask_id, head.shape[-1])
-    active = prepare_active(xt, valid, mask_id, head)
-    targets, single = prepare_rows(x, head, valid)
-    check_targets_allowed(targets, "x", mask_id, active)
-    normalised = prepare_log_weights(log_weights, head)
-    implementation = backends.loss_backend(backend, head)
-    with without_autocast(head.device):
-        result = implementation.token_rows(head, targets, normalised, active, mask_id, correlation)
-    return result.squeeze(1) if single else result
+    check_choice(backend, "backend", backends.names())
+    problem, single = prepare_rows_problem(
+        student,
+        x,
+        xt=xt,
+        mask_id=mask_id,
+        valid=valid,
+        log_weights=log_weights,
+        correlation=correlation,
+    )
+    with without_autocast(problem.student.device):
+        rows = _evaluate(problem, backend).rows
+    rows = rows if correlation else 0.0 - rows
+    return rows.squeeze(1) if single else rows

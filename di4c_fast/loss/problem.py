@@ -1,7 +1,12 @@
-"""The arguments of `loss`, checked, normalised and put into one record that every backend reads."""
+"""One record for every evaluation of the loss, a likelihood or a correlation, and its checks.
+
+Shapes: B examples, N components of the student, M of the teacher, K consistency draws, D positions,
+V classes, J target rows.
+"""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -20,8 +25,9 @@ from ..checks import (
     check_values,
     describe,
 )
-from ..heads import Head, HeadLike, as_head
-from ..rng import draw_seed
+from ..heads import Head, HeadLike, as_head, decode_head
+from ..passes.base import Mixture
+from ..rng import check_generator, draw_seed
 
 
 class LossTerms(NamedTuple):
@@ -39,105 +45,129 @@ class LossTerms(NamedTuple):
     component: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class LossInputs:
-    """What a backend computes the loss from. Shapes as in the legend of `loss`.
+class Values(NamedTuple):
+    """What an evaluation gives, in the work dtype, in nats. Differentiable: the first three."""
 
-    `log_weights` is normalised and carries the graph of the caller's component log-weights.
-    `static_zero` names the weights that are the number 0, so that their terms need no work.
-    """
+    rows: Tensor  # (B, J) cor(x) of every target row, or its negative joint log-likelihood
+    marginal: Tensor  # (B,) teacher_weight KL(q_T || m) + consistency_weight KL(q_u || m), over d
+    component: Tensor  # (B,) sum_n e^{a_n} sum_d KL(q_T || p_n)
+    teacher_kl: Tensor  # (B,) sum_d KL(q_T || m)
+    consistency_kl: Tensor  # (B,) sum_d KL(q_u || m)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is to be evaluated. `log_weights` carries the graph of the caller's log-weights."""
 
     student: Head  # (B, N, D, V)
-    teacher: Head  # (B, D, V) or (B, M, D, V)
-    x0: Tensor  # (B, D) int64
-    consistency: Head | None  # (B, K, D, V), detached
-    consistency_x: Tensor | None  # (B, K, D) int64; None: drawn by the backend
-    xu: Tensor | None  # (B, K, D) int64
-    active: Tensor | None  # (B, D) bool; None: every position counts
-    log_weights: Tensor  # (B, N) compute dtype
-    data_weight: Tensor  # (B,) compute dtype, and so the three below
-    teacher_weight: Tensor
-    consistency_weight: Tensor
-    component_weight: Tensor
-    static_zero: frozenset[str]
-    mask_id: int | None
-    control_variate: bool
-    seed: Tensor | None  # () int64, of the draws of consistency_x
-    return_terms: bool
+    tokens: Tensor  # (B, J, D) int64; the rows that are to be drawn come last and hold anything
+    log_weights: Tensor  # (B, N) work dtype, normalised
+    active: Tensor | None = None  # (B, D) bool; None: every position counts
+    mask_id: int | None = None
+    correlation: bool = True  # of the target rows; False: their negative joint log-likelihood
+    teacher: Head | None = None  # (B, D, V) or (B, M, D, V), detached
+    teacher_weight: Tensor | None = None  # (B,) work dtype
+    consistency: Head | None = None  # (B, K, D, V), detached
+    consistency_weight: Tensor | None = None  # (B,)
+    xu: Tensor | None = None  # (B, K, D) int64
+    seed: Tensor | None = None  # () int64: the last K target rows are drawn from `consistency`
+    marginal: bool = False  # `Values.marginal` is asked for
+    component: bool = False  # `Values.component` is asked for
 
     @property
-    def batch(self) -> int:
-        return self.student.shape[0]
-
-    @property
-    def components(self) -> int:
-        return self.student.shape[1]
-
-    @property
-    def positions(self) -> int:
-        return self.student.shape[2]
-
-    @property
-    def vocabulary(self) -> int:
-        return self.student.shape[3]
-
-    @property
-    def draws(self) -> int:
-        return 0 if self.consistency is None else self.consistency.shape[1]
-
-    @property
-    def teacher_components(self) -> int:
-        return self.teacher.shape[1] if len(self.teacher.shape) == 4 else 1
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, N, D, V."""
+        batch, components, positions, vocabulary = self.student.shape
+        return batch, components, positions, vocabulary
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of all arithmetic and of the loss: fp32, or fp64 for an fp64 student."""
+        """The work dtype, that of all arithmetic and of the values."""
         return self.log_weights.dtype
 
-    def tensors(self) -> list[Tensor | None]:
-        """Every tensor of the record in a fixed order, those of heads flattened."""
-        flat: list[Tensor | None] = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+    def mixture(self) -> Mixture:
+        """What the passes need of it."""
+        none = self.log_weights[:, 0].detach()
+        return Mixture(
+            self.mask_id,
+            self.xu,
+            self.log_weights.detach().contiguous(),
+            none if self.teacher_weight is None else self.teacher_weight.contiguous(),
+            none if self.consistency_weight is None else self.consistency_weight.contiguous(),
+            self.marginal,
+            self.component,
+        )
+
+    def encode(self) -> tuple[list[Tensor], str] | None:
+        """All tensors in a list, and a text with the rest; None with a head of one's own."""
+        tensors: list[Tensor] = []
+        texts = []
+        for name in _FIELDS:
+            value = getattr(self, name)
             if isinstance(value, Head):
-                flat.extend(value.tensors())
+                text, parts = value.encode(), value.tensors()
+                if text is None:
+                    return None
+                present = ",".join(["01"[part is not None] for part in parts])
+                texts.append(f"{name!r}:({text!r},({present},))")
+                tensors += [part for part in parts if part is not None]
             elif isinstance(value, Tensor):
-                flat.append(value)
-        return flat
+                texts.append(f"{name!r}:()")
+                tensors.append(value)
+            else:
+                texts.append(f"{name!r}:{value!r}")
+        return tensors, "{" + ",".join(texts) + "}"
 
-    def with_tensors(self, tensors: Sequence[Tensor | None]) -> LossInputs:
-        """The same record over other tensors, given in the order of `tensors()`."""
-        remaining = list(tensors)
-        changes: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Head):
-                count = len(value.tensors())
-                changes[field.name] = value.with_tensors(remaining[:count])
-                del remaining[:count]
-            elif isinstance(value, Tensor):
-                changes[field.name] = remaining.pop(0)
-        assert not remaining
-        return dataclasses.replace(self, **changes)
+    @staticmethod
+    def decode(tensors: Sequence[Tensor], text: str) -> Problem:
+        """The problem that `encode` described, over these tensors."""
+        left = list(tensors)
+        values = {}
+        for name, value in ast.literal_eval(text).items():
+            if value == ():
+                values[name] = left.pop(0)
+            elif isinstance(value, tuple):
+                parts = [left.pop(0) if there else None for there in value[1]]
+                values[name] = decode_head(value[0], parts)
+            else:
+                values[name] = value
+        return Problem(**values)
 
 
-def compute_dtype(head: Head) -> torch.dtype:
-    """fp32 for every input but fp64: half-precision logits are computed with in fp32."""
-    return torch.promote_types(head.dtype, torch.float32)
+_FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
+
+
+def weighted(term: Tensor, weight: Tensor) -> Tensor:
+    """term · weight, left out where the weight is 0: an infinite term must not give NaN."""
+    return torch.where(weight > 0, term, 0.0) * weight
 
 
 def prepare_student(student: HeadLike) -> Head:
     head = as_head(student, "student")
     if len(head.shape) != 4:
-        raise ValueError(f"student must have shape (B, N, D, V), got {tuple(head.shape)}")
+        hint = ""
+        if len(head.shape) == 3:
+            hint = "; a head of B·N rows becomes one with head.unflatten(B, N)"
+        raise ValueError(f"student must have shape (B, N, D, V), got {tuple(head.shape)}{hint}")
     if head.shape[1] == 0:
         raise ValueError(f"student must have N >= 1 components, got shape {tuple(head.shape)}")
     if head.shape[3] == 0:
         raise ValueError(f"student must have V >= 1 classes, got shape {tuple(head.shape)}")
+    _check_tensors(head, "student")
+    return head
+
+
+def _check_tensors(head: Head, name: str) -> None:
     for tensor in head.tensors():
         if tensor is not None:
-            check_tensor(tensor, "student")
-    return head
+            check_tensor(tensor, name)
+            if tensor.layout != torch.strided or tensor.device.type == "meta":
+                raise TypeError(f"{name} must be dense and hold data, got {describe(tensor)}")
+            if tensor.numel() == 0 and head.shape.numel() > 0:
+                raise ValueError(
+                    f"a tensor behind {name} is empty, shape {tuple(tensor.shape)}: a sharded "
+                    "parameter has to be gathered first"
+                )
 
 
 def prepare_mask_id(mask_id: int | None, vocabulary: int) -> int | None:
@@ -155,7 +185,7 @@ def prepare_mask_id(mask_id: int | None, vocabulary: int) -> int | None:
 def prepare_log_weights(log_weights: Tensor | None, student: Head) -> Tensor:
     """Component log-weights (B, N), normalised over N in the compute dtype."""
     batch, components = student.shape[:2]
-    dtype = compute_dtype(student)
+    dtype = student.work_dtype
     if log_weights is None:
         # Filled on the device: a copy from the host would wait for it.
         uniform = torch.full((), -math.log(components), dtype=dtype, device=student.device)
@@ -248,7 +278,7 @@ def check_targets_allowed(
 
 def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Tensor, bool]:
     """A weight per example (B,) in the compute dtype, and whether it is the number 0."""
-    batch, dtype = student.shape[0], compute_dtype(student)
+    batch, dtype = student.shape[0], student.work_dtype
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.dtype.is_complex:
             raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
@@ -276,10 +306,65 @@ def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Ten
     return weight.expand(batch), float(value) == 0.0
 
 
-def prepare_inputs(
+def prepare_teacher(teacher: HeadLike, student: Head) -> Head:
+    """The teacher, (B, D, V) or (B, M, D, V), detached."""
+    head = as_head(teacher, "teacher")
+    batch, _, *sizes = student.shape
+    shape = tuple(head.shape)
+    several = len(shape) == 4 and shape[1] >= 1
+    if (shape[:1] + shape[2:] if several else shape) != (batch, *sizes):
+        raise ValueError(
+            f"teacher must have shape (B, D, V) = {(batch, *sizes)} or (B, M, D, V) with M >= 1, "
+            f"got {shape}"
+        )
+    _check_tensors(head, "teacher")
+    check_same_device(head, "teacher", student, "student")
+    return head.detach()
+
+
+def prepare_consistency(consistency: HeadLike, student: Head) -> Head:
+    """The student at x_u, (B, K, D, V), detached."""
+    head = as_head(consistency, "consistency")
+    batch, _, *sizes = student.shape
+    shape = tuple(head.shape)
+    if len(shape) != 4 or shape[1] == 0 or shape[:1] + shape[2:] != (batch, *sizes):
+        raise ValueError(
+            "consistency must have shape (B, K, D, V) with K >= 1 and (B, D, V) = "
+            f"{(batch, *sizes)}, got {shape}"
+        )
+    _check_tensors(head, "consistency")
+    check_same_device(head, "consistency", student, "student")
+    return head.detach()
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The weights of the terms, (B,) each in the work dtype, and the names of those that are the
+    number 0, whose terms need no work."""
+
+    data: Tensor
+    teacher: Tensor
+    consistency: Tensor
+    component: Tensor
+    zero: frozenset[str]
+
+
+def prepare_weights(student: Head, **values: float | Tensor) -> Weights:
+    prepared = {name: prepare_weight(value, name, student) for name, value in values.items()}
+    return Weights(
+        *(
+            prepared[f"{name}_weight"][0]
+            for name in ("data", "teacher", "consistency", "component")
+        ),
+        frozenset(name for name, (_, zero) in prepared.items() if zero),
+    )
+
+
+def prepare_loss(
     student: HeadLike,
     teacher: HeadLike,
     x0: Tensor,
+    weights: dict[str, float | Tensor],
     *,
     consistency: HeadLike | None,
     consistency_x: Tensor | None,
@@ -288,77 +373,42 @@ def prepare_inputs(
     mask_id: int | None,
     valid: Tensor | None,
     log_weights: Tensor | None,
-    data_weight: float | Tensor,
-    teacher_weight: float | Tensor,
-    consistency_weight: float | Tensor,
-    component_weight: float | Tensor,
     control_variate: bool,
     generator: torch.Generator | None,
     return_terms: bool,
-) -> LossInputs:
-    """Check every argument of `loss` and build the record, before any work starts."""
+) -> tuple[Problem, Weights]:
+    """Check every argument of `loss` and build its problem, before any work starts."""
     check_bool(control_variate, "control_variate")
     check_bool(return_terms, "return_terms")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {describe(generator)}")
-    student_head = prepare_student(student)
-    batch, _, positions, vocabulary = student_head.shape
+    check_generator(generator)
+    head = prepare_student(student)
+    batch, _, positions, vocabulary = head.shape
     mask_id = prepare_mask_id(mask_id, vocabulary)
-
-    teacher_head = as_head(teacher, "teacher")
-    shape = tuple(teacher_head.shape)
-    matches = shape == (batch, positions, vocabulary) or (
-        len(shape) == 4
-        and shape[1] >= 1
-        and (shape[0], *shape[2:]) == (batch, positions, vocabulary)
-    )
-    if not matches:
-        raise ValueError(
-            f"teacher must have shape (B, D, V) = {(batch, positions, vocabulary)} or "
-            f"(B, M, D, V) with M >= 1, got {shape}"
-        )
-    check_same_device(teacher_head, "teacher", student_head, "student")
-
-    active = prepare_active(xt, valid, mask_id, student_head)
-    x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), student_head, valid)
+    teacher_head = prepare_teacher(teacher, head)
+    active = prepare_active(xt, valid, mask_id, head)
+    x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
     check_targets_allowed(x0, "x0", mask_id, active)
+    prepared = prepare_weights(head, **weights)
+    normalised = prepare_log_weights(log_weights, head)
 
-    weights = {
-        "data_weight": data_weight,
-        "teacher_weight": teacher_weight,
-        "consistency_weight": consistency_weight,
-        "component_weight": component_weight,
-    }
-    prepared = {name: prepare_weight(value, name, student_head) for name, value in weights.items()}
-    normalised = prepare_log_weights(log_weights, student_head)
-
-    consistency_head, seed = None, None
+    draws, seed = None, None
     if consistency is None:
         for name, value in (("consistency_x", consistency_x), ("xu", xu)):
             if value is not None:
                 raise ValueError(f"{name} needs consistency: the student's logits at x_u")
     else:
-        consistency_head = as_head(consistency, "consistency").detach()
-        shape = tuple(consistency_head.shape)
-        sizes = (batch, positions, vocabulary)
-        if len(shape) != 4 or shape[1] == 0 or (shape[0], *shape[2:]) != sizes:
-            raise ValueError(
-                f"consistency must have shape (B, K, D, V) with K >= 1 and (B, D, V) = "
-                f"{(batch, positions, vocabulary)}, got {shape}"
-            )
-        check_same_device(consistency_head, "consistency", student_head, "student")
-        draws = shape[1]
+        draws = prepare_consistency(consistency, head)
+        sizes = (batch, draws.shape[1], positions)
         if xu is not None:
             if mask_id is None:
                 raise ValueError("xu needs mask_id: without it no position is revealed")
-            xu = prepare_tokens(xu, "xu", "B, K, D", (batch, draws, positions), student_head, valid)
+            xu = prepare_tokens(xu, "xu", "B, K, D", sizes, head, valid)
         if consistency_x is None:
             # Last of all, so that no mistake advances the generator.
-            seed = draw_seed(generator, student_head.device)
+            seed = draw_seed(generator, head.device)
         else:
-            sizes = (batch, draws, positions)
             consistency_x = prepare_tokens(
-                consistency_x, "consistency_x", "B, K, D", sizes, student_head, valid
+                consistency_x, "consistency_x", "B, K, D", sizes, head, valid
             )
             check_targets_allowed(consistency_x, "consistency_x", mask_id, active)
             if xu is not None:
@@ -368,19 +418,62 @@ def prepare_inputs(
                     "consistency_x must equal xu at positions that xu has revealed",
                     consistency_x,
                 )
-    return LossInputs(
-        student=student_head,
-        teacher=teacher_head.detach(),
-        x0=x0,
-        consistency=consistency_head,
-        consistency_x=consistency_x,
-        xu=xu,
-        active=active,
+
+    def asked(name: str) -> bool:
+        return return_terms or f"{name}_weight" not in prepared.zero
+
+    tokens = x0.unsqueeze(1)
+    if draws is None or not asked("consistency"):
+        draws, xu, seed = None, None, None
+    else:
+        given = tokens.new_zeros(sizes) if consistency_x is None else consistency_x
+        if xu is not None:
+            given = torch.where(xu != mask_id, xu, given)
+        tokens = torch.cat([tokens, given], dim=1)
+    marginal = control_variate and (asked("teacher") or draws is not None)
+    component = asked("component")
+    problem = Problem(
+        student=head,
+        tokens=tokens,
         log_weights=normalised,
-        **{name: weight for name, (weight, _) in prepared.items()},
-        static_zero=frozenset(name for name, (_, zero) in prepared.items() if zero),
+        active=active,
         mask_id=mask_id,
-        control_variate=control_variate,
+        correlation=control_variate,
+        teacher=teacher_head if marginal or component else None,
+        teacher_weight=prepared.teacher,
+        consistency=draws,
+        consistency_weight=prepared.consistency,
+        xu=xu,
         seed=seed,
-        return_terms=return_terms,
+        marginal=marginal,
+        component=component,
     )
+    return problem, prepared
+
+
+def prepare_rows_problem(
+    student: HeadLike,
+    x: Tensor,
+    *,
+    xt: Tensor | None,
+    mask_id: int | None,
+    valid: Tensor | None,
+    log_weights: Tensor | None,
+    correlation: bool,
+) -> tuple[Problem, bool]:
+    """The problem without distributions of `mixture_log_prob` and `correlation`, and whether x came
+    as one row for each example."""
+    head = prepare_student(student)
+    mask_id = prepare_mask_id(mask_id, head.shape[-1])
+    active = prepare_active(xt, valid, mask_id, head)
+    tokens, single = prepare_rows(x, head, valid)
+    check_targets_allowed(tokens, "x", mask_id, active)
+    problem = Problem(
+        student=head,
+        tokens=tokens,
+        log_weights=prepare_log_weights(log_weights, head),
+        active=active,
+        mask_id=mask_id,
+        correlation=correlation,
+    )
+    return problem, single

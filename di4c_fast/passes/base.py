@@ -174,8 +174,8 @@ class Statistics:
 class Factors:
     """What `backward` multiplies with, the upstream gradient included. By slot, work dtype.
 
-        dL/dz[n,v] = probability_n p_nv - marginal q_v r_nv - component_n q_T,v
-                     + sum_j kappa_jn 1[v = x_j]
+    dL/dz[n,v] = probability_n p_nv - marginal q_v r_nv - component_n q_T,v
+                 + sum_j kappa_jn 1[v = x_j]
     """
 
     probability: Tensor  # (A, N)

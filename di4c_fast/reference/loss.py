@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..heads import Head
-from ..loss.problem import LossInputs, LossTerms
+from ..loss.problem import Problem, Values, weighted
 from .draw import draw_ref
 
 NEG_INF = float("-inf")
@@ -43,7 +43,7 @@ def _log_total(values: Tensor, mask: Tensor, dim: int) -> tuple[Tensor, Tensor, 
 
 def log_softmax_ref(logits: Tensor, mask_id: int | None = None) -> Tensor:
     """log_softmax over the last dimension without the mask column; all -inf in excluded rows."""
-    allowed = logits > NEG_INF
+    allowed = logits != NEG_INF
     if mask_id is not None:
         column = torch.arange(logits.shape[-1], device=logits.device) == mask_id
         allowed = allowed & ~column
@@ -56,12 +56,12 @@ def log_softmax_ref(logits: Tensor, mask_id: int | None = None) -> Tensor:
 def marginal_log_prob(log_prob: Tensor, log_weights: Tensor) -> Tensor:
     """m[b,d,v] = logsumexp_n(a[b,n] + l[b,n,d,v]); -inf where no component has probability."""
     weighted = log_prob + log_weights[:, :, None, None]
-    return masked_logsumexp(weighted, weighted > NEG_INF, 1)[0]
+    return masked_logsumexp(weighted, weighted != NEG_INF, 1)[0]
 
 
 def kl_divergence(target: Tensor, log_prob: Tensor) -> Tensor:
     """Sum over v of q log(q / p) with 0 log 0 = 0; +inf where q > 0 = p. (..., V) -> (...)"""
-    possible = log_prob > NEG_INF
+    possible = log_prob != NEG_INF
     needed = target > 0
     finite = torch.where(possible, log_prob, torch.zeros_like(log_prob))
     divergence = (torch.xlogy(target, target) - target * finite).sum(-1)
@@ -84,11 +84,11 @@ def joint_logsumexp(
     log_prob_targets (B, N, D, J), offset and counted (B, D, J), log_weights (B, N) -> (B, J).
     """
     keep = counted.unsqueeze(1)  # [B, 1, D, J]
-    finite = log_prob_targets > NEG_INF
+    finite = log_prob_targets != NEG_INF
     zeros = torch.zeros_like(log_prob_targets)
     values = torch.where(finite, log_prob_targets, zeros) - offset.unsqueeze(1)
     weighted = torch.where(keep, values, zeros).sum(2) + log_weights.unsqueeze(-1)  # [B, N, J]
-    possible = (finite | ~keep).all(2) & (weighted > NEG_INF)
+    possible = (finite | ~keep).all(2) & (weighted != NEG_INF)
     return masked_logsumexp(weighted, possible, 1)[0]
 
 
@@ -107,7 +107,7 @@ def dimensional_correlation(
     A position whose target no component can produce is left out of the sum.
     """
     weighted = log_prob_targets + log_weights[:, :, None, None]
-    marginal, possible = masked_logsumexp(weighted, weighted > NEG_INF, 1)  # [B, D, J]
+    marginal, possible = masked_logsumexp(weighted, weighted != NEG_INF, 1)  # [B, D, J]
     marginal = torch.where(possible, marginal, torch.zeros_like(marginal))
     return -joint_logsumexp(
         log_prob_targets, marginal, log_weights, active.unsqueeze(-1) & possible
@@ -133,103 +133,69 @@ def head_log_prob(head: Head, dtype: torch.dtype, mask_id: int | None) -> Tensor
 
 def alive_positions(log_prob: Tensor, active: Tensor | None) -> Tensor:
     """Active positions at which some component allows some class: (B, D)."""
-    alive = (log_prob > NEG_INF).any(-1).any(1)
+    alive = (log_prob != NEG_INF).any(-1).any(1)
     return alive if active is None else alive & active
 
 
-def loss_per_example(inputs: LossInputs, scale: float | None) -> tuple[Tensor, LossTerms]:
-    """The loss of every example (B,) times `scale`, and its unweighted terms, dense.
-
-    Equivalent mathematics: that of `di4c_fast.loss`.
-    """
-    dtype, mask_id = inputs.dtype, inputs.mask_id
-    log_weights = inputs.log_weights
-    log_prob = head_log_prob(inputs.student, dtype, mask_id)  # [B, N, D, V]
-    active = alive_positions(log_prob, inputs.active)  # [B, D]
-    marginal = marginal_log_prob(log_prob, log_weights)  # [B, D, V]
-
-    teacher = head_log_prob(inputs.teacher, dtype, mask_id).exp()
-    if teacher.ndim == 4:
-        teacher = teacher.mean(1)  # [B, D, V]
+def evaluate(problem: Problem) -> Values:
+    """The values of a problem, dense; differentiable by autograd as often as one likes."""
+    dtype, mask_id, log_weights = problem.dtype, problem.mask_id, problem.log_weights
+    log_prob = head_log_prob(problem.student, dtype, mask_id)  # [B, N, D, V]
+    active = alive_positions(log_prob, problem.active)  # [B, D]
+    tokens = problem.tokens
+    q_consistency = None
+    if problem.consistency is not None:
+        q_consistency, tokens = consistency_targets(problem)
+    rows = row_values(log_prob, tokens, log_weights, active, problem.correlation)
+    rows = rows if problem.correlation else -rows
 
     def over_active(values: Tensor) -> Tensor:
         return torch.where(active, values, torch.zeros_like(values)).sum(-1)
 
-    def correlations(targets: Tensor) -> Tensor:
-        value = row_values(log_prob, targets, log_weights, active, inputs.control_variate)
-        return value if inputs.control_variate else -value
-
-    zero = torch.zeros(inputs.batch, dtype=dtype, device=inputs.student.device)
-    data = correlations(inputs.x0.unsqueeze(1)).squeeze(1)
-    teacher_marginal = over_active(kl_divergence(teacher, marginal))
-    consistency, consistency_marginal = zero, zero
-    if inputs.consistency is not None:
-        mixture, draws = consistency_targets(inputs)
-        consistency = correlations(draws).mean(1)
-        consistency_marginal = over_active(kl_divergence(mixture, marginal))
-    per_component = kl_divergence(teacher.unsqueeze(1), log_prob)  # [B, N, D]
-    per_component = torch.where(
-        active.unsqueeze(1), per_component, torch.zeros_like(per_component)
-    ).sum(-1)
-    # A component of weight 0 is as good as absent, even where its divergence is infinite.
-    present = log_weights > NEG_INF
-    per_component = torch.where(present, per_component, torch.zeros_like(per_component))
-    component = (log_weights.exp() * per_component).sum(1)
-    # Where its weight is 0, an infinite divergence must not reach the gradient of log_weights.
-    asked = (inputs.component_weight > 0).unsqueeze(-1)
-    counted = torch.where(asked, per_component, torch.zeros_like(per_component))
-    counted_component = (log_weights.exp() * counted).sum(1)
-    if not inputs.control_variate:
-        teacher_marginal, consistency_marginal = zero, zero
-
-    terms = LossTerms(data, teacher_marginal, consistency, consistency_marginal, component)
-    weights = (
-        inputs.data_weight,
-        inputs.teacher_weight,
-        inputs.consistency_weight,
-        inputs.consistency_weight,
-        inputs.component_weight,
-    )
-    # A term of weight 0 is left out rather than multiplied, so that an infinite one cannot turn
-    # the sum into NaN.
-    total = zero
-    for term, weight in zip((*terms[:4], counted_component), weights, strict=True):
-        total = total + torch.where(weight > 0, term, zero) * weight
-    total = total if scale is None else total * scale
-    return total, LossTerms(*(term.detach() for term in terms))
+    zeros = torch.zeros_like(rows[:, 0])
+    marginal, teacher_kl, consistency_kl, component = zeros, zeros, zeros, zeros
+    if problem.teacher is not None:
+        teacher = head_log_prob(problem.teacher, dtype, mask_id).exp()
+        if teacher.ndim == 4:
+            teacher = teacher.mean(1)  # [B, D, V]
+    if problem.marginal:
+        assert problem.teacher_weight is not None
+        m = marginal_log_prob(log_prob, log_weights)  # [B, D, V]
+        teacher_kl = over_active(kl_divergence(teacher, m))
+        marginal = weighted(teacher_kl, problem.teacher_weight)
+        if q_consistency is not None:
+            assert problem.consistency_weight is not None
+            consistency_kl = over_active(kl_divergence(q_consistency, m))
+            marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
+    if problem.component:
+        divergence = kl_divergence(teacher.unsqueeze(1), log_prob)  # [B, N, D]
+        # A component of weight 0 is as good as absent, even where its divergence is infinite.
+        counted = active.unsqueeze(1) & (log_weights != NEG_INF).unsqueeze(-1)
+        infinite = torch.isinf(divergence)
+        finite = torch.where(counted & ~infinite, divergence, torch.zeros_like(divergence)).sum(-1)
+        component = (log_weights.exp() * finite).sum(1)
+        # An infinite divergence has no gradient.
+        component = component.masked_fill((counted & infinite).any(-1).any(-1), float("inf"))
+    return Values(rows, marginal, component, teacher_kl.detach(), consistency_kl.detach())
 
 
-def consistency_targets(inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """q_u (B, D, V), the mean over draws of the student at x_u, and the draws x^k (B, K, D).
+def consistency_targets(problem: Problem) -> tuple[Tensor, Tensor]:
+    """q_u (B, D, V), the mean over draws of the student at x_u, and all target rows (B, J, D).
 
     A position that draw k has revealed counts as a one-hot at its token.
     """
-    assert inputs.consistency is not None
+    assert problem.consistency is not None
+    tokens = problem.tokens
     with torch.no_grad():
-        log_prob = head_log_prob(inputs.consistency, inputs.dtype, inputs.mask_id)
+        log_prob = head_log_prob(problem.consistency, problem.dtype, problem.mask_id)
         prob = log_prob.exp()  # [B, K, D, V]
-        draws = inputs.consistency_x
-        if draws is None:
-            assert inputs.seed is not None
-            draws = draw_ref(log_prob, inputs.seed)
-        if inputs.xu is not None:
-            assert inputs.mask_id is not None
-            revealed = inputs.xu.ne(inputs.mask_id)
-            one_hot = F.one_hot(inputs.xu, inputs.vocabulary).to(prob.dtype)
+        draws = tokens[:, tokens.shape[1] - prob.shape[1] :]
+        if problem.seed is not None:
+            draws = draw_ref(log_prob, problem.seed)
+        if problem.xu is not None:
+            assert problem.mask_id is not None
+            revealed = problem.xu.ne(problem.mask_id)
+            one_hot = F.one_hot(problem.xu, prob.shape[-1]).to(prob.dtype)
             prob = torch.where(revealed.unsqueeze(-1), one_hot, prob)
-            draws = torch.where(revealed, inputs.xu, draws)
-        return prob.mean(1), draws
-
-
-def token_rows(
-    student: Head,
-    targets: Tensor,
-    log_weights: Tensor,
-    active: Tensor | None,
-    mask_id: int | None,
-    correlation: bool,
-) -> Tensor:
-    """Joint log-likelihood, or the correlation term, of token rows (B, J, D): (B, J)."""
-    log_prob = head_log_prob(student, log_weights.dtype, mask_id)
-    counted = alive_positions(log_prob, active)
-    return row_values(log_prob, targets, log_weights, counted, correlation)
+            draws = torch.where(revealed, problem.xu, draws)
+        return prob.mean(1), torch.cat([tokens[:, : tokens.shape[1] - prob.shape[1]], draws], 1)

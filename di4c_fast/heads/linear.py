@@ -1,0 +1,199 @@
+"""Logits of a linear output layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_floating, check_rank, check_same_device, describe
+from .base import BuiltInHead, set_leading, take_leading
+
+
+@final
+class LinearHead(BuiltInHead):
+    """Logits of a linear output layer, never all in memory: `hidden @ weight.T + bias`.
+
+    Equivalent PyTorch: `F.linear(hidden, weight.to(hidden.dtype), bias)`, or with a bias per
+    position `F.linear(hidden, weight.to(hidden.dtype)) + bias`.
+
+    Args:
+        hidden: (..., C), floating point; the last leading dimension counts positions (D).
+        weight: (V, C); may be a slice of a larger tied embedding. Cast to the dtype of `hidden`
+            for the product, so that half-precision activations meet fp32 master weights as
+            they do under autocast.
+        bias: (V,), or (D, V) for one row per position as in MaskGIT; None for no bias.
+        budget_bytes: how much memory the logits of a chunk, and what is kept between the two
+            sweeps of the loss, may take; None for the default of the backend that runs.
+
+    Differentiable with respect to `hidden`, `weight` and `bias`. On a CPU the products of half
+    precision are computed in fp32.
+
+    Raises:
+        TypeError, ValueError: wrong kinds, ranks, sizes, dtypes or devices.
+    """
+
+    options = ("budget_bytes",)
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        budget_bytes: int | None = None,
+    ):
+        check_floating(hidden, "hidden")
+        check_floating(weight, "weight")
+        check_rank(hidden, "hidden", minimum=2)
+        check_rank(weight, "weight", exactly=2)
+        if weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"weight must have shape (V, C) with C = {hidden.shape[-1]}, the last size of "
+                f"hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+            )
+        check_same_device(weight, "weight", hidden, "hidden")
+        if bias is not None:
+            check_floating(bias, "bias")
+            check_same_device(bias, "bias", hidden, "hidden")
+            allowed = [(weight.shape[0],), (hidden.shape[-2], weight.shape[0])]
+            if tuple(bias.shape) not in allowed:
+                raise ValueError(
+                    f"bias must have shape (V,) = {allowed[0]} or (D, V) = {allowed[1]}, "
+                    f"got {tuple(bias.shape)}"
+                )
+        if budget_bytes is not None:
+            if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
+                raise TypeError(
+                    f"budget_bytes must be an int or None, got {describe(budget_bytes)}"
+                )
+            if budget_bytes <= 0:
+                raise ValueError(f"budget_bytes must be positive, got {budget_bytes}")
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.budget_bytes = budget_bytes
+        # The position of each row, where the rows are no longer those of a (..., D, C) tensor.
+        self._positions: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def positional(self) -> bool:
+        """Whether the bias depends on the position."""
+        return self.bias is not None and self.bias.ndim == 2
+
+    def positions(self, rows: Tensor) -> Tensor:
+        """The position (index into a (D, V) bias) of each of the given rows."""
+        if self._positions is None:
+            return rows % self.hidden.shape[-2]
+        return self._positions.flatten()[rows]
+
+    def logits(self) -> Tensor:
+        weight, bias = self.weight.to(self.hidden.dtype), self.bias
+        if bias is None or bias.ndim == 1:
+            # In one product, as `nn.Linear` does: half precision then rounds once.
+            return F.linear(self.hidden, weight, None if bias is None else bias.to(weight.dtype))
+        logits = F.linear(self.hidden, weight)
+        bias = bias if self._positions is None else bias[self._positions]
+        return logits + bias.to(logits.dtype)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """hidden, weight, bias; then, for taken rows of a (D, V) bias, their positions."""
+        taken = () if self._positions is None else (self._positions,)
+        return (self.hidden, self.weight, self.bias, *taken)
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> LinearHead:
+        hidden, weight, bias, *taken = tensors
+        assert hidden is not None
+        assert weight is not None
+        head = copy.copy(self)
+        head.hidden, head.weight, head.bias = hidden, weight, bias
+        head._positions = taken[0] if taken else None
+        return head
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> LinearHead:
+        head = copy.copy(self)
+        head.hidden = change(self.hidden)
+        if self.positional:
+            leading = self.hidden.shape[:-1]
+            every = self._positions
+            if every is None:
+                every = torch.arange(leading[-1], device=self.device).expand(leading)
+            head._positions = change(every)
+        return head
+
+    def prepared(self) -> LinearHead:
+        # Few CPUs multiply half precision faster than fp32, and none more exactly.
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        work = torch.float32 if half and self.device.type == "cpu" else self.dtype
+        head = copy.copy(self)
+        head.hidden, head.weight = self.hidden.to(work), self.weight.to(work)
+        head.bias = None if self.bias is None else self.bias.to(work)
+        return head
+
+    def load(self, rows: Tensor, out: Tensor, passes: Any = None) -> None:
+        hidden = take_leading(self.hidden, rows, self.hidden.shape[:-1]).flatten(0, -2)
+        weight = self.weight.to(hidden.dtype).t()
+        flat = out.view(-1, out.shape[-1])
+        if self.bias is None:
+            torch.mm(hidden, weight, out=flat)
+        elif self.bias.ndim == 1:
+            torch.addmm(self.bias.to(hidden.dtype), hidden, weight, out=flat)
+        else:
+            flat.copy_(self.bias[self.positions(rows.flatten())])
+            flat.addmm_(hidden, weight)
+
+    def logits_at(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        hidden = take_leading(self.hidden, rows, self.hidden.shape[:-1])
+        logits = (hidden * self.weight[tokens].to(hidden.dtype)).sum(-1)
+        if self.bias is None:
+            return logits
+        bias = self.bias[self.positions(rows), tokens] if self.positional else self.bias[tokens]
+        return logits + bias.to(logits.dtype)
+
+    def new_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
+        sums = super().new_gradients(needs)
+        if needs[0]:  # written once, so in its own dtype
+            sums[0] = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
+        return sums
+
+    def add_gradient(
+        self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, passes: Any = None
+    ) -> None:
+        flat = gradient.view(-1, gradient.shape[-1])
+        leading, width = self.hidden.shape[:-1], self.hidden.shape[-1]
+        if sums[0] is not None:
+            product = torch.mm(flat, self.weight.to(flat.dtype))
+            set_leading(sums[0], rows, leading, product.view(*rows.shape, width).to(sums[0].dtype))
+        if sums[1] is not None:
+            hidden = take_leading(self.hidden, rows, leading).reshape(-1, width)
+            _add_product(sums[1], flat, hidden)
+        if sums[2] is not None:
+            if self.bias is not None and self.bias.ndim == 1:
+                sums[2] += flat.sum(0, dtype=sums[2].dtype)
+            else:  # sorted accumulation: rows share positions, and results must repeat
+                at = (self.positions(rows.flatten()),)
+                sums[2].index_put_(at, flat.to(sums[2].dtype), accumulate=True)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (V, C) += left.T (V, R) @ right (R, C), with sums in the dtype of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.t(), right.to(total.dtype))
+    elif left.is_cuda and torch.version.hip is None:
+        total += torch.mm(left.t(), right, out_dtype=total.dtype)
+    else:
+        total.addmm_(left.t().to(total.dtype), right.to(total.dtype))

@@ -1,0 +1,87 @@
+"""Logits that exist already."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..checks import check_bool, check_floating, check_rank
+from ..passes.base import Operand
+from .base import BuiltInHead, take_leading
+
+
+@final
+class TensorHead(BuiltInHead):
+    """Logits that exist already, of any strides (expanded tensors are not copied).
+
+    Args:
+        logits: (..., V), floating point.
+        in_place_gradient: `loss` may write the gradient over the logits, which saves as much
+            memory as they take. They then hold the gradient after the backward pass, which can
+            run only once; autograd raises if another operation has saved them for its own
+            backward pass. Without effect where the logits are expanded.
+    """
+
+    options = ("in_place_gradient",)
+
+    def __init__(self, logits: Tensor, *, in_place_gradient: bool = False):
+        check_floating(logits, "logits")
+        check_rank(logits, "logits", minimum=1)
+        check_bool(in_place_gradient, "in_place_gradient")
+        self._logits = logits
+        self.in_place_gradient = in_place_gradient
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._logits.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._logits.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._logits.device
+
+    def logits(self) -> Tensor:
+        return self._logits
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self._logits,)
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> TensorHead:
+        (logits,) = tensors
+        assert logits is not None
+        head = copy.copy(self)
+        head._logits = logits
+        return head
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> TensorHead:
+        return self.with_tensors([change(self._logits)])
+
+    def operand(self) -> Operand:
+        logits = self._logits
+        if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+            logits = logits.contiguous()
+        return Operand.of_all(logits if logits.ndim == 4 else logits.unsqueeze(1))
+
+    def row_operand(self) -> Operand | None:
+        if self._logits.stride(-1) != 1 and self.shape[-1] > 1:
+            return None
+        try:
+            rows = self._logits.view(-1, self.shape[-1])
+        except RuntimeError:
+            return None
+        return Operand(rows, (0, 0, 0, rows.stride(0)), 1, self.shape[-1])
+
+    def load(self, rows: Tensor, out: Tensor, passes: Any = None) -> None:
+        out.copy_(take_leading(self._logits.detach(), rows, self.shape[:-1]))
+
+    def logits_at(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        return take_leading(self._logits, rows, self.shape[:-1]).gather(-1, tokens[..., None])[
+            ..., 0
+        ]

@@ -1,0 +1,419 @@
+"""The one driver of the loss: the two sweeps over positions, around the passes of a backend.
+
+Shapes: B examples, N components of the student, M of the teacher, K draws, D positions, V classes,
+J target rows, A = B·D slots, P slots of a chunk.
+
+The first sweep takes each chunk of positions once: it draws the tokens x^k from the consistency
+logits, and `forward` of the passes leaves what is local to a position. The joint terms couple all
+positions, so the second sweep, `backward`, comes when they are known. Between the two, rows of q
+and computed logits are kept as far as `plan` has room for.
+
+The driver alone knows about chunks, budgets, draws and the order of things; heads say how their
+logits are computed and where gradients go; the passes know one chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..heads import Head
+from ..memory import zeros_strided
+from ..passes.base import Factors, Operand, RowSums, Statistics, Visit, padded
+from .joint import Joint, Places, joint_terms, kappa_coefficients
+from .plan import Plan, make_plan, order_positions, visits
+from .problem import Problem, Values, weighted
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What the first sweep leaves for the second, beside the inputs."""
+
+    statistics: Statistics
+    rows: Tensor  # (A,) int64, or (0,) if every position is active
+    count: Tensor  # () int64
+    logits: Tensor  # (kept, N, padded V) computed logits of the student
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors; empty ones stand for what is not there."""
+        s = self.statistics
+        sums = []
+        for pair in (s.student, s.teacher, s.consistency):
+            none = (s.mass.new_empty(0), s.mass.new_empty(0))
+            sums += none if pair is None else (pair.shift, pair.total)
+        rest = (s.log_prob, s.mass, s.teacher_kl, s.consistency_kl, s.divergence, s.q, s.q_teacher)
+        return [s.tokens, *sums, *rest, self.rows, self.count, self.logits]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Saved:
+        tokens, *others = tensors
+        student, teacher, consistency = (
+            RowSums(*others[i : i + 2]) if others[i].numel() else None for i in (0, 2, 4)
+        )
+        *rest, rows, count, logits = others[6:]
+        student = student or RowSums(*others[:2])
+        statistics = Statistics(tokens, student, teacher, consistency, *rest, sums_known=True)
+        return Saved(statistics, rows, count, logits)
+
+    def places(self, problem: Problem) -> Places:
+        batch, _, positions, _ = problem.sizes
+        has_rows = self.rows.numel() > 0
+        rows, count = (self.rows, self.count) if has_rows else (None, None)
+        return Places((batch, positions), rows, count)
+
+
+def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
+    """Uninitialised memory for what the first sweep leaves; its sizes follow from shapes alone."""
+    plan = make_plan(problem, passes, needs_grad)
+    batch, components, positions, vocabulary = problem.sizes
+    total, like, row = batch * positions, problem.log_weights, padded(vocabulary)
+    targets = problem.tokens.shape[1]
+
+    def new(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        return like.new_empty(shape, dtype=dtype)
+
+    def sums(head: Head | None) -> RowSums | None:
+        if head is None:
+            return None
+        number = head.shape[1] if len(head.shape) == 4 else 1
+        return RowSums(new(total, number), new(total, number))
+
+    reads_u = problem.consistency is not None and (problem.marginal or problem.seed is not None)
+    both = total if problem.marginal else 0
+    statistics = Statistics(
+        tokens=problem.tokens.clone(memory_format=torch.contiguous_format),
+        student=RowSums(new(total, components), new(total, components)),
+        teacher=sums(problem.teacher),
+        consistency=sums(problem.consistency) if reads_u else None,
+        log_prob=new(total, targets, components),
+        mass=new(both, components),
+        teacher_kl=new(both),
+        consistency_kl=new(both),
+        divergence=new(total if problem.component else 0, components),
+        q=new(plan.kept if problem.marginal else 0, row),
+        q_teacher=new(plan.kept if problem.component else 0, row),
+        sums_known=problem.seed is not None,
+    )
+    if problem.active is None:
+        rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
+    elif problem.active.device.type == "meta" or isinstance(
+        problem.active, torch._subclasses.FakeTensor
+    ):
+        rows, count = new(total, dtype=torch.int64), new(dtype=torch.int64)
+    else:
+        rows, count = order_positions(problem.active)
+    dtype = problem.student.chunk_dtype
+    logits = new(plan.kept_logits, components, row, dtype=dtype)
+    return plan, Saved(statistics, rows, count, logits)
+
+
+class _Source:
+    """The operand of a head, chunk by chunk."""
+
+    def __init__(self, head: Head, passes: Any):
+        self.passes = passes
+        self.head = head.detach().prepared()
+        self.whole = head.detach().operand()
+        self.components = head.shape[1] if len(head.shape) == 4 else 1
+        self._buffer: Tensor | None = None
+
+    def rows(self, visit: Visit) -> Tensor:
+        """Row numbers (P, C) of the visited slots."""
+        device = self.head.device
+        b, d = visit.split(device)
+        component = torch.arange(self.components, device=device)
+        return (b[:, None] * self.components + component) * visit.positions + d[:, None]
+
+    def new_chunk(self, slots: int) -> Tensor:
+        """An uninitialised buffer (P, C, padded V)."""
+        vocabulary = self.head.shape[-1]
+        sizes = (slots, self.components, padded(vocabulary))
+        return torch.empty(sizes, dtype=self.head.chunk_dtype, device=self.head.device)
+
+    def load(self, visit: Visit, out: Tensor | None = None) -> Operand:
+        """The logits of a chunk, in memory or computed into `out` or a buffer of this object."""
+        if self.whole is not None:
+            return self.whole
+        if out is None:
+            if self._buffer is None or self._buffer.shape[0] < visit.slots:
+                self._buffer = self.new_chunk(visit.slots)
+            out = self._buffer[: visit.slots]
+        out = out[..., : self.head.shape[-1]]
+        self.head.load(self.rows(visit), out, self.passes)
+        return Operand.of_chunk(out)
+
+
+def _source(head: Head | None, passes: Any) -> _Source | None:
+    return None if head is None else _Source(head, passes)
+
+
+def _sweep(problem: Problem, plan: Plan, saved: Saved, passes: Any) -> tuple[Iterator[Visit], bool]:
+    """The chunks of a sweep, and whether they visit every slot.
+
+    On a GPU the number of active positions stays there, and all slots are visited. It is read on
+    the host where matrix products need their sizes, and by passes that visit active slots only.
+    """
+    places = saved.places(problem)
+    batch, _, positions, _ = problem.sizes
+    stop, count = batch * positions, places.count
+    computed = any(
+        head is not None and head.operand() is None
+        for head in (problem.student, problem.teacher, problem.consistency)
+    )
+    capturing = saved.count.is_cuda and torch.cuda.is_current_stream_capturing()
+    if count is not None and not (passes.WRITES_ZEROS and (capturing or not computed)):
+        stop, count = int(count), None
+    everything = stop == batch * positions
+    return visits(plan, positions, stop, places.rows, count), everything
+
+
+# The first sweep ----------------------------------------------------------------------------------
+
+
+def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Saved]:
+    """Values of the problem, and what `backward` needs."""
+    plan, saved = new_saved(problem, passes, needs_grad)
+    statistics, mixture = saved.statistics, problem.mixture()
+    student = _Source(problem.student, passes)
+    teacher, consistency = _source(problem.teacher, passes), None
+    if statistics.consistency is not None:
+        consistency = _source(problem.consistency, passes)
+    sweep, _ = _sweep(problem, plan, saved, passes)
+    for visit in sweep:
+        u = None if consistency is None else consistency.load(visit)
+        if u is not None and problem.seed is not None:
+            assert consistency is not None
+            _draw_targets(problem, u, visit, consistency.rows(visit), statistics, passes)
+        t = None if teacher is None else teacher.load(visit)
+        z = student.load(visit, statistics.kept(saved.logits, visit))
+        u = u if problem.marginal else None
+        passes.forward(z, t, u, visit, mixture, statistics)
+    places = saved.places(problem)
+    joint = _joint(problem, saved, places)
+    return _values(problem, saved, places, joint), saved
+
+
+def _draw_targets(
+    problem: Problem, u: Operand, visit: Visit, rows: Tensor, statistics: Statistics, passes: Any
+) -> None:
+    """Draw x^k of a chunk, one token from every component of the consistency logits."""
+    sums, tokens, xu = statistics.consistency, statistics.tokens, problem.xu
+    assert problem.seed is not None
+    assert sums is not None
+    from ..passes.base import DrawOptions
+
+    options = DrawOptions(mask_id=problem.mask_id, seed=problem.seed)
+    drawn = passes.draw(u, None, visit, rows.flatten(), options)
+    sums.shift[visit.part] = drawn.shift.view(rows.shape)
+    sums.total[visit.part] = drawn.log_total.exp().view(rows.shape)
+    token = drawn.token.view(rows.shape).clamp_min(0)
+    b, d = visit.split(token.device)
+    if visit.count is not None:
+        slots = torch.arange(visit.first, visit.first + visit.slots, device=token.device)
+        token = torch.where((slots < visit.count).unsqueeze(-1), token, 0)
+    if xu is not None:
+        shown = xu[b, :, d]
+        token = torch.where(shown != problem.mask_id, shown, token)
+    tokens[:, tokens.shape[1] - u.components :][b, :, d] = token
+
+
+def _joint(problem: Problem, saved: Saved, places: Places) -> Joint:
+    statistics = saved.statistics
+    return joint_terms(
+        statistics.log_prob,
+        statistics.student.total,
+        problem.log_weights,
+        places,
+        problem.correlation,
+    )
+
+
+def _values(problem: Problem, saved: Saved, places: Places, joint: Joint) -> Values:
+    statistics, dtype = saved.statistics, problem.dtype
+    zeros = problem.log_weights.new_zeros(problem.sizes[0])  # an op returns no tensor twice
+
+    def total(values: Tensor) -> Tensor:
+        return places.sum(torch.where(joint.alive, values, 0.0)).to(dtype)
+
+    marginal, teacher_kl, consistency_kl, component = (zeros.clone() for _ in range(4))
+    if problem.marginal:
+        assert problem.teacher_weight is not None
+        teacher_kl = total(statistics.teacher_kl)
+        marginal = weighted(teacher_kl, problem.teacher_weight)
+        if problem.consistency is not None:
+            assert problem.consistency_weight is not None
+            consistency_kl = total(statistics.consistency_kl)
+            marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
+    if problem.component:
+        weights = problem.log_weights.exp()
+        sums = places.sum(_counted_divergence(problem, saved, places, joint))
+        component = (weights * sums).sum(-1).to(dtype)
+    value = joint.value.to(dtype)
+    return Values(value, marginal, component, teacher_kl, consistency_kl)
+
+
+def _counted_divergence(problem: Problem, saved: Saved, places: Places, joint: Joint) -> Tensor:
+    """KL(q_T || p_n) (A, N); 0 where it does not count: components of weight 0 are absent."""
+    divergence = saved.statistics.divergence
+    present = (problem.log_weights > float("-inf"))[places.examples(divergence.device)]
+    return torch.where(joint.alive.unsqueeze(-1) & present, divergence, 0.0)
+
+
+# The second sweep ---------------------------------------------------------------------------------
+
+
+def backward(
+    problem: Problem,
+    passes: Any,
+    saved: Saved,
+    upstream: tuple[Tensor, Tensor, Tensor],
+    needs: Sequence[bool],
+    in_place: bool = False,
+) -> list[Tensor | None]:
+    """Gradients of the student's tensors and, last, of the log-weights; None where not needed.
+
+    upstream: gradients with respect to rows (B, J), marginal (B,) and component (B,) of `Values`.
+    """
+    places = saved.places(problem)
+    joint = _joint(problem, saved, places)
+    rows, marginal, component = (part.to(problem.dtype) for part in upstream)
+    # An impossible row has no gradient: 0 rather than 0 times infinity.
+    alpha = torch.where(torch.isinf(joint.value), 0.0, rows)
+    log_weights = None
+    if needs[-1]:
+        log_weights = _log_weights_gradient(
+            problem, saved, places, joint, (alpha, marginal, component)
+        )
+    if not any(needs[:-1]):
+        return [*[None] * (len(needs) - 1), log_weights]
+    factors = _factors(problem, saved, places, joint, (alpha, marginal, component))
+    students = _student_gradients(problem, passes, saved, factors, needs[:-1], in_place)
+    return [*students, log_weights]
+
+
+def _factors(
+    problem: Problem, saved: Saved, places: Places, joint: Joint, upstream: tuple[Tensor, ...]
+) -> Factors:
+    alpha, marginal, component = upstream
+    statistics, dtype = saved.statistics, problem.dtype
+    b = places.examples(alpha.device)
+    kappa = kappa_coefficients(joint, alpha, b, dtype)
+    probability = -kappa.sum(1)
+    by_slot = marginal[b]
+    factor = torch.zeros_like(probability)
+    if problem.marginal:
+        probability = probability + by_slot.unsqueeze(-1) * statistics.mass
+    if problem.component:
+        assert statistics.teacher is not None
+        # An infinite divergence has no gradient.
+        finite = torch.isfinite(statistics.divergence) | statistics.divergence.isnan()
+        factor = component[b].unsqueeze(-1) * problem.log_weights.exp()[b]
+        factor = torch.where(finite, factor, 0.0)
+        # A teacher's component without any class takes its share out of q_T.
+        whole = (statistics.teacher.total != 0).to(dtype).mean(-1, keepdim=True)
+        probability = probability + factor * whole
+    return Factors(probability, by_slot, factor, kappa)
+
+
+def _log_weights_gradient(
+    problem: Problem, saved: Saved, places: Places, joint: Joint, upstream: tuple[Tensor, ...]
+) -> Tensor:
+    alpha, marginal, component = upstream
+    gradient = -(joint.weights * alpha.unsqueeze(-1)).sum(1)
+    if joint.local is not None:
+        b = places.examples(alpha.device)
+        gradient = gradient + places.sum((joint.local * alpha[b].unsqueeze(-1)).sum(1))
+    if problem.marginal:
+        mass = torch.where(joint.alive.unsqueeze(-1), saved.statistics.mass, 0.0)
+        gradient = gradient - marginal.unsqueeze(-1) * places.sum(mass)
+    if problem.component:
+        divergence = _counted_divergence(problem, saved, places, joint)
+        sums = places.sum(torch.where(torch.isinf(divergence), 0.0, divergence))
+        gradient = gradient + component.unsqueeze(-1) * problem.log_weights.exp() * sums
+    return gradient.to(problem.dtype)
+
+
+def _student_gradients(
+    problem: Problem,
+    passes: Any,
+    saved: Saved,
+    factors: Factors,
+    needs: Sequence[bool],
+    in_place: bool,
+) -> list[Tensor | None]:
+    plan = make_plan(problem, passes, True)
+    statistics, mixture = saved.statistics, problem.mixture()
+    student = _Source(problem.student, passes)
+    teacher = _source(problem.teacher, passes)
+    consistency = _source(problem.consistency if problem.marginal else None, passes)
+    sweep, everything = _sweep(problem, plan, saved, passes)
+    head, vocabulary = problem.student, problem.sizes[3]
+    target: Operand | None = None
+    if student.whole is not None:
+        logits = head.logits().detach()
+        gradient = logits if in_place else new_gradient(logits, zero=not everything)
+        if in_place and not everything:
+            _zero_inactive(gradient, saved, problem)
+        target = Operand.of_all(gradient)
+    sums = [] if target is not None else student.head.new_gradients(needs)
+    scratch: Tensor | None = None
+    for visit in sweep:
+        known = not problem.marginal or statistics.kept(statistics.q, visit) is not None
+        if problem.component:
+            known = known and statistics.kept(statistics.q_teacher, visit) is not None
+        t = None if teacher is None or known else teacher.load(visit)
+        u = None if consistency is None or known else consistency.load(visit)
+        kept = statistics.kept(saved.logits, visit)
+        if target is not None or kept is None:
+            z = student.load(visit)
+        else:
+            z = Operand.of_chunk(kept[..., :vocabulary])
+        if target is not None:
+            passes.backward(z, t, u, visit, mixture, statistics, factors, target)
+            continue
+        if scratch is None or scratch.shape[0] < visit.slots:
+            scratch = student.new_chunk(visit.slots)
+        part = scratch[: visit.slots, :, :vocabulary]
+        out = Operand.of_chunk(part)
+        passes.backward(z, t, u, visit, mixture, statistics, factors, out)
+        student.head.add_gradient(sums, student.rows(visit), part, passes)
+    if target is not None:
+        return [target.logits]
+    tensors = head.tensors()
+    return [
+        None if total is None or tensor is None else total.to(tensor.dtype)
+        for total, tensor in zip(sums, tensors, strict=True)
+    ]
+
+
+def _zero_inactive(gradient: Tensor, saved: Saved, problem: Problem) -> None:
+    assert problem.active is not None
+    inactive = saved.rows[int(saved.count) :]
+    positions = problem.sizes[2]
+    gradient[inactive // positions, :, inactive % positions] = 0.0
+
+
+def is_dense(logits: Tensor) -> bool:
+    """Whether the strides address every element once, with rows that may be padded."""
+    reach = 0
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (size - 1)
+    return logits.numel() > 0 and logits.stride(-1) == 1 and reach <= 2 * logits.numel()
+
+
+def new_gradient(logits: Tensor, zero: bool) -> Tensor:
+    """Memory for the gradient of logits, with their strides where those are dense.
+
+    Rows that the caller has padded stay padded, so that autograd need not copy the gradient.
+    """
+    dense = is_dense(logits)
+    strides = logits.stride() if dense else torch.empty(logits.shape, device="meta").stride()
+    make = zeros_strided if zero else torch.empty_strided
+    return make(logits.shape, strides, dtype=logits.dtype, device=logits.device)

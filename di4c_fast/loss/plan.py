@@ -1,0 +1,96 @@
+"""How the sweeps are cut into chunks, and for how many slots what is kept between them.
+
+From shapes alone, so that the op can tell the sizes of what it returns. What a chunk takes is the
+logits of heads that have to be computed and the temporaries of the passes. What is kept, under a
+byte budget: rows of q (and of q_T for the component term), which stand for one or several heads;
+then the student's computed logits, which stand for a product. The active positions come first, so
+what is kept is most likely needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..heads import Head
+from ..passes.base import Visit, padded
+from .problem import Problem
+
+MINIMUM_ROWS = 64  # of a computed head: smaller matrix products run far below their peak
+KEPT_BYTES = 64 << 20
+KEPT_BYTES_GPU = 512 << 20  # where logits are computed; a product costs more than memory there
+# Of the student's logits in memory: with a gradient in place the peak stays below a tenth of them.
+KEPT_SHARE = 0.09
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    chunk: int  # slots
+    kept: int  # slots whose rows of q, and of q_T, are kept
+    kept_logits: int  # slots whose computed logits of the student are kept
+
+
+def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
+    batch, components, positions, vocabulary = problem.sizes
+    total, row = batch * positions, padded(vocabulary)
+    heads = [h for h in (problem.student, problem.teacher, problem.consistency) if h is not None]
+    device = problem.student.device
+    computed = [head for head in heads if head.operand() is None]
+    per_slot = sum(_components(head) * row * head.chunk_dtype.itemsize for head in computed)
+    itemsize = problem.dtype.itemsize
+    budget = min([head.budget_bytes for head in heads if head.budget_bytes], default=None)
+    work = per_slot + passes.temporary_bytes(sum(map(_components, heads)), row * itemsize)
+    chunk = total
+    if work:
+        chunk = (budget // 2 if budget else passes.chunk_bytes(device)) // work
+        if computed:
+            chunk = max(chunk, -(-MINIMUM_ROWS // max(map(_components, computed))))
+        chunk = max(1, min(chunk, total))
+    if not needs_grad:
+        return Plan(chunk, 0, 0)
+    if budget is None:
+        budget = KEPT_BYTES_GPU if computed and device.type != "cpu" else KEPT_BYTES
+        if not computed:
+            logits = problem.student.shape.numel() * problem.student.dtype.itemsize
+            budget = max(budget, int(KEPT_SHARE * logits))
+    else:
+        budget = max(0, budget - chunk * per_slot)
+    kept = kept_logits = 0
+    rows = problem.marginal + problem.component
+    if rows:
+        kept = min(total, budget // (rows * row * itemsize))
+        budget -= kept * rows * row * itemsize
+        if kept < total and not work:  # the other slots share what is left for rows of one chunk
+            chunk = max(1, min(kept // 2, total))
+            kept = max(0, kept - chunk)
+        kept = kept if kept == total else kept // chunk * chunk
+    if problem.student.operand() is None:
+        size = components * row * problem.student.chunk_dtype.itemsize
+        kept_logits = min(total, budget // size)
+        kept_logits = kept_logits if kept_logits == total else kept_logits // chunk * chunk
+    return Plan(chunk, kept, kept_logits)
+
+
+def _components(head: Head) -> int:
+    return head.shape[1] if len(head.shape) == 4 else 1
+
+
+def visits(
+    plan: Plan, positions: int, stop: int, rows: Tensor | None, count: Tensor | None
+) -> Iterator[Visit]:
+    """The chunks of a sweep over slots 0 .. stop - 1."""
+    for first in range(0, stop, max(plan.chunk, 1)):
+        yield Visit(first, min(plan.chunk, stop - first), positions, rows, count)
+
+
+def order_positions(active: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of `active` (B, D) bool with the active ones first, and how many those are.
+
+    Both stay on the device: (B·D,) int64 and () int64. The order within each group is kept.
+    """
+    flat = active.reshape(-1)
+    return torch.argsort((~flat).to(torch.uint8), stable=True), flat.sum()
