@@ -21,8 +21,12 @@ i64 block_columns(i64 components) {
   return columns < 64 ? 64 : columns > 1024 ? 1024 : columns;
 }
 
+bool wants_targets(const MixturePass& a) {
+  return a.t.data && (a.mixture.marginal || a.mixture.component);
+}
+
 bool stores_exponentials(const MixturePass& a) {
-  return 4 * a.z.components * padded_columns(a.mixture.vocabulary) <= STORED_BYTES;
+  return wants_targets(a) && 4 * a.z.components * padded_columns(a.mixture.vocabulary) <= STORED_BYTES;
 }
 
 // What a slot needs besides its arguments, carved out of the scratch memory of a thread.
@@ -30,7 +34,7 @@ struct Slot {
   const MixturePass& a;
   i64 i, s, b, d;  // slot of the visit, of all, its example and position
   i64 N, V, columns, stride;
-  float *shift, *total, *log_total, *log_weight, *weight, *logs;  // [N]; logs [N, W]
+  float *shift, *total, *log_total, *log_weight, *weight, *parts;  // [N]; parts [N, W]
   double* mass;                                                   // [N]
   float *q_teacher, *q_draws, *row;                               // [V]
   float *mix, *q;                                                 // [columns]
@@ -44,15 +48,19 @@ struct Slot {
     stride = padded_columns(whole ? V : columns);
     Arena arena{scratch};
     shift = arena.floats(N), total = arena.floats(N), log_total = arena.floats(N);
-    log_weight = arena.floats(N), weight = arena.floats(N), logs = arena.floats(N * W);
+    log_weight = arena.floats(N), weight = arena.floats(N), parts = arena.floats(N * W);
     mass = (double*)arena.floats(2 * N);
     mix = arena.floats(columns), q = arena.floats(columns);
-    i64 width = a.factors.kappa ? columns : V;  // backward forms q block by block
+    i64 width = a.gradient.data ? columns : V;  // backward forms q block by block
     q_teacher = arena.floats(width), q_draws = arena.floats(width), row = arena.floats(width);
     e = arena.floats(N * stride);
     bytes = arena.next - scratch;
   }
-  i64 bytes;
+  i64 bytes;  // of scratch
+
+  static i64 scratch_bytes(const MixturePass& a, bool whole) {
+    return Slot(a, 0, (char*)64, whole).bytes;
+  }
 
   const char* z(i64 n) const { return row_of(a.z, i, b, n, d); }
 
@@ -80,16 +88,22 @@ struct Slot {
     return x;
   }
 
-  // a_n + l_n of W columns into `logs`, and their logsumexp m over the components.
+  // r_n of W columns into `parts`, from logarithms, and m; 0 and -inf where there is no class.
   vf log_marginal(i64 v) {
     vf best = all(-INF), sum{};
     for (i64 n = 0; n < N; ++n) {
       vf x = ((logits(n, v) - shift[n]) - log_total[n]) + log_weight[n];
-      store(logs + n * W, x);
+      store(parts + n * W, x);
       best = vmax(x, best);
     }
     best = select(best > -INF, best, vf{});
-    for (i64 n = 0; n < N; ++n) sum += vexp(load(logs + n * W) - best);
+    for (i64 n = 0; n < N; ++n) {
+      vf x = vexp(load(parts + n * W) - best);
+      store(parts + n * W, x);
+      sum += x;
+    }
+    vf inverse = select(sum == 0.0f, vf{}, 1.0f / sum);
+    for (i64 n = 0; n < N; ++n) store(parts + n * W, load(parts + n * W) * inverse);
     return best + vlog(sum);
   }
 
@@ -146,10 +160,11 @@ struct Slot {
   }
 };
 
-void forward_slot(const MixturePass& a, i64 i, char* scratch) {
+void forward_slot(const void* pass, i64 i, char* scratch) {
+  const MixturePass& a = *(const MixturePass*)pass;
   const Mixture& m = a.mixture;
   const Statistics& st = a.statistics;
-  bool targets = m.marginal || m.component, whole = targets && stores_exponentials(a);
+  bool targets = wants_targets(a), whole = stores_exponentials(a);
   Slot slot(a, i, scratch, whole);
   i64 N = slot.N, V = slot.V, s = slot.s, J = st.targets;
 
@@ -191,6 +206,10 @@ void forward_slot(const MixturePass& a, i64 i, char* scratch) {
     slot.mixture_of(e, count);
     vf kl_t{}, kl_u{};
     for (i64 v = 0; v < count; v += W) {
+      if (v % (16 * W) == 0) {  // sums of few terms first: their rounding errors add up less
+        teacher_kl += sum(kl_t), consistency_kl += sum(kl_u);
+        kl_t = kl_u = vf{};
+      }
       vf mix = load(slot.mix + v);
       vf q_t = load(slot.q_teacher + begin + v), q_u = load(slot.q_draws + begin + v);
       vf q = teacher_weight * q_t + consistency_weight * q_u;
@@ -200,11 +219,8 @@ void forward_slot(const MixturePass& a, i64 i, char* scratch) {
         vf log_mix = slot.log_marginal(begin + v);
         kl_t += select(q_t != 0.0f, q_t * (vlog(q_t) - log_mix), vf{});
         kl_u += select(q_u != 0.0f, q_u * (vlog(q_u) - log_mix), vf{});
-        vi possible = (q != 0.0f) & (log_mix > -INF);
-        for (i64 n = 0; n < N; ++n) {
-          vf r = vexp(load(slot.logs + n * W) - log_mix);
-          slot.mass[n] += sum(select(possible, q * r, vf{}));
-        }
+        for (i64 n = 0; n < N; ++n)
+          slot.mass[n] += sum(select(q != 0.0f, q * load(slot.parts + n * W), vf{}));
         store(slot.mix + v, vf{});
         continue;
       }
@@ -229,19 +245,21 @@ void forward_slot(const MixturePass& a, i64 i, char* scratch) {
     i64 end = begin + slot.columns < V ? begin + slot.columns : V;
     for (i64 v = begin; v < end; v += W) store(slot.q + v - begin, vlog(load(slot.q_teacher + v)));
     for (i64 n = 0; n < N; ++n) {
-      vf kl{};
+      vf kl{}, run{};
       for (i64 v = begin; v < end; v += W) {
         vf q_t = load(slot.q_teacher + v);
         vf l = (slot.logits(n, v) - slot.shift[n]) - slot.log_total[n];
-        kl += select(q_t != 0.0f, q_t * (load(slot.q + v - begin) - l), vf{});
+        run += select(q_t != 0.0f, q_t * (load(slot.q + v - begin) - l), vf{});
+        if ((v - begin) % (16 * W) == 0) kl += run, run = vf{};
       }
-      divergence[n] += sum(kl);
+      divergence[n] += sum(kl + run);
     }
   }
   for (i64 n = 0; n < N; ++n) st.divergence[s * N + n] = (float)divergence[n];
 }
 
-void backward_slot(const MixturePass& a, i64 i, char* scratch) {
+void backward_slot(const void* pass, i64 i, char* scratch) {
+  const MixturePass& a = *(const MixturePass*)pass;
   const Mixture& m = a.mixture;
   const Statistics& st = a.statistics;
   const Factors& f = a.factors;
@@ -251,9 +269,9 @@ void backward_slot(const MixturePass& a, i64 i, char* scratch) {
     slot.shift[n] = st.student.shift[s * N + n];
     slot.total[n] = st.student.total[s * N + n];
   }
-  slot.prepare();
-  bool marginal = m.marginal && f.marginal[s] != 0.0f, component = false;
-  for (i64 n = 0; m.component && n < N; ++n) component |= f.component[s * N + n] != 0.0f;
+  bool alive = slot.prepare();  // without any class it counts as if q were 0
+  bool marginal = alive && m.marginal && f.marginal[s] != 0.0f, component = false;
+  for (i64 n = 0; alive && m.component && n < N; ++n) component |= f.component[s * N + n] != 0.0f;
   bool kept = (!marginal || s < st.q.count) && (!component || s < st.q_teacher.count);
   vf teacher_weight = all(m.teacher_weight[slot.b]);
   vf consistency_weight = all(m.consistency_weight[slot.b]);
@@ -295,22 +313,18 @@ void backward_slot(const MixturePass& a, i64 i, char* scratch) {
         for (i64 v = 0; v < count; v += W) store(row + v, load(row + v) * p);
       if (!component || f.component[s * N + n] == 0.0f) continue;
       vf c = all(f.component[s * N + n]);
-      for (i64 v = 0; v < count; v += W) {
-        vf term = select(slot.logits(n, begin + v) == -INF, vf{}, c * load(q_teacher + v));
-        store(row + v, load(row + v) - term);
-      }
+      for (i64 v = 0; v < count; v += W) store(row + v, load(row + v) - c * load(q_teacher + v));
     }
     // What the select above left out, from logarithms: -marginal q r.
     for (i64 v = 0; underflows && v < count; v += W) {
       vf x = load(q + v);
       vi left = (x != 0.0f) & (load(slot.mix + v) == 0.0f);
       if (!any(left)) continue;
-      vf log_mix = slot.log_marginal(begin + v);
-      left &= log_mix > -INF;
+      slot.log_marginal(begin + v);
       for (i64 n = 0; n < N; ++n) {
-        vf r = vexp(load(slot.logs + n * W) - log_mix);
+        vf term = f.marginal[s] * x * load(slot.parts + n * W);
         float* p = e + n * slot.stride + v;
-        store(p, load(p) - select(left, f.marginal[s] * x * r, vf{}));
+        store(p, load(p) - select(left, term, vf{}));
       }
     }
     for (i64 j = 0; j < J; ++j) {

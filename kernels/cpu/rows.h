@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr i64 PIECE = 4096;  // columns summed in fp32 before they are added up in fp64
+constexpr i64 RUN = 512;     // columns summed one by one, so that small ones are not rounded away,
+constexpr i64 PIECE = 8192;  // and columns whose sums are added in fp32, before fp64
 
 struct Arena {  // hands out parts of the scratch memory of a thread, 64-byte aligned
   char* next;
@@ -75,22 +76,27 @@ double exp_of(const typename T::type* p, i64 n, float shift, float* out, i64 ahe
   vf shifts = all(shift);
   i64 v = 0;
   while (v < n) {
-    i64 stop = v + PIECE < n ? v + PIECE : n;
-    vf s0{}, s1{};
-    for (; v + 2 * W <= stop; v += 2 * W) {
-      if (ahead) __builtin_prefetch((const char*)(p + v) + ahead);
-      vf e0 = vexp(T::load(p + v) - shifts), e1 = vexp(T::load(p + v + W) - shifts);
-      s0 += e0, s1 += e1;
-      if (STORE) store(out + v, e0), store(out + v + W, e1);
+    i64 piece = v + PIECE < n ? v + PIECE : n;
+    vf subtotal{};
+    while (v < piece) {
+      i64 stop = v + RUN < piece ? v + RUN : piece;
+      vf s0{}, s1{};
+      for (; v + 2 * W <= stop; v += 2 * W) {
+        if (ahead) __builtin_prefetch((const char*)(p + v) + ahead);
+        vf e0 = vexp(T::load(p + v) - shifts), e1 = vexp(T::load(p + v + W) - shifts);
+        s0 += e0, s1 += e1;
+        if (STORE) store(out + v, e0), store(out + v + W, e1);
+      }
+      for (; v < stop; v += W) {
+        vf x = stop - v >= W ? T::load(p + v) : load_tail<T>(p + v, (int)(stop - v), -INF);
+        vf e = vexp(x - shifts);
+        s0 += e;
+        if (STORE) store(out + v, e);
+      }
+      v = stop;
+      subtotal += s0 + s1;
     }
-    for (; v < stop; v += W) {
-      vf x = stop - v >= W ? T::load(p + v) : load_tail<T>(p + v, (int)(stop - v), -INF);
-      vf e = vexp(x - shifts);
-      s0 += e;
-      if (STORE) store(out + v, e);
-    }
-    v = stop;
-    total += sum(s0 + s1);
+    total += sum(subtotal);
   }
   return total;
 }
