@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(PYTHON)
 RUN_DIR ?= runs/digits
 
-.PHONY: demo text test bench report gpu aot lint clean
+.PHONY: demo text test bench report gpu aot docs lint clean
 
 # Set-up is stamped by extra, so that `make demo` installs only what the demo needs.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -57,6 +57,13 @@ bench: $(VENV)/.stamp-dev
 report: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
+# The documentation as a searchable site in site/.
+docs:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in site/: python -m http.server --directory site"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks runs
+	rm -rf site $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ assert VERSION is not None
 TRITON = ["triton>=3.6; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"]
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.65", "sacrebleu>=2.4"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8", "tqdm>=4.65"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.5",
@@ -42,6 +43,7 @@ setup(
         "examples": EXAMPLES,
         "bench": BENCH,
         "triton": TRITON,
+        "docs": DOCS,
         "dev": sorted({*DEV, *EXAMPLES, *BENCH, *TRITON}),
     },
 )

@@ -1,5 +1,6 @@
 """Fused losses and exact, fast samplers for mixture discrete diffusion models (Di4C)."""
 
+import importlib as _importlib
 import importlib.util as _util
 import pathlib as _pathlib
 import sys as _sys
@@ -16,6 +17,20 @@ if _kernels.exists() and (_kernels.parent.parent / "setup.py").exists():
 from .draw.api import Draw, sample  # noqa: E402
 from .heads import Head, LinearHead, LogisticHead, TensorHead  # noqa: E402
 from .loss.api import LossTerms, correlation, loss, mixture_log_prob  # noqa: E402
+
+# Imported when first used.
+_SUBMODULES = ("integrations", "models", "processes", "samplers", "testing", "training")
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})
+
 
 __all__ = [
     "Draw",

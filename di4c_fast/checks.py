@@ -84,6 +84,15 @@ def check_bool(value: Any, name: str) -> None:
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
+def check_int(value: Any, name: str, *, minimum: int | None = None) -> int:
+    """Check an int that is no bool, and return it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
     if value not in choices:
         known = ", ".join(repr(choice) for choice in choices)

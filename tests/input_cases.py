@@ -426,7 +426,7 @@ CASES = {
     "backend: unknown": (
         {"backend": "cuda"},
         ValueError,
-        "backend must be one of 'auto', 'triton', 'torch', 'reference', got 'cuda'",
+        "backend must be one of 'auto', 'triton', 'cpu', 'torch', 'reference', got 'cuda'",
     ),
     "generator: seed": (
         {"generator": 42},

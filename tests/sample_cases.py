@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from di4c_fast.draw.api import Draw, sample
-from di4c_fast.streaming_sample import (
+from di4c_fast.draw.law import (
     SAMPLE_BLOCK,
     block_sums,
     block_uniforms,
+    blocks_of,
     choose_block,
     run_race,
-    take_block,
     token_uniforms,
 )
 
@@ -45,11 +45,13 @@ def draws_of_one_row(logits: torch.Tensor, rows: int, seed: int) -> torch.Tensor
     """What `sample(logits.expand(rows, -1))` draws, with one pass over the row for all draws."""
     weights = (logits - logits.amax()).exp()[None]
     sums = block_sums(weights)
+    blocks = torch.zeros(blocks_of(weights.shape[1]) * SAMPLE_BLOCK)
+    blocks[: weights.shape[1]] = weights[0]
+    blocks = blocks.view(-1, SAMPLE_BLOCK)
     drawn = []
     for keys in torch.arange(rows).split(20_000):
         uniforms = block_uniforms(seed, 0, keys, weights.shape[1], weights.dtype)
         chosen = choose_block(sums.expand(len(keys), -1), uniforms)
-        candidates = take_block(weights.expand(len(keys), -1), chosen)
-        winner = run_race(candidates, token_uniforms(seed, 0, keys, chosen, weights.dtype))
+        winner = run_race(blocks[chosen], token_uniforms(seed, 0, keys, chosen, weights.dtype))
         drawn.append(chosen * SAMPLE_BLOCK + winner)
     return torch.cat(drawn)

@@ -1,4 +1,4 @@
-"""The confidence sampler: how many positions, which rows are computed, blocks, randomness."""
+"""The confidence sampler: tokens of a naive loop, how many positions, which rows, blocks, order."""
 
 from __future__ import annotations
 
@@ -6,12 +6,230 @@ import itertools
 
 import pytest
 import torch
-from confidence_cases import MASK, VOCAB, D, Denoiser, prompts
 from naming import stable_id
+from sampler_cases import MASK, VOCAB, D, Denoiser, OwnHead, prompts
+from torch import Tensor
 
-from di4c_fast.heads import LinearHead
 from di4c_fast.samplers import sample_confidence
 from di4c_fast.testing import assert_counts_match, assert_frequency
+
+RULES = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
+
+
+def naive_confidence(row: Tensor, rule: str, top_k=None, top_p=None) -> tuple[int, float]:
+    """Token and confidence of one row at temperature 0, one token at a time."""
+    raw = row.softmax(-1)
+    kept = row.clone()
+    if top_p is not None:
+        total, order = 0.0, row.argsort(descending=True).tolist()
+        for place, token in enumerate(order):
+            if place and total > top_p:
+                kept[token] = -torch.inf
+            total += float(raw[token])
+    if top_k is not None:
+        kept[row < row.sort(descending=True).values[top_k - 1]] = -torch.inf
+    p = kept.softmax(-1)
+    token = int(row.argmax())
+    ordered = p.sort(descending=True).values
+    return token, {
+        "low_confidence": float(raw[token]),
+        "maskgit_plus": float(p[token]),
+        "topk_margin": float(ordered[0] - ordered[1]),
+        "entropy": float(torch.where(p > 0, p * p.log(), 0.0).sum()),
+    }[rule]
+
+
+def naive(
+    model: Denoiser,
+    prompt: Tensor,
+    *,
+    steps: int | None = None,
+    rule: str = "low_confidence",
+    schedule: str = "even",
+    t_min: float = 1e-3,
+    block_length: int | None = None,
+    threshold: float | None = None,
+    factor: float | None = None,
+    guidance_scale: float = 0.0,
+    shift: bool = False,
+    exclude_mask: bool = True,
+    banned: tuple[int, ...] = (),
+    deferred: tuple[int, ...] = (),
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, list[int]]:
+    """One sequence by the rules, and how many positions each step filled."""
+    start = len(prompt)
+    x = torch.full((D,), MASK)
+    x[:start] = prompt
+    known = x != MASK
+    length = block_length or D - start
+    blocks = -(-(D - start) // length)
+    filled = []
+    for block in range(blocks):
+        end = min(start + (block + 1) * length, D)
+        n = int((x[:end] == MASK).sum())
+        per_block = None if steps is None else steps // blocks
+        for index in itertools.count():
+            active = [d for d in range(end) if x[d] == MASK]
+            if not active or (per_block is not None and index == per_block and threshold is None):
+                break
+            logits = model.logits(x)
+            if guidance_scale:
+                without = model.logits(torch.where(known, MASK, x))
+                logits = without + (guidance_scale + 1) * (logits - without)
+            if shift:
+                logits = torch.cat([logits[:1], logits[:-1]])
+            if exclude_mask:
+                logits[:, MASK] = -torch.inf
+            logits[:, list(banned)] = -torch.inf
+            found = {}
+            for d in active:
+                token, confidence = naive_confidence(logits[d], rule, top_k, top_p)
+                if deferred:
+                    rest = logits[d].clone()
+                    rest[list(deferred)] = -torch.inf
+                    confidence = float(rest.softmax(-1)[token])
+                found[d] = (confidence, token)
+            order = sorted(active, key=lambda d: (-found[d][0], d))
+            count = len(active)
+            if per_block is not None and schedule == "even":
+                count = n // per_block + (index < n % per_block)
+            elif schedule == "ancestral":
+                times = torch.linspace(1, t_min, per_block + 1)
+                if index < per_block - 1:
+                    count = int(len(active) * (1 - times[index + 1] / times[index]))
+            if threshold is not None:
+                if per_block is not None:
+                    reached = sum(
+                        n // per_block + (i < n % per_block)
+                        for i in range(min(index + 1, per_block))
+                    )
+                    count = max(1, reached - (n - len(active)))
+                passing = [d for d in order if found[d][0] >= threshold]
+                count = min(count, max(1, len(passing)))
+            if factor is not None:
+                count = 1
+                while count < len(order):
+                    if found[order[count]][0] < 1 - factor / (count + 2):
+                        break
+                    count += 1
+            for d in order[:count]:
+                x[d] = found[d][1]
+            filled.append(count)
+    return x, filled
+
+
+def check_against_naive(model, prompt, **how):
+    mapped = {"banned_ids": how.get("banned", ()), "deferred_ids": how.get("deferred", ())}
+    ours = {k: v for k, v in how.items() if k not in ("banned", "deferred")}
+    tokens = sample_confidence(
+        model, (len(prompt), D), mask_id=MASK, prompt=prompt, seed=0, **ours, **mapped
+    )
+    expected = torch.stack([naive(model, row, **how)[0] for row in prompt])
+    assert torch.equal(tokens, expected)
+    return tokens
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"steps": 4},
+        {"steps": 4, "block_length": 5},
+        {"steps": 30},
+        {"steps": 1},
+        {"steps": 5, "schedule": "ancestral", "shift": True},
+        {"steps": 6, "guidance_scale": 1.3},
+        {"steps": 6, "top_p": 0.8, "top_k": 4, "schedule": "ancestral"},
+        {"threshold": 0.4, "block_length": 5},
+        {"threshold": 0.3},
+        {"threshold": 0.3, "steps": 5},
+        {"factor": 1.0, "block_length": 5},
+        {"factor": 2.0},
+        {"steps": 4, "banned": (3, 5)},
+    ],
+    ids=stable_id,
+)
+def test_tokens_at_temperature_0_are_those_of_the_naive_loop(rule, how):
+    for seed in range(2):
+        check_against_naive(Denoiser(seed, timed=False), prompts(3, 4, seed), rule=rule, **how)
+
+
+def test_deferred_tokens_come_last_and_others_are_judged_without_them():
+    model = Denoiser(2, timed=False)
+    with_deferred = check_against_naive(model, prompts(3, 4), steps=5, deferred=(5, 4))
+    for seed in (0, 3, 4):
+        guided = {"guidance_scale": 2.0, "deferred": (5, 4, 1, 7)}
+        check_against_naive(Denoiser(seed, timed=False), prompts(3, 4), steps=10, **guided)
+    assert not torch.equal(with_deferred, check_against_naive(model, prompts(3, 4), steps=5))
+
+
+def test_a_mask_that_is_drawn_stays_and_the_counts_go_on():
+    model = Denoiser(3, mask_bias=4.0, timed=False)
+    for how in ({"steps": 4}, {"steps": 4, "schedule": "ancestral"}):
+        tokens = check_against_naive(model, prompts(4, 4), exclude_mask=False, **how)
+        assert bool((tokens == MASK).any())
+        assert bool((check_against_naive(model, prompts(4, 4), **how) != MASK).all())
+
+
+def test_a_threshold_gives_the_mask_its_share_but_not_an_endless_loop():
+    model = Denoiser(3, mask_bias=3.0, timed=False)
+    how = {"threshold": 0.3, "exclude_mask": False}
+    tokens = check_against_naive(model, prompts(3, 4), **how)
+    assert not torch.equal(tokens, check_against_naive(model, prompts(3, 4), threshold=0.3))
+    model = Denoiser(3, mask_bias=50.0, timed=False)
+    tokens = sample_confidence(model, (2, D), mask_id=MASK, seed=0, **how)
+    assert bool((tokens == MASK).all())
+    assert len(model.inputs) == D
+
+
+def test_unknown_tokens_of_a_prompt_are_filled_with_the_first_block_at_each_rows_own_rate():
+    prompt = prompts(3, 6)
+    prompt[0, 2] = MASK
+    prompt[2, :5] = MASK
+    check_against_naive(Denoiser(4, timed=False), prompt, steps=4, block_length=4)
+    check_against_naive(Denoiser(4, timed=False), prompt, threshold=0.4, block_length=4)
+    check_against_naive(Denoiser(4, timed=False), prompt, steps=3, schedule="ancestral")
+
+
+@pytest.mark.parametrize("rule", ["maskgit_plus", "topk_margin", "entropy", "low_confidence"])
+def test_a_confidence_dtype_ranks_by_what_the_repositories_compute(rule):
+    class Half(Denoiser):
+        def forward(self, tokens, t):
+            return super().forward(tokens, t).to(torch.bfloat16)
+
+    model = Half(5, "tensor", timed=False)
+    history = []
+    sample_confidence(
+        model, (1, D), mask_id=MASK, steps=D, rule=rule, exclude_mask=False, seed=0,
+        confidence_dtype=torch.bfloat16, history=history,
+    )  # fmt: skip
+    for before, after in itertools.pairwise(history[:6]):
+        p = model.logits(before[0]).softmax(-1)
+        top = p.sort(-1, descending=True).values
+        confidence = {
+            "topk_margin": top[:, 0] - top[:, 1],
+            "entropy": (p * torch.log(p + 1e-10)).sum(-1),
+        }.get(rule, top[:, 0])
+        assert confidence.dtype == torch.bfloat16
+        best = confidence.masked_fill(before[0] != MASK, -torch.inf).float().argmax()
+        expected = before[0].clone()
+        expected[best] = p[best].argmax()
+        assert torch.equal(after[0], expected)
+
+
+def test_equal_confidences_keep_the_lowest_positions():
+    history = []
+    sample_confidence(
+        # Exactly equal, whatever the rounding of a row: one token has all the probability.
+        lambda x, t: torch.tensor([0.0, *[-torch.inf] * 10]).expand(*x.shape, VOCAB), (2, 9),
+        mask_id=MASK, steps=3, history=history,
+    )  # fmt: skip
+    for step, state in enumerate(history):
+        expected = torch.where(torch.arange(9) < 3 * step, 0, MASK)
+        assert torch.equal(state, expected.expand(2, 9))
+
 
 # How many, and what is computed
 
@@ -82,31 +300,27 @@ def test_sequences_without_work_are_left_out_of_the_call_on_request():
     assert model.inputs == []
 
 
-def test_no_tensor_of_all_logits_is_made(monkeypatch):
-    batch, positions, vocabulary, width = 2, 256, 5003, 8
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(batch, positions, width, generator=generator)
-    weight = torch.randn(vocabulary, width, generator=generator)
-    largest = 0
-    plain = LinearHead.logits
+def test_no_tensor_of_all_logits_is_made():
+    positions, vocabulary = 256, 5003
+    hidden = torch.randn(2, positions, 8, generator=torch.Generator().manual_seed(0))
+    weight, bias = hidden.new_ones(vocabulary, 8), torch.randn(vocabulary)
+    sizes = []
 
-    def noting(self):
-        nonlocal largest
-        result = plain(self)
-        largest = max(largest, result.numel())
-        return result
+    class Noting(OwnHead):
+        budget_bytes = 64 * vocabulary * 4
 
-    monkeypatch.setattr(LinearHead, "logits", noting)
-    budget = 64 * vocabulary * 4
+        def take(self, rows):
+            return Noting(self.parts[0].flatten(0, -2)[rows], weight, bias, [])
+
+        def logits(self):
+            sizes.append(self.shape.numel())
+            return super().logits()
+
     sample_confidence(
-        lambda x, t: LinearHead(hidden[: len(x)], weight, budget_bytes=budget),
-        (batch, positions),
-        mask_id=0,
-        steps=2,
-        seed=0,
-        temperature=0.7,
-    )
-    assert 0 < largest <= 64 * vocabulary
+        lambda x, t: Noting(hidden[: len(x)], weight, bias, []), (2, positions), mask_id=0,
+        steps=2, seed=0, temperature=0.7, banned_ids=[3], deferred_ids=[5],
+    )  # fmt: skip
+    assert 0 < max(sizes) <= 64 * vocabulary
 
 
 def test_time_is_the_share_of_masked_positions():
@@ -157,12 +371,6 @@ def test_an_end_of_sequence_ends_the_work_after_its_block(how):
     stopped = len(model.sizes)
     assert bool((sample_confidence(model, (2, D), **options)[:, 12] == 5).all())
     assert len(model.sizes) - stopped > stopped
-
-
-def test_an_empty_batch_gives_no_rows():
-    model = lambda x, t: torch.zeros(*x.shape, VOCAB)  # noqa: E731
-    for how in ({"steps": 3}, {"threshold": 0.5}, {"steps": 3, "rule": "origin"}):
-        assert sample_confidence(model, (0, 7), mask_id=MASK, seed=0, **how).shape == (0, 7)
 
 
 # Randomness
@@ -230,116 +438,3 @@ def test_a_confidence_temperature_draws_positions_by_their_softmax():
     expected = q[:, None] * q / (1 - q[:, None])
     expected.fill_diagonal_(0)
     assert_counts_match(pairs, expected.flatten())
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"steps": 5},
-        {"steps": 4, "rule": "origin", "block_length": 5},
-        {"steps": 5, "rule": "random"},
-        {"factor": 1.5},
-        {"steps": 5, "confidence_temperature": 0.5, "rule": "entropy"},
-    ],
-    ids=stable_id,
-)
-def test_samples_do_not_depend_on_how_they_are_batched(how):
-    model = Denoiser(14)
-    prompt = prompts(7, 4)
-    options = {"mask_id": MASK, "seed": 9, "latent_dim": 1, "temperature": 0.8, **how}
-    whole = sample_confidence(model, (7, D), prompt=prompt, **options)
-    parts = [
-        sample_confidence(
-            model, (b - a, D), first_sequence=a, prompt=prompt[a:b], active_only=False, **options
-        )
-        for a, b in ((0, 2), (2, 3), (3, 7))
-    ]
-    assert torch.equal(whole, torch.cat(parts))
-
-
-def test_samples_are_a_function_of_the_seed():
-    model = Denoiser(15)
-    draw = lambda **how: sample_confidence(  # noqa: E731
-        model, (4, D), mask_id=MASK, steps=3, temperature=1.0, **how
-    )
-    assert torch.equal(draw(seed=1), draw(seed=1))
-    assert not torch.equal(draw(seed=1), draw(seed=2))
-    first, again = (draw(generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, again)
-
-
-def test_latents_are_fresh_per_step_and_sequence_or_as_passed():
-    model = Denoiser(16)
-    options = {"mask_id": MASK, "seed": 0, "latent_dim": 2}
-    sample_confidence(model, (3, D), steps=4, **options)
-    drawn = torch.stack(model.latents)
-    assert drawn.shape == (4, 3, 2)
-    assert drawn.unique().numel() == 24
-    assert bool(((drawn > 0) & (drawn < 1)).all())
-    passed = torch.rand(4, 3, 2)
-    for latent, expected in ((passed, passed), (passed[0], passed[:1].expand(4, -1, -1))):
-        model.latents.clear()
-        sample_confidence(model, (3, D), steps=4, latent=latent, **options)
-        assert torch.equal(torch.stack(model.latents), expected)
-    model.latents.clear()
-    by_step = torch.rand(D, 3, 2)
-    sample_confidence(model, (3, D), threshold=0.3, latent=by_step, active_only=False, **options)
-    assert torch.equal(torch.stack(model.latents), by_step[: len(model.latents)])
-
-
-# What the caller hears and passes
-
-
-def test_a_callback_and_a_history_hear_of_every_step():
-    calls, history = [], []
-    tokens = sample_confidence(
-        Denoiser(17), (2, D), mask_id=MASK, steps=7, seed=0, history=history,
-        callback=lambda step, total, x: calls.append((step, total, x)),
-    )  # fmt: skip
-    assert [call[:2] for call in calls] == [(k, 7) for k in range(1, 8)]
-    assert all(torch.equal(a[2], b) for a, b in zip(calls, history[1:], strict=True))
-    assert bool((history[0] == MASK).all())
-    assert torch.equal(history[-1], tokens)
-
-
-def test_context_follows_the_sequences():
-    def model(tokens, t, label):
-        assert len(label) == len(tokens)
-        logits = torch.zeros(*tokens.shape, VOCAB)
-        return logits.scatter(2, label.view(-1, 1, 1).expand(*tokens.shape, 1), 5.0)
-
-    label = torch.tensor([0, 2, 1])
-    prompt = torch.full((3, 2), MASK)
-    prompt[0] = 4
-    tokens = sample_confidence(
-        model, (3, 2), mask_id=MASK, steps=2, prompt=prompt, context={"label": label},
-        guidance_scale=1.0,
-    )  # fmt: skip
-    assert tokens.tolist() == [[4, 4], [2, 2], [1, 1]]
-
-
-# On a GPU
-
-
-@pytest.mark.gpu
-def test_samples_on_a_gpu_are_those_on_the_cpu_and_known_counts_need_no_sync():
-    table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0)).double()
-
-    def run(device, before=lambda: None):
-        here = table.to(device)
-
-        def model(tokens, t):
-            before()
-            return here[tokens.roll(1, 1)] * (t.double() + 0.5).view(-1, 1, 1)
-
-        return sample_confidence(
-            model, (8, 40), mask_id=MASK, steps=8, block_length=20, seed=1, device=device,
-            temperature=0.8,
-        )  # fmt: skip
-
-    expected = run("cpu")
-    assert torch.equal(run("cuda").cpu(), expected)
-    try:
-        run("cuda", lambda: torch.cuda.set_sync_debug_mode("error"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from sampler_cases import Denoiser, Tabular
+from torch import Tensor
 from torch.nn.functional import one_hot
 
-from di4c_fast import rng
-from di4c_fast.heads import LogisticHead
-from di4c_fast.processes import GaussianProcess, MaskedProcess, gaussian
+from di4c_fast.processes import GaussianProcess
 from di4c_fast.samplers import sample_gaussian
 from di4c_fast.testing import assert_counts_match
 
@@ -20,14 +18,6 @@ D, V = 2, 4
 STATES = V**D
 PROCESS = GaussianProcess(V, rate_sigma=1.2, target_sigma=2.0, time_base=0.05, t_min=0.02)
 ROWS = torch.tensor(list(itertools.product(range(V), repeat=D)))
-
-
-def state_of(tokens: Tensor) -> Tensor:
-    return (tokens * V ** torch.arange(D - 1, -1, -1)).sum(-1)
-
-
-def counts_of(tokens: Tensor) -> Tensor:
-    return torch.bincount(state_of(tokens), minlength=STATES)
 
 
 def matrix(s: float, t: float) -> Tensor:
@@ -50,24 +40,15 @@ class Oracle:
         return torch.stack([joint.sum(2), joint.sum(1)], dim=1)
 
     def __call__(self, tokens: Tensor, t: Tensor) -> Tensor:
-        return self.probabilities(float(t[0])).log()[state_of(tokens)]
+        return self.probabilities(float(t[0])).log()[Table(0).state_of(tokens)]
 
 
-class Tabular:
-    """Any denoiser: one table of logits per state, and per half of λ; remembers its calls."""
-
+class Table(Tabular):
     def __init__(self, seed: int, latent: bool = False):
-        generator = torch.Generator().manual_seed(seed)
-        self.table = 1.5 * torch.randn(2 if latent else 1, STATES, D, V, generator=generator)
-        self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
-
-    def __call__(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
-        self.calls.append((tokens, t, latent))
-        component = 0 if latent is None else (latent[:, 0] > 0.5).long()
-        return self.table[component, state_of(tokens)] * (0.5 + t.view(-1, 1, 1))
+        super().__init__(seed, latent, size=(D, V))
 
     def probabilities(self, t: float, component: int = 0) -> Tensor:
-        return (self.table[component].double() * (0.5 + t)).softmax(-1)
+        return (self.table[0, component].double() * (0.5 + t)).softmax(-1)
 
 
 def step_matrix(model, t: float, s: float | None, component: int = 0) -> Tensor:
@@ -90,7 +71,7 @@ def exact_law(models: list, steps: int) -> Tensor:
     target = PROCESS.transitions.target
     law = torch.kron(target, target)
     for model, t, s in zip(models, times, [*times[1:], None], strict=True):
-        components = range(len(getattr(model, "table", [0])))
+        components = range(getattr(model, "table", torch.zeros(1, 1)).shape[1])
         law = torch.stack([law @ step_matrix(model, t, s, c) for c in components]).mean(0)
     return law
 
@@ -105,29 +86,29 @@ def run(model, batch: int, steps: int, **more) -> Tensor:
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_samples_follow_the_enumerated_chain(steps):
-    model = Tabular(0)
+    model = Table(0)
     tokens = run(model, 15_000, steps)
     assert tokens.dtype == torch.int64
-    assert_counts_match(counts_of(tokens), exact_law([model] * steps, steps))
+    assert_counts_match(Table(0).counts_of(tokens), exact_law([model] * steps, steps))
 
 
 def test_fresh_latents_mix_at_every_step():
-    model = Tabular(1, latent=True)
+    model = Table(1, latent=True)
     tokens = run(model, 15_000, 4, latent_dim=1)
-    assert_counts_match(counts_of(tokens), exact_law([model] * 4, 4))
+    assert_counts_match(Table(0).counts_of(tokens), exact_law([model] * 4, 4))
 
 
 def test_last_steps_go_to_the_teacher():
-    student, teacher = Tabular(2, latent=True), Tabular(3)
+    student, teacher = Table(2, latent=True), Table(3)
     tokens = run(student, 15_000, 5, latent_dim=1, teacher=teacher, teacher_steps=2)
     assert len(student.calls) == 3
     assert [call[2] is None for call in teacher.calls] == [True, True]
     models = [student] * 3 + [teacher] * 2
-    assert_counts_match(counts_of(tokens), exact_law(models, 5))
+    assert_counts_match(Table(0).counts_of(tokens), exact_law(models, 5))
 
 
 def test_teacher_alone_and_teacher_unused():
-    student, teacher = Tabular(2, latent=True), Tabular(3)
+    student, teacher = Table(2, latent=True), Table(3)
     alone = run(student, 20, 3, latent_dim=1, teacher=teacher, teacher_steps=3)
     assert torch.equal(alone, run(teacher, 20, 3))
     assert not student.calls
@@ -143,7 +124,7 @@ def test_exact_denoiser_gives_the_data_with_many_steps():
         law = exact_law([oracle] * steps, steps)
         errors.append(float((law - oracle.law).abs().sum()) / 2)
         tokens = run(oracle, 3000, steps)
-        assert_counts_match(counts_of(tokens), law, name=f"{steps} steps")
+        assert_counts_match(Table(0).counts_of(tokens), law, name=f"{steps} steps")
     assert errors[1] < 0.5 * errors[0]
     share = torch.bincount(tokens[:, 0], minlength=V) / len(tokens)
     # What remains is the argmax of the last step at t_min and the length of the steps.
@@ -151,16 +132,16 @@ def test_exact_denoiser_gives_the_data_with_many_steps():
 
 
 def test_last_step_can_draw():
-    model = Tabular(4)
+    model = Table(4)
     tokens = run(model, 15_000, 1, last="draw")
     start = torch.kron(PROCESS.transitions.target, PROCESS.transitions.target)
     p = model.probabilities(1.0)
     law = start @ torch.einsum("xi,xj->xij", *p.unbind(1)).flatten(1)
-    assert_counts_match(counts_of(tokens), law)
+    assert_counts_match(Table(0).counts_of(tokens), law)
 
 
 def test_last_step_keeps_the_most_probable_of_several_latents():
-    model = Tabular(5, latent=True)
+    model = Table(5, latent=True)
     start = torch.tensor([[0, 1]]).expand(6, -1)
     tokens = run(model, 6, 1, latent_dim=1, last_latents=8, initial=start)
     seen, _, latent = model.calls[0]
@@ -176,7 +157,7 @@ def test_last_step_keeps_the_most_probable_of_several_latents():
 
 
 def test_first_of_several_latents_is_that_of_one():
-    one, many = Tabular(6, latent=True), Tabular(6, latent=True)
+    one, many = Table(6, latent=True), Table(6, latent=True)
     run(one, 5, 2, latent_dim=1)
     run(many, 5, 2, latent_dim=1, last_latents=3)
     assert torch.equal(one.calls[-1][2], many.calls[-1][2].view(5, 3, 1)[:, 0])
@@ -185,16 +166,16 @@ def test_first_of_several_latents_is_that_of_one():
 @pytest.mark.parametrize("law", ["target", "uniform"])
 def test_sampling_starts_from_its_law(law):
     history: list[Tensor] = []
-    run(Tabular(0), 20_000, 1, initial=law, history=history)
+    run(Table(0), 20_000, 1, initial=law, history=history)
     start = PROCESS.transitions.target if law == "target" else torch.ones(V) / V
-    assert_counts_match(counts_of(history[0]), torch.kron(start, start))
+    assert_counts_match(Table(0).counts_of(history[0]), torch.kron(start, start))
 
 
 # Calls, times, latents
 
 
 def test_models_are_called_on_an_even_grid():
-    model = Tabular(0)
+    model = Table(0)
     run(model, 3, 5)
     times = torch.stack([t for _, t, _ in model.calls])
     torch.testing.assert_close(times, torch.linspace(1.0, 0.02, 5).unsqueeze(1).expand(-1, 3))
@@ -203,82 +184,15 @@ def test_models_are_called_on_an_even_grid():
     assert [float(t[0]) for _, t, _ in model.calls] == [1.0, 0.5]
 
 
-def test_latents_are_fresh_per_step_and_sequence():
-    model = Tabular(0, latent=True)
-    run(model, 7, 4, latent_dim=2)
-    drawn = torch.stack([latent for *_, latent in model.calls if latent is not None])
-    assert drawn.shape == (4, 7, 2)
-    assert len(drawn.flatten().unique()) == 56
-
-
-@pytest.mark.parametrize("each", [False, True])
-def test_passed_latents_are_used(each):
-    model = Tabular(0, latent=True)
-    latent = torch.rand(*([3] if each else []), 5, 1)
-    run(model, 5, 3, latent_dim=1, latent=latent)
-    for step, call in enumerate(model.calls):
-        assert torch.equal(call[2], latent[step] if each else latent)
-
-
-def test_no_random_number_is_used_twice(monkeypatch):
-    used: list[tuple[int, int]] = []
-    words = rng.random_words
-
-    def recording(seed, step, row_keys, count, *, stream=rng.FREE, first=None):
-        if stream == rng.FREE:
-            steps = torch.as_tensor(step).expand(row_keys.shape)
-            used.extend(zip(steps.tolist(), row_keys.tolist(), strict=True))
-        return words(seed, step, row_keys, count, stream=stream, first=first)
-
-    monkeypatch.setattr(rng, "random_words", recording)
-    run(Tabular(0, latent=True), 6, 4, latent_dim=1)
-    # λ of 4 calls, 3 posterior draws and the start of every position.
-    assert len(used) == 4 * 6 + 3 * 6 * D + 6 * D
-    assert len(set(used)) == len(used)
-
-
-def test_same_sequences_come_out_however_they_are_batched(monkeypatch):
-    model = Tabular(7, latent=True)
-    more = {"latent_dim": 1, "last_latents": 3}
+def test_same_sequences_come_out_with_several_latents_in_the_last_call():
+    model, more = Table(7, latent=True), {"latent_dim": 1, "last_latents": 3}
     whole = run(model, 10, 4, **more)
-    monkeypatch.setattr(gaussian, "_PIECE", {"cpu": 3 * V, "other": 3 * V})
     parts = [run(model, n, 4, first_sequence=first, **more) for first, n in ((0, 3), (3, 7))]
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_seed_and_generator_decide():
-    model = Tabular(8)
-    assert torch.equal(run(model, 50, 3), run(model, 50, 3))
-    assert not torch.equal(run(model, 50, 3), run(model, 50, 3, seed=12))
-    drawn = [
-        run(model, 50, 3, seed=None, generator=torch.Generator().manual_seed(1)) for _ in range(2)
-    ]
-    assert torch.equal(*drawn)
-
-
-def test_transition_matrices_are_made_once_for_all_runs():
-    process = GaussianProcess(V, time_base=0.07)
-    for seed in (1, 2):
-        run(Tabular(0), 4, 4, process=process, seed=seed)
-        assert len(process.transitions._cache) == 6  # 3 steps, into s and from s to t
-
-
-def test_history_and_callback_see_every_state():
-    history: list[Tensor] = []
-    seen = []
-    tokens = run(
-        Tabular(0), 4, 3, history=history,
-        callback=lambda step, total, x: seen.append((step, total, x)),
-    )  # fmt: skip
-    assert len(history) == 4
-    assert torch.equal(history[-1], tokens)
-    assert [(step, total) for step, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
-    for (*_, x), kept in zip(seen, history[1:], strict=True):
-        assert x is kept
-
-
 def test_given_start_is_used_and_not_written_to():
-    model = Tabular(0)
+    model = Table(0)
     start = torch.tensor([[0, 1], [3, 3]])
     copy = start.clone()
     run(model, 2, 3, initial=start)
@@ -304,156 +218,22 @@ def test_context_reaches_both_models_and_follows_the_rows():
     assert seen[-1].tolist() == [5, 6]
 
 
-def test_a_device_with_its_number_is_that_of_the_context():
-    label = torch.tensor([5, 6])
-    tokens = sample_gaussian(
-        lambda tokens, t, latent, *, label: torch.zeros(*tokens.shape, V),
-        (2, 3),
-        process=GaussianProcess(V),
-        steps=2,
-        latent_dim=1,
-        latent=torch.rand(2, 2, 1),
-        context={"label": label},
-        device="cpu:0",
-        seed=0,
+def test_the_teacher_runs_in_eval_mode_and_comes_back():
+    student, teacher = Denoiser(), Denoiser()
+    sample_gaussian(
+        student, (2, 3), process=GaussianProcess(11), steps=3, teacher=teacher, teacher_steps=1
     )
-    assert tokens.shape == (2, 3)
-
-
-def test_modules_run_in_eval_mode_and_come_back():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bias = nn.Parameter(torch.zeros(V))
-            self.modes: list[bool] = []
-
-        def forward(self, tokens, t):
-            self.modes.append(self.training)
-            return self.bias.expand(*tokens.shape, V)
-
-    model, teacher = Model(), Model()
-    tokens = run(model, 2, 3, teacher=teacher, teacher_steps=1)
-    assert model.modes + teacher.modes == [False] * 3
-    assert model.training
+    assert student.modes + teacher.modes == [False] * 3
+    assert student.training
     assert teacher.training
-    assert not tokens.requires_grad
-
-
-def test_logistic_heads_sample_as_their_logits_do():
-    mu = torch.randn(3, D, generator=torch.Generator().manual_seed(0))
-
-    def head(tokens, t):
-        return LogisticHead(mu, torch.zeros_like(mu), V)
-
-    assert torch.equal(run(head, 3, 4), run(lambda x, t: head(x, t).logits(), 3, 4))
 
 
 def test_temperature_zero_takes_the_most_probable_clean_token():
     logits = torch.zeros(1, D, V)
     logits[..., 2] = 1e-3
     tokens = sample_gaussian(
-        lambda x, t: logits.expand(len(x), -1, -1),
-        (500, D),
-        process=GaussianProcess(V, rate_sigma=1.2, time_base=1e-6, t_min=1e-3),
-        steps=2,
-        temperature=0.0,
-        last="draw",
-        seed=1,
-    )
+        lambda x, t: logits.expand(len(x), -1, -1), (500, D),
+        process=GaussianProcess(V, rate_sigma=1.2, time_base=1e-6, t_min=1e-3), steps=2,
+        temperature=0.0, last="draw", seed=1,
+    )  # fmt: skip
     assert bool((tokens == 2).all())
-
-
-def test_no_sequences():
-    assert run(Tabular(0), 0, 3).shape == (0, D)
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"shape": 3}, TypeError, r"shape must be \(B, D\)"),
-        ({"shape": (2, 0)}, ValueError, r"shape\[1\] must be at least 1, got 0"),
-        ({"model": None}, TypeError, "model must be callable"),
-        ({"process": MaskedProcess(3)}, TypeError, "process must be a GaussianProcess"),
-        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
-        ({"steps": 2.0}, TypeError, "steps must be an int"),
-        ({"teacher": 3}, TypeError, "teacher must be callable"),
-        ({"teacher_steps": 1}, ValueError, "teacher_steps = 1 needs a teacher, got None"),
-        ({"teacher_steps": 4}, ValueError, "teacher_steps must be at most steps = 3, got 4"),
-        ({"teacher_steps": -1}, ValueError, "teacher_steps must be at least 0, got -1"),
-        ({"latent_dim": -1}, ValueError, "latent_dim must be at least 0"),
-        ({"latent": torch.zeros(2, 1)}, ValueError, "latent needs latent_dim >= 1"),
-        (
-            {"latent": torch.zeros(4, 2, 1), "latent_dim": 1},
-            ValueError,
-            r"latent must have shape \(B, L\) = \(2, 1\) or \(S, B, L\) = \(3, 2, 1\)",
-        ),
-        ({"last_latents": 0}, ValueError, "last_latents must be at least 1"),
-        ({"last_latents": 2}, ValueError, "last_latents = 2 needs latent_dim >= 1, got 0"),
-        (
-            {"last_latents": 2, "latent_dim": 1, "latent": torch.zeros(2, 1)},
-            ValueError,
-            "last_latents = 2 needs fresh λ",
-        ),
-        (
-            {"last_latents": 2, "latent_dim": 1, "teacher": print, "teacher_steps": 1},
-            ValueError,
-            "needs the student in the last step, got teacher_steps = 1",
-        ),
-        (
-            {"last_latents": 2, "latent_dim": 1, "last": "draw"},
-            ValueError,
-            "needs last = 'argmax', got 'draw'",
-        ),
-        ({"last": "mean"}, ValueError, "last must be one of 'argmax', 'draw', got 'mean'"),
-        ({"initial": "normal"}, ValueError, "initial must be one of 'target', 'uniform'"),
-        ({"initial": torch.zeros(2, D)}, TypeError, "initial must have dtype torch.int64"),
-        ({"initial": torch.zeros(1, D).long()}, ValueError, r"initial must have shape \(B, D\)"),
-        (
-            {"initial": torch.full((2, D), V)},
-            ValueError,
-            r"initial must hold token ids in \[0, 4\)",
-        ),
-        (
-            {"initial": torch.zeros(2, D).long(), "device": "meta"},
-            ValueError,
-            "initial must be on the device of the samples",
-        ),
-        ({"context": 3}, TypeError, "context must be a mapping"),
-        ({"context": {"a": torch.zeros(3)}}, ValueError, r"context\['a'\] must have B = 2"),
-        ({"seed": -1}, ValueError, "seed must be in"),
-        ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed and generator exclude"),
-        ({"generator": 3}, TypeError, "generator must be a torch.Generator"),
-        ({"first_sequence": -1}, ValueError, "first_sequence must be at least 0"),
-        ({"t_min": 0.0}, ValueError, r"t_min must be in \(0, 1\), got 0.0"),
-        ({"t_min": "a"}, TypeError, "t_min must be a number"),
-        ({"temperature": -1.0}, ValueError, "temperature must be finite and at least 0"),
-        ({"temperature": math.nan}, ValueError, "temperature must be finite"),
-        ({"top_k": 0}, ValueError, "top_k must be at least 1"),
-        ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\]"),
-        ({"callback": 3}, TypeError, "callback must be callable"),
-        ({"history": True}, TypeError, "history must be a list"),
-    ],
-)
-def test_arguments_are_checked_before_the_model_runs(change, error, message):
-    called = []
-    arguments = {
-        "model": lambda *a: called.append(a), "shape": (2, D), "process": PROCESS, "steps": 3,
-        **change,
-    }  # fmt: skip
-    with pytest.raises(error, match=message):
-        sample_gaussian(arguments.pop("model"), arguments.pop("shape"), **arguments)
-    assert not called
-
-
-@pytest.mark.parametrize("name", ["model", "teacher"])
-def test_models_of_the_wrong_shape_are_named(name):
-    def wrong(tokens, t):
-        return torch.zeros(*tokens.shape, V + 1)
-
-    good = Tabular(0)
-    more = {"teacher": wrong, "teacher_steps": 1} if name == "teacher" else {}
-    with pytest.raises(ValueError, match=f"{name} must return logits over V = 4 classes"):
-        run(good if more else wrong, 2, 3, **more)

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import di4c_fast
 from di4c_fast import Head, LinearHead, LogisticHead, TensorHead
-from di4c_fast.heads import as_head
+from di4c_fast.heads import as_head, decode_head
 
 LEADING = (2, 3, 4)  # (B, N, D)
 V, C = 6, 5
@@ -104,10 +105,10 @@ def test_a_single_row_of_logits_is_row_zero():
     assert torch.equal(TensorHead(logits).take(torch.tensor([0, 0])).logits(), logits.expand(2, V))
 
 
-@pytest.mark.parametrize("row", [24, 1000])
+@pytest.mark.parametrize("row", [24, 1000, -1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_row_numbers_out_of_range_raise(kind, row):
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=rf"rows must be in \[0, 24\), got {row}"):
         make(kind).take(torch.tensor([row])).logits()
 
 
@@ -198,18 +199,6 @@ def test_gradients_of_taken_rows_reach_the_tensors(kind):
     expected = gradients(lambda head: head.logits().flatten(0, -2)[rows])
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, **TIGHT)
-
-
-def test_a_subclass_keeps_its_own_logits_when_rows_are_taken_or_tensors_replaced():
-    class Capped(LinearHead):
-        def logits(self):
-            return 3 * torch.tanh(super().logits() / 3)
-
-    head = Capped(torch.randn(4, C), torch.randn(V, C))
-    rows = torch.tensor([2, 0])
-    torch.testing.assert_close(head.take(rows).logits(), head.logits()[rows])
-    assert head.take(rows).logits().abs().max() <= 3
-    assert type(head.with_tensors(head.tensors())) is Capped
 
 
 # The discretised logistic
@@ -438,3 +427,65 @@ def test_wrong_arguments_are_named(case):
     build, kind, message = WRONG[case]
     with pytest.raises(kind, match=re.escape(message)):
         build()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_loaded_and_single_logits_found(kind):
+    head = make(kind)
+    every = head.logits().flatten(0, -2)
+    rows = torch.tensor([[0, 5, 23], [7, 1, 2]])
+    tokens = torch.tensor([[1, 2, 0], [3, 1, 2]])
+    prepared = head.prepared()
+    out = torch.empty(2, 3, 64, dtype=prepared.chunk_dtype)[..., : every.shape[-1]]
+    prepared.load(rows, out)
+    assert prepared.chunk_dtype == head.prepared_dtype
+    torch.testing.assert_close(out, every[rows].to(out.dtype), rtol=1e-5, atol=1e-5)
+    found = head.logits_at(rows, tokens)
+    torch.testing.assert_close(found.float(), every[rows, tokens].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_excluded_columns_are_minus_infinity_in_every_view(kind):
+    head = make(kind).exclude(torch.tensor([1, 3]))
+    rows = torch.tensor([4, 9])
+    for logits in (head.logits().flatten(0, -2)[rows], head.take(rows).logits()):
+        assert bool((logits[:, [1, 3]] == float("-inf")).all())
+        assert bool(torch.isfinite(logits[:, [0, 2]]).all())
+    at = head.logits_at(rows, torch.tensor([1, 2]))
+    assert at[0] == float("-inf")
+    assert torch.isfinite(at[1])
+    assert not set(di4c_fast.sample(head, seed=0).token.flatten().tolist()) & {1, 3}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_are_split_and_unflattened(kind):
+    head = make(kind)
+    first, rest = head.split(1)
+    assert torch.equal(torch.cat([first.logits(), rest.logits()]), head.logits())
+    size = head.shape[0]
+    assert torch.equal(head.unflatten(1, size).logits()[0], head.logits())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_travel_as_text_and_tensors(kind):
+    head = make(kind)
+    for sent in (head, head.take(torch.tensor([3, 1, 20]))):
+        arrived = decode_head(sent.encode(), sent.tensors())
+        assert type(arrived) is type(sent)
+        assert torch.equal(arrived.logits(), sent.logits())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_rows_is_that_of_autograd(kind):
+    head = make(kind)
+    rows = torch.tensor([3, 0, 17, 5])
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in head.tensors()]
+    live = head.with_tensors(leaves)
+    upstream = torch.randn(4, head.shape[-1], generator=torch.Generator().manual_seed(0))
+    (live.take(rows).logits() * upstream.to(head.dtype)).sum().backward()
+    sums = head.new_gradients([leaf is not None for leaf in leaves])
+    for part in (slice(0, 1), slice(1, 4)):
+        head.add_gradient(sums, rows[part], upstream[part].to(head.work_dtype))
+    for total, leaf in zip(sums, leaves, strict=True):
+        if leaf is not None:
+            torch.testing.assert_close(total, leaf.grad.to(total.dtype), rtol=2e-5, atol=2e-5)

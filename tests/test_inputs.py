@@ -37,7 +37,7 @@ def no_work(monkeypatch):
     def refuse(*_):
         raise AssertionError("a backend was asked for before the arguments were checked")
 
-    monkeypatch.setattr(di4c_fast.backends, "loss_backend", refuse)
+    monkeypatch.setattr(di4c_fast.backends, "resolve", refuse)
 
 
 @pytest.mark.usefixtures("no_work")

@@ -425,12 +425,11 @@ def test_loss_has_a_minimum_where_the_student_is_the_teacher_mixture(backend):
 # Backends
 
 
-def test_auto_is_the_torch_backend_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(backends, "triton_unavailable", lambda _: "not here")
-    head = di4c_fast.TensorHead(torch.zeros(1, 1, 1, 2))
-    assert backends.loss_backend("auto", head).__name__ == "di4c_fast.streaming"
-    assert backends.loss_backend("torch", head).__name__ == "di4c_fast.streaming"
-    assert backends.loss_backend("reference", head).__name__ == "di4c_fast.reference.loss"
+def test_auto_is_the_best_backend_that_runs_on_the_cpu():
+    cpu = torch.device("cpu")
+    found = backends.resolve("auto", cpu, torch.float32)
+    assert found == ("torch" if backends.unavailable("cpu", cpu) else "cpu")
+    assert backends.resolve("auto", cpu, torch.float64) == "torch"
 
 
 def test_compiled_loss_is_the_loss():

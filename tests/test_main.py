@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+import types
+
 import pytest
 import torch
 
 import di4c_fast
 from di4c_fast import __main__ as command
+from di4c_fast import backends
+from di4c_fast.passes import torch as passes
+
+
+def register(monkeypatch, **functions):
+    """A third party's backend: the torch passes with other functions."""
+    module = types.ModuleType("mine")
+    module.__dict__.update({**vars(passes), **functions})
+    monkeypatch.setitem(sys.modules, "mine", module)
+    module.__spec__ = types.SimpleNamespace(name="mine")
+    monkeypatch.setattr(backends, "_known", dict(backends._known))
+    backends.register("mine", "mine")
 
 
 def test_report_names_versions_devices_and_working_backends(capsys):
@@ -20,29 +36,21 @@ def test_report_names_versions_devices_and_working_backends(capsys):
 
 
 def test_a_backend_that_computes_something_else_fails_the_check(monkeypatch, capsys):
-    from di4c_fast import streaming
+    def broken(z, t, u, visit, mixture, statistics):
+        passes.forward(z, t, u, visit, mixture, statistics)
+        statistics.teacher_kl.mul_(1.01)
 
-    honest = streaming.loss_per_example
-
-    def broken(inputs, scale):
-        value, terms = honest(inputs, scale)
-        return value * 1.001, terms
-
-    monkeypatch.setattr(streaming, "loss_per_example", broken)
+    register(monkeypatch, forward=broken)
     assert command.main([]) == 1
     assert "WRONG" in capsys.readouterr().out
 
 
 def test_a_backend_that_draws_other_tokens_fails_the_check(monkeypatch, capsys):
-    from di4c_fast import streaming_sample
+    def broken(*arguments):
+        drawn = passes.draw(*arguments)
+        return dataclasses.replace(drawn, token=drawn.token.flip(0))
 
-    honest = streaming_sample.sample_rows
-
-    def broken(inputs):
-        fields = honest(inputs)
-        return fields | {"token": fields["token"].flip(0)}
-
-    monkeypatch.setattr(streaming_sample, "sample_rows", broken)
+    register(monkeypatch, draw=broken)
     assert command.main([]) == 1
     report = capsys.readouterr().out
     assert report.count("WRONG") == 1
@@ -50,9 +58,19 @@ def test_a_backend_that_draws_other_tokens_fails_the_check(monkeypatch, capsys):
 
 
 def test_an_unavailable_backend_is_listed_with_its_reason(monkeypatch, capsys):
-    monkeypatch.setattr(command.backends, "triton_unavailable", lambda device: "no such thing")
+    register(monkeypatch, unavailable=lambda device: "no such thing")
     assert command.main([]) == 0
-    assert "triton     cpu      unavailable: no such thing" in capsys.readouterr().out
+    assert "mine       cpu      unavailable: no such thing" in capsys.readouterr().out
+
+
+def test_a_backend_that_cannot_be_imported_is_listed_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "_known", dict(backends._known))
+    backends.register("mine", "json.nothing")
+    assert command.main([]) == 0
+    assert (
+        "mine       cpu      unavailable: there is no module json.nothing"
+        in capsys.readouterr().out
+    )
 
 
 def test_help_explains_the_command(capsys):

@@ -1,4 +1,4 @@
-"""The MaskGIT sampler: the schedule to the letter, known answers, and only the needed rows."""
+"""The MaskGIT sampler: the schedule to the letter, known answers, guidance, its law."""
 
 from __future__ import annotations
 
@@ -8,40 +8,30 @@ from functools import lru_cache
 
 import pytest
 import torch
-from torch import Tensor, nn
+from sampler_cases import MASK, Denoiser, Tabular, assert_same_law
+from torch import Tensor
 
-from di4c_fast.heads import TensorHead
-from di4c_fast.processes.reveal import SCHEDULES, gumbel, reveal_counts
+from di4c_fast.processes.reveal import SCHEDULES, reveal_counts
 from di4c_fast.samplers import sample_maskgit
-from di4c_fast.samplers.maskgit import _first_true
 from di4c_fast.testing import assert_counts_match
 
-
-class RecordingModel(nn.Module):
-    """Equal logits for every token; remembers its calls and the rows that were read."""
-
-    def __init__(self, vocab: int):
-        super().__init__()
-        self.vocab = vocab
-        self.calls: list[tuple[Tensor, Tensor]] = []
-        self.rows: list[Tensor] = []
-        self.modes: list[bool] = []
-
-    def forward(self, tokens: Tensor, t: Tensor):
-        self.calls.append((tokens.clone(), t.clone()))
-        self.modes.append(self.training)
-        rows = self.rows
-
-        class Head(TensorHead):
-            def take(self, wanted: Tensor):
-                rows.append(wanted)
-                return super().take(wanted)
-
-        return Head(torch.zeros(*tokens.shape, self.vocab))
+D, HIDDEN = 3, 3  # of `Tabular`, whose last token is the mask here
+ALL_ROWS = list(itertools.product(range(4), repeat=D))
 
 
 def uniform_model(tokens: Tensor, t: Tensor) -> Tensor:
     return torch.zeros(*tokens.shape, 5)
+
+
+def sample(model, shape, **more) -> Tensor:
+    return sample_maskgit(model, shape, **{"mask_id": 4, "seed": 0, **more})
+
+
+def states(model, shape, **more) -> list[Tensor]:
+    """The tokens at the start and after every step."""
+    history: list[Tensor] = []
+    sample(model, shape, history=history, **more)
+    return history
 
 
 # Exactly the schedule
@@ -51,16 +41,8 @@ def uniform_model(tokens: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("resample", [False, True])
 def test_every_step_reveals_exactly_the_schedule(positions, steps, schedule, resample):
-    history: list[Tensor] = []
-    sample_maskgit(
-        uniform_model,
-        (3, positions),
-        mask_id=4,
-        steps=steps,
-        schedule=schedule,
-        resample=resample,
-        seed=0,
-        history=history,
+    history = states(
+        uniform_model, (3, positions), steps=steps, schedule=schedule, resample=resample
     )
     masked = torch.stack([(codes == 4).sum(-1) for codes in history])
     revealed = (masked[:-1] - masked[1:]).T.tolist()
@@ -68,70 +50,50 @@ def test_every_step_reveals_exactly_the_schedule(positions, steps, schedule, res
 
 
 def test_more_steps_than_positions_call_the_model_once_per_position():
-    model = RecordingModel(5)
-    tokens = sample_maskgit(model, (2, 3), mask_id=4, steps=9, seed=0)
-    assert len(model.calls) == 3
-    assert bool((tokens != 4).all())
+    model = Denoiser()
+    tokens = sample(model, (2, 3), mask_id=MASK, steps=9)
+    assert len(model.inputs) == 3
+    assert bool((tokens != MASK).all())
 
 
 def test_own_counts_are_followed():
-    history: list[Tensor] = []
-    sample_maskgit(
-        uniform_model, (2, 6), mask_id=4, steps=3, schedule=[3, 1, 2], seed=0, history=history
-    )
+    history = states(uniform_model, (2, 6), steps=3, schedule=[3, 1, 2])
     assert [int((codes == 4).sum(-1)[0]) for codes in history] == [6, 3, 2, 0]
 
 
 def test_rows_with_a_prompt_follow_the_schedule_of_their_unknown_positions():
-    prompt = torch.tensor([[0, 4, 1, 4, 4, 4], [0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 0, 1]])
-    model = RecordingModel(5)
-    history: list[Tensor] = []
-    tokens = sample_maskgit(
-        model, (3, 6), mask_id=4, steps=3, prompt=prompt, seed=0, history=history
-    )
-    assert torch.equal(tokens[prompt != 4], prompt[prompt != 4])
-    masked = torch.stack([(codes == 4).sum(-1) for codes in history])
-    assert (masked[:-1] - masked[1:]).T.tolist() == [
-        reveal_counts(3, 4),
-        reveal_counts(3, 2),
-        [0, 0, 0],
-    ]
+    x = MASK
+    prompt = torch.tensor([[0, x, 1, x, x, x], [0, 1, 2, 3, x, x], [0, 1, 2, 3, 0, 1]])
+    model, history = Denoiser(), []
+    sample(model, (3, 6), mask_id=x, steps=3, prompt=prompt, history=history)
+    masked = torch.stack([(codes == x).sum(-1) for codes in history])
+    expected = [reveal_counts(3, 4), reveal_counts(3, 2), [0, 0, 0]]
+    assert (masked[:-1] - masked[1:]).T.tolist() == expected
     # The sequence without masks takes no part, the second only until it is full.
-    assert [len(call[0]) for call in model.calls] == [2, 2, 1]
+    assert [len(inputs) for inputs in model.inputs] == [2, 2, 1]
 
 
 def test_the_head_computes_masked_rows_only():
-    model = RecordingModel(5)
-    sample_maskgit(model, (2, 16), mask_id=4, steps=4, seed=0)
-    left = 2 * (16 - torch.tensor([0, *itertools.accumulate(reveal_counts(4, 16))][:-1]))
+    model = Denoiser()
+    sample(model, (2, 14), mask_id=MASK, steps=4)
+    left = 2 * (14 - torch.tensor([0, *itertools.accumulate(reveal_counts(4, 14))][:-1]))
     assert [rows.numel() for rows in model.rows] == left.tolist()
-    for (tokens, _), rows in zip(model.calls, model.rows, strict=True):
-        assert torch.equal(rows, (tokens.flatten() == 4).nonzero()[:, 0])
-
-
-def test_rows_found_without_asking_the_device_are_those_of_nonzero():
-    wanted = torch.rand(60, generator=torch.Generator().manual_seed(0)) < 0.3
-    assert torch.equal(_first_true(wanted, int(wanted.sum())), wanted.nonzero()[:, 0])
+    for tokens, rows in zip(model.inputs, model.rows, strict=True):
+        assert torch.equal(rows, (tokens.flatten() == MASK).nonzero()[:, 0])
 
 
 def test_resampling_computes_every_row_and_changes_filled_positions():
-    model = RecordingModel(5)
-    history: list[Tensor] = []
-    sample_maskgit(model, (4, 16), mask_id=4, steps=4, resample=True, seed=0, history=history)
-    assert [rows.numel() for rows in model.rows] == [64] * 4
-    filled = (history[1] != 4) & (history[2] != 4)
-    assert bool((history[1] != history[2])[filled].any())
-    without: list[Tensor] = []
-    sample_maskgit(uniform_model, (4, 16), mask_id=4, steps=4, seed=0, history=without)
-    for before, after in itertools.pairwise(without):
-        assert torch.equal(before[before != 4], after[before != 4])
+    for resample in (True, False):
+        model, history = Denoiser(), []
+        sample(model, (4, 14), mask_id=MASK, steps=4, resample=resample, history=history)
+        assert ([rows.numel() for rows in model.rows] == [56] * 4) == resample
+        filled = (history[1] != MASK) & (history[2] != MASK)
+        assert bool((history[1] != history[2])[filled].any()) == resample
 
 
 def test_resampling_keeps_the_prompt():
     prompt = torch.tensor([0, 1, 2, 3, 0, 1])
-    tokens = sample_maskgit(
-        uniform_model, (200, 9), mask_id=4, steps=3, prompt=prompt, resample=True, seed=0
-    )
+    tokens = sample(uniform_model, (200, 9), steps=3, prompt=prompt, resample=True)
     assert bool((tokens[:, :6] == prompt).all())
     assert bool((tokens != 4).all())
 
@@ -140,10 +102,10 @@ def test_the_mask_token_is_drawn_only_on_request_and_then_counts_as_revealed():
     def model(tokens, t):
         return torch.tensor([0.0, 0.0, math.log(2.0)]).expand(*tokens.shape, 3)
 
-    excluded = sample_maskgit(model, (4000, 2), mask_id=2, steps=2, seed=0)
+    excluded = sample(model, (4000, 2), mask_id=2, steps=2)
     assert bool((excluded != 2).all())
-    history: list[Tensor] = []
-    drawn = sample_maskgit(
+    history = []
+    drawn = sample(
         model,
         (4000, 2),
         mask_id=2,
@@ -151,7 +113,6 @@ def test_the_mask_token_is_drawn_only_on_request_and_then_counts_as_revealed():
         schedule=[1, 1],
         exclude_mask=False,
         gumbel_temperature=1e9,  # confidence without regard to the token
-        seed=0,
         history=history,
     )
     counts = torch.bincount(drawn.flatten(), minlength=3)
@@ -167,25 +128,33 @@ def test_with_resampling_a_drawn_mask_is_masked_again():
         calls.append(tokens)
         return torch.tensor([0.0, 0.0, 9.0 if len(calls) == 1 else -9.0]).expand(*tokens.shape, 3)
 
-    tokens = sample_maskgit(
-        model,
-        (50, 4),
-        mask_id=2,
-        steps=2,
-        schedule=[3, 1],
-        exclude_mask=False,
-        resample=True,
-        seed=0,
+    tokens = sample(
+        model, (50, 4), mask_id=2, steps=2, schedule=[3, 1], exclude_mask=False, resample=True
     )
     # The mask is drawn with probability 0.9998 at the first step, and 6e-5 at the second.
     assert float((calls[1] == 2).float().mean()) > 0.95
     assert float((tokens == 2).float().mean()) < 0.05
 
 
+def test_positions_that_drew_the_mask_compete_again():
+    calls = []
+
+    def model(tokens, t):
+        calls.append(tokens)
+        logits = torch.full((1, 4, 3), -9.0)
+        if len(calls) == 1:  # the mask, most surely at the first two positions
+            logits[..., 2] = torch.tensor([3.0, 2.0, 1.0, 0.0])
+        else:  # token 0, the more surely the further behind
+            logits[..., 0] = torch.tensor([-6.0, -5.0, -4.0, -3.0])
+        return logits
+
+    how = {"schedule": [2, 1, 1], "temperature": 0.0, "randomize": "none", "exclude_mask": False}
+    history = states(model, (1, 4), mask_id=2, steps=3, resample=True, **how)
+    assert [state[0].tolist() for state in history[1:]] == [[2] * 4, [2, 0, 0, 0], [0] * 4]
+
+
 def test_a_model_without_a_column_for_the_mask_serves_without_exclusion():
-    tokens = sample_maskgit(
-        uniform_model, (5, 6), mask_id=5, steps=3, exclude_mask=False, vocab_size=5, seed=0
-    )
+    tokens = sample(uniform_model, (5, 6), mask_id=5, steps=3, exclude_mask=False, vocab_size=5)
     assert int(tokens.max()) < 5
 
 
@@ -203,59 +172,35 @@ def ranked_model(tokens: Tensor, t: Tensor) -> Tensor:
 
 
 def test_without_noise_and_temperature_the_most_confident_argmax_comes_first():
-    history: list[Tensor] = []
-    sample_maskgit(
-        ranked_model,
-        (2, 4),
-        mask_id=4,
-        steps=4,
-        schedule=[1, 1, 1, 1],
-        temperature=0.0,
+    history = states(
+        ranked_model, (2, 4), steps=4, schedule=[1, 1, 1, 1], temperature=0.0,
         gumbel_temperature=0.0,
-        seed=0,
-        history=history,
-    )
+    )  # fmt: skip
     expected = [[4, 4, 4, 4], [4, 4, 2, 4], [4, 1, 2, 4], [0, 1, 2, 4], [0, 1, 2, 3]]
     assert [codes[0].tolist() for codes in history] == expected
     assert [codes[1].tolist() for codes in history] == expected
 
 
 def test_no_randomness_equals_a_gumbel_temperature_of_zero():
-    arguments = {"mask_id": 4, "steps": 4, "schedule": [1, 1, 1, 1], "seed": 1}
-    none = sample_maskgit(ranked_model, (300, 4), randomize="none", **arguments)
-    zero = sample_maskgit(ranked_model, (300, 4), gumbel_temperature=0.0, **arguments)
+    arguments = {"steps": 4, "schedule": [1, 1, 1, 1], "seed": 1}
+    none = sample(ranked_model, (300, 4), randomize="none", **arguments)
+    zero = sample(ranked_model, (300, 4), gumbel_temperature=0.0, **arguments)
     assert torch.equal(none, zero)
 
 
 def test_equal_confidences_reveal_the_lowest_positions_first():
-    history: list[Tensor] = []
-    sample_maskgit(
-        lambda tokens, t: torch.zeros(*tokens.shape, 5),
-        (1, 5),
-        mask_id=4,
-        steps=3,
-        schedule=[2, 2, 1],
-        randomize="none",
-        temperature=0.0,
-        seed=0,
-        history=history,
-    )
+    history = states(
+        lambda tokens, t: torch.tensor([0.0, *[-torch.inf] * 4]).expand(*tokens.shape, 5), (1, 5),
+        steps=3, schedule=[2, 2, 1], randomize="none", temperature=0.0,
+    )  # fmt: skip
     assert history[1].tolist() == [[0, 0, 4, 4, 4]]
     assert history[2].tolist() == [[0, 0, 0, 0, 4]]
 
 
 @lru_cache
 def first_positions(randomize: str, step: int) -> Tensor:
-    history: list[Tensor] = []
-    sample_maskgit(
-        ranked_model,
-        (3000, 4),
-        mask_id=4,
-        steps=4,
-        schedule=[1, 1, 1, 1],
-        randomize=randomize,
-        seed=5,
-        history=history,
+    history = states(
+        ranked_model, (3000, 4), steps=4, schedule=[1, 1, 1, 1], randomize=randomize, seed=5
     )
     new = (history[step + 1] != 4) & (history[step] == 4)
     return new.sum(0)
@@ -275,154 +220,242 @@ def test_warm_up_is_random_in_two_steps_and_confident_afterwards():
 
 def test_the_noise_fades_out_and_never_turns_round():
     """At the last step of two, whose factor is 0, the confident position always wins."""
-    history: list[Tensor] = []
-    sample_maskgit(
-        ranked_model,
-        (500, 4),
-        mask_id=4,
-        steps=2,
-        schedule=[1, 3],
-        temperature=0.0,
-        seed=5,
-        history=history,
-    )
+    history = states(ranked_model, (500, 4), steps=2, schedule=[1, 3], temperature=0.0, seed=5)
     assert len(torch.unique((history[1] != 4).long().argmax(-1))) == 4
     assert history[2].tolist() == [[0, 1, 2, 3]] * 500
-
-
-# What a sequence depends on
-
-
-def test_a_sequence_does_not_depend_on_its_batch():
-    def model(tokens, t, latent):
-        known = (tokens * torch.arange(1, 9)).sum(-1).view(-1, 1, 1)
-        return torch.linspace(0, 3, 5) * torch.sin(known + latent.unsqueeze(-1)).expand(-1, 8, 1)
-
-    arguments = {"mask_id": 4, "steps": 3, "latent_dim": 1, "seed": 11}
-    whole = sample_maskgit(model, (9, 8), **arguments)
-    assert torch.equal(whole[4:7], sample_maskgit(model, (3, 8), first_sequence=4, **arguments))
 
 
 @pytest.mark.parametrize("resample", [False, True])
 def test_a_sequence_does_not_depend_on_the_prompts_of_others(resample):
     def model(tokens, t):
-        return (
-            torch.linspace(0, 2, 5).expand(*tokens.shape, 5)
-            * (1 + tokens.sum(-1)).view(-1, 1, 1)
-            / 20
-        )
+        scale = (1 + tokens.sum(-1)).view(-1, 1, 1) / 20
+        return torch.linspace(0, 2, 5, dtype=torch.float64).expand(*tokens.shape, 5) * scale
 
     prompt = torch.full((3, 8), 4)
     prompt[0, :6] = 1
     prompt[2] = 2
-    arguments = {"mask_id": 4, "steps": 4, "seed": 3, "resample": resample}
-    some = sample_maskgit(model, (3, 8), prompt=prompt, **arguments)
-    alone = sample_maskgit(model, (1, 8), first_sequence=1, **arguments)
+    arguments = {"steps": 4, "seed": 3, "resample": resample}
+    some = sample(model, (3, 8), prompt=prompt, **arguments)
+    alone = sample(model, (1, 8), first_sequence=1, **arguments)
     assert torch.equal(some[1:2], alone)
 
 
-def test_a_generator_gives_the_seed():
-    draws = [
-        sample_maskgit(
-            uniform_model, (4, 6), mask_id=4, steps=2, generator=torch.Generator().manual_seed(s)
-        )
-        for s in (1, 1, 2)
-    ]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
+def test_the_model_sees_falling_times():
+    model = Denoiser()
+    sample(model, (2, 14), mask_id=MASK, steps=4)
+    assert [float(t[0]) for t in model.times] == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_latents_and_noise_share_no_random_number():
-    latents = []
+# Guidance
 
-    def model(tokens, t, latent):
-        latents.append(latent)
+
+class LabelModel:
+    """Logits by label alone; remembers its calls."""
+
+    def __init__(self, tables: Tensor):
+        self.tables, self.calls = tables, []
+
+    def __call__(self, tokens, t, label):
+        self.calls.append((tokens, t, label))
+        return self.tables[label].unsqueeze(1).expand(-1, tokens.shape[1], -1)
+
+
+@pytest.mark.parametrize(("schedule", "weights"), [("linear", [0, 1, 2]), ("constant", [2, 2, 2])])
+def test_guided_logits_are_the_formula(schedule, weights):
+    generator = torch.Generator().manual_seed(0)
+    tables = torch.randn(2, 5, generator=generator)
+    model = LabelModel(tables)
+    label = torch.zeros(4000, dtype=torch.int64)
+    history = states(
+        model, (4000, 3), steps=3, schedule=[1, 1, 1], context={"label": label},
+        unconditional={"label": label + 1}, guidance=2.0, guidance_schedule=schedule,
+        randomize="random", seed=1,
+    )  # fmt: skip
+    for step, w in enumerate(weights):
+        logits = (1 + w) * tables[0] - w * tables[1]
+        logits[4] = -math.inf
+        new = history[step + 1][(history[step + 1] != 4) & (history[step] == 4)]
+        counts = torch.bincount(new, minlength=5)
+        assert_counts_match(counts, logits.double().softmax(-1))
+    # Weight 0 costs no unconditional half.
+    assert [len(call[0]) for call in model.calls] == [4000 if w == 0 else 8000 for w in weights]
+
+
+def test_one_step_is_the_first_step_without_guidance_unless_it_is_constant():
+    tables = torch.tensor([[5.0, 0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0, 0.0]])
+    label = torch.zeros(8, dtype=torch.int64)
+    for schedule, token, rows in (("linear", 0, 8), ("constant", 1, 16)):
+        model = LabelModel(tables)
+        tokens = sample(
+            model, (8, 4), steps=1, temperature=0.0, context={"label": label},
+            unconditional={"label": label + 1}, guidance=3.0, guidance_schedule=schedule,
+        )  # fmt: skip
+        assert bool((tokens == token).all())
+        assert [len(call[0]) for call in model.calls] == [rows]
+
+
+def test_both_halves_share_the_latent_and_the_tokens():
+    seen = []
+
+    def model(tokens, t, latent, label):
+        seen.append((tokens, t, latent, label))
         return torch.zeros(*tokens.shape, 5)
 
-    sample_maskgit(model, (50, 4), mask_id=4, steps=2, latent_dim=1, seed=5)
-    for step, latent in enumerate(latents):
-        noise = gumbel(5, step, torch.arange(50), 4)[:, 0]
-        u = -torch.expm1(-torch.exp(-noise))
-        assert not bool(torch.isclose(latent[:, 0].double(), u).any())
+    label = torch.arange(3)
+    sample(
+        model, (3, 4), steps=2, latent_dim=2, context={"label": label},
+        unconditional={"label": label + 10}, guidance=1.0, guidance_schedule="constant",
+    )  # fmt: skip
+    for tokens, t, latent, labels in seen:
+        assert torch.equal(tokens[:3], tokens[3:])
+        assert torch.equal(latent[:3], latent[3:])
+        assert labels.tolist() == [0, 1, 2, 10, 11, 12]
+        assert t.shape == (6,)
+    assert not torch.equal(seen[0][2], seen[1][2])
 
 
-# The call of the model
+def test_another_model_gives_the_unconditional_logits_without_latent():
+    calls = []
+
+    def student(tokens, t, latent):
+        return torch.tensor([2.0, 1.0, 0.0, 0.0]).expand(*tokens.shape, 4)
+
+    def teacher(tokens, t, label):
+        calls.append(label)
+        return torch.tensor([2.0, 0.5, 0.0, 0.0]).expand(*tokens.shape, 4)
+
+    tokens = sample(
+        student, (3, 2), mask_id=3, steps=2, latent_dim=1, temperature=0.0, guidance=3.0,
+        guidance_schedule="constant", guidance_model=teacher,
+        unconditional={"label": torch.arange(3)},
+    )  # fmt: skip
+    # (1 + 3)(2, 1) − 3(2, 0.5) = (2, 2.5): guidance turns the argmax round.
+    assert bool((tokens == 1).all())
+    assert [label.tolist() for label in calls] == [[0, 1, 2]] * 2
 
 
-def test_the_model_sees_falling_times_and_eval_mode_and_gets_its_mode_back():
-    model = RecordingModel(5)
-    sample_maskgit(model, (2, 16), mask_id=4, steps=4, seed=0)
-    assert [float(t[0]) for _, t in model.calls] == [1.0, 0.75, 0.5, 0.25]
-    assert all(t.dtype == torch.float32 for _, t in model.calls)
-    assert model.modes == [False] * 4
-    assert model.training
+# The law
 
 
-def test_callback_and_history_follow_every_step():
-    seen = []
-    history: list[Tensor] = []
-    tokens = sample_maskgit(
-        uniform_model,
-        (2, 3),
-        mask_id=4,
-        steps=5,
-        seed=0,
-        callback=lambda step, total, codes: seen.append((step, total, codes.clone())),
-        history=history,
+def step_law(
+    logits: Tensor, row: tuple[int, ...], reveal: int, factor: float
+) -> dict[tuple[int, ...], float]:
+    """Law of the next row by enumeration of tokens and of the order of confidences.
+
+    Sorting log p + factor·Gumbel is drawing without replacement with weights p^(1/factor).
+    """
+    masked = [d for d in range(D) if row[d] == HIDDEN]
+    logits = logits.double().clone()
+    logits[:, HIDDEN] = -math.inf
+    p = logits.softmax(-1)
+    law: dict[tuple[int, ...], float] = {}
+    for tokens in itertools.product(range(4), repeat=len(masked)):
+        drawn = {d: float(p[d, v]) for d, v in zip(masked, tokens, strict=True)}
+        chance = math.prod(drawn.values())
+        if chance == 0.0:
+            continue
+        token = dict(zip(masked, tokens, strict=True))
+        if factor == 0.0:
+            orders = {tuple(sorted(masked, key=lambda d: -drawn[d])[:reveal]): 1.0}
+        else:
+            weight = {d: drawn[d] ** (1.0 / factor) for d in masked}
+            orders = {}
+            for order in itertools.permutations(masked, reveal):
+                left, share = sum(weight.values()), 1.0
+                for d in order:
+                    share *= weight[d] / left
+                    left -= weight[d]
+                orders[order] = share
+        for order, share in orders.items():
+            after = tuple(token[d] if d in order else row[d] for d in range(D))
+            law[after] = law.get(after, 0.0) + chance * share
+    return law
+
+
+def exact_law(logits_of, counts: list[int], gumbel_temperature: float) -> Tensor:
+    """(STATES,) law of the final row; logits_of(row, step) gives a list of (share, (D, V))."""
+    law = {(HIDDEN,) * D: 1.0}
+    n = len(counts)
+    for step, reveal in enumerate(counts):
+        factor = gumbel_temperature * (1 - step / max(n - 1, 1))
+        after: dict[tuple[int, ...], float] = {}
+        for row, chance in law.items():
+            for share, logits in logits_of(row, step):
+                for target, p in step_law(logits, row, reveal, factor).items():
+                    after[target] = after.get(target, 0.0) + chance * share * p
+        law = after
+    return torch.tensor([law.get(row, 0.0) for row in ALL_ROWS], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("schedule", "gumbel_temperature"), [([1, 2], 4.5), ([1, 1, 1], 1.0)])
+def test_samples_have_the_exact_law_of_the_rule(schedule, gumbel_temperature):
+    model = Tabular(seed=1, timed=False)
+    tokens = sample(
+        model, (20_000, D), mask_id=HIDDEN, steps=len(schedule), schedule=schedule,
+        gumbel_temperature=gumbel_temperature, seed=3,
+    )  # fmt: skip
+    table = model.table[0, 0]
+    law = exact_law(
+        lambda row, step: [(1.0, table[ALL_ROWS.index(row)])], schedule, gumbel_temperature
     )
-    assert [(step, total) for step, total, _ in seen] == [(i, 5) for i in range(1, 6)]
-    assert len(history) == 6
-    assert bool((history[0] == 4).all())
-    for (_, _, codes), kept in zip(seen, history[1:], strict=True):
-        assert torch.equal(codes, kept)
-    assert torch.equal(history[-1], tokens)
+    assert_counts_match(model.counts_of(tokens), law)
 
 
-def test_no_sequences_give_no_tokens():
-    assert sample_maskgit(uniform_model, (0, 4), mask_id=4, steps=2, seed=0).shape == (0, 4)
+def test_a_fresh_latent_per_step_gives_the_mixture_at_every_step():
+    model = Tabular(seed=2, latent=True, timed=False)
+    tokens = sample(
+        model, (20_000, D), mask_id=HIDDEN, steps=2, schedule=[1, 2], latent_dim=1, seed=4
+    )
+
+    def both(row, step):
+        return [(0.5, model.table[0, half, ALL_ROWS.index(row)]) for half in range(2)]
+
+    assert_counts_match(model.counts_of(tokens), exact_law(both, [1, 2], 4.5))
 
 
-def test_a_full_prompt_calls_no_model():
-    prompt = torch.tensor([[0, 1, 2]])
-    for resample in (False, True):
-        model = RecordingModel(5)
-        tokens = sample_maskgit(
-            model, (1, 3), mask_id=4, steps=2, prompt=prompt, resample=resample, seed=0
+def test_one_step_with_a_passed_latent_is_one_component():
+    model = Tabular(seed=3, latent=True, timed=False)
+    latent = torch.tensor([0.1, 0.9]).repeat_interleave(10_000).unsqueeze(1)
+    tokens = sample(
+        model, (20_000, D), mask_id=HIDDEN, steps=1, latent_dim=1, latent=latent, seed=4
+    )
+    for half, part in enumerate(tokens.split(10_000)):
+        table = model.table[0, half]
+        law = exact_law(lambda row, step, x=table: [(1.0, x[ALL_ROWS.index(row)])], [3], 4.5)
+        assert_counts_match(model.counts_of(part), law)
+
+
+def naive_loop(model, label, other, batch, counts, guidance, generator) -> Tensor:
+    """Full logits for both halves, a draw for every position, noise by −log(−log u)."""
+    x = torch.full((batch, D), HIDDEN)
+    n = len(counts)
+    t = torch.ones(batch)
+    for i, k in enumerate(counts):
+        w = guidance * i / (n - 1)
+        logits = (1 + w) * model(x, t, label=label) - w * model(x, t, label=other)
+        logits[..., HIDDEN] = -math.inf
+        p = logits.softmax(-1)
+        drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(batch, D)
+        noise = -(-torch.rand(batch, D, generator=generator, dtype=torch.float64).log()).log()
+        confidence = p.gather(-1, drawn.unsqueeze(-1))[..., 0].log() + 4.5 * noise * (
+            1 - i / (n - 1)
         )
-        assert torch.equal(tokens, prompt)
-        assert model.calls == []
+        confidence[x != HIDDEN] = -math.inf
+        chosen = confidence.topk(k).indices
+        x = x.scatter(1, chosen, drawn.gather(1, chosen))
+    return x
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("resample", [False, True])
-def test_the_loop_waits_for_nothing_on_a_gpu(resample):
-    device = torch.device("cuda")
-    prompt = torch.full((3, 16), 8, device=device)
-    prompt[1, :9] = 1
-    label = torch.zeros(3, dtype=torch.int64, device=device)
-
-    def model(tokens, t, label):
-        torch.cuda.set_sync_debug_mode("error")
-        return torch.zeros(*tokens.shape, 9, device=device)
-
-    def stop(step, total, tokens):
-        if step == total:
-            torch.cuda.set_sync_debug_mode("default")
-
-    try:
-        tokens = sample_maskgit(
-            model,
-            (3, 16),
-            mask_id=8,
-            steps=4,
-            prompt=prompt,
-            context={"label": label},
-            unconditional={"label": label + 1},
-            guidance=2.0,
-            resample=resample,
-            seed=0,
-            callback=stop,
+def test_pair_marginals_with_guidance_are_those_of_the_naive_loop():
+    model = Tabular(seed=5, labels=2, timed=False)
+    batch, counts, w = 30_000, [1, 1, 1], 1.5
+    label, other = torch.zeros(batch, dtype=torch.int64), torch.ones(batch, dtype=torch.int64)
+    ours = sample(
+        model, (batch, D), mask_id=HIDDEN, steps=3, schedule=counts, context={"label": label},
+        unconditional={"label": other}, guidance=w, seed=6,
+    )  # fmt: skip
+    theirs = naive_loop(model, label, other, batch, counts, w, torch.Generator().manual_seed(7))
+    for i, j in itertools.combinations(range(D), 2):
+        assert_same_law(
+            *(torch.bincount(x[:, i] * 4 + x[:, j], minlength=16) for x in (ours, theirs))
         )
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert bool((tokens != 8).all())

@@ -160,7 +160,7 @@ def run(request, case) -> tuple[str, torch.dtype, str]:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if backend == "triton":
-        reason = backends.triton_unavailable(torch.device(device))
+        reason = backends.unavailable("triton", torch.device(device))
         if reason is not None:
             pytest.skip(f'backend="triton" cannot run: {reason}')
     return backend, dtype, device

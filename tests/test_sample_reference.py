@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from di4c_fast.draw.api import sample
+from di4c_fast.draw.law import SAMPLE_BLOCK
 from di4c_fast.reference.draw import draw_ref, transformed_logits_ref
 from di4c_fast.rng import BLOCKS, TOKENS, uniform
-from di4c_fast.streaming_sample import SAMPLE_BLOCK
 from di4c_fast.testing import assert_draws_match
 
 INF = math.inf

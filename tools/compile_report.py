@@ -61,12 +61,12 @@ class DrawShape:
     rows: int
     vocabulary: int
     dtype: torch.dtype = torch.bfloat16
-    wanted: tuple[str, ...] = ()  # fields of `row_draw.Wanted` that are True
+    wanted: tuple[str, ...] = ()
     mask: bool = False
     guidance: bool = False
     tempered: bool = False  # a temperature, and a scale of guidance, for each row
-    logistic: str = ""
     padded: bool = False
+    greedy: bool = False
 
 
 SHAPES: dict[str, Shape | DrawShape] = {
@@ -85,22 +85,22 @@ SHAPES: dict[str, Shape | DrawShape] = {
     "draw language": DrawShape(8192, 50258, wanted=("argmax", "entropy"), mask=True),
     "draw language linear": DrawShape(8192, 50258, mask=True, padded=True),
     "draw large": DrawShape(
-        512, 126464, wanted=("argmax", "entropy", "margin", "raw"), tempered=True, padded=True
+        512, 126464, wanted=("argmax", "entropy", "margin", "raw_prob"), tempered=True, padded=True
     ),
     "draw large fp32": DrawShape(
-        512, 128257, torch.float32, ("argmax", "entropy", "margin", "raw"), tempered=True
+        512, 128257, torch.float32, ("argmax", "entropy", "margin", "raw_prob"), tempered=True
     ),
-    "draw greedy": DrawShape(512, 126464, torch.float16, ("greedy", "margin"), padded=True),
+    "draw greedy": DrawShape(512, 126464, torch.float16, ("margin",), padded=True, greedy=True),
     "draw guided": DrawShape(2048, 50258, guidance=True, tempered=True),
     "draw filtered": DrawShape(512, 50258, torch.float32, ("entropy", "margin"), padded=True),
     "draw image": DrawShape(8192, 1025, guidance=True),
     "draw image all": DrawShape(
-        8192, 1025, torch.float32, ("argmax", "entropy", "margin", "raw"), tempered=True
+        8192, 1025, torch.float32, ("argmax", "entropy", "margin", "raw_prob"), tempered=True
     ),
     "draw text": DrawShape(65536, 27, torch.float32),
-    "draw pixel": DrawShape(98304, 256, torch.float32, ("entropy",), logistic="left"),
-    "draw pixel min": DrawShape(
-        98304, 256, torch.float32, ("argmax", "entropy", "margin", "raw"), True, True, True, "min"
+    "draw pixel": DrawShape(98304, 256, torch.float32, ("entropy",), padded=True),
+    "draw pixel all": DrawShape(
+        98304, 256, torch.float32, ("argmax", "entropy", "margin", "raw_prob"), True, True, True
     ),
 }
 
@@ -174,177 +174,106 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def launch_everything(shape: Shape) -> None:
-    """Call every launcher that a loss of this shape needs, forward and backward."""
-    from di4c_fast.kernels.triton import (
-        draw,
-        joint,
-        logistic,
-        marginal,
-        mixture_backward,
-        mixture_forward,
-        operands,
-        target_gradient,
-    )
-    from di4c_fast.kernels.triton import row_statistics as statistics
+    """Run the passes that a loss of this shape needs, forward and backward."""
+    from di4c_fast.passes import base, triton
 
     size, positions, vocabulary = shape.batch, shape.positions, shape.vocabulary
-    total, components = size * positions, shape.components
+    total, components, row = size * positions, shape.components, base.padded(vocabulary)
     targets = 1 + shape.draws
-    mask_id = vocabulary - 1 if shape.mask else None
-    visit = operands.Visit(total)
+    integers = {"dtype": torch.int64}
+    visit = base.Visit(0, total, positions)
     if shape.mask:
-        visit = operands.Visit(total, 0, _meta(total, dtype=torch.int64), _meta(dtype=torch.int64))
-    stride = (vocabulary + 63) // 64 * 64
+        visit = base.Visit(0, total, positions, _meta(total, **integers), _meta(**integers))
 
-    def operand(number: int) -> operands.Operand:
+    def operand(number: int) -> base.Operand:
+        if not (shape.logistic or shape.padded):
+            logits = _meta(size, number, positions, vocabulary, dtype=shape.dtype)
+            return base.Operand.of_all(logits)
+        chunk = _meta(total, number, row, dtype=shape.dtype)[..., :vocabulary]
         if shape.logistic:
-            mu = _meta(size, number, positions, dtype=shape.dtype)
-            return operands.logistic_operand(mu, mu, vocabulary, 1e-6, shape.logistic)
-        if shape.padded:
-            buffer = _meta(total, number, stride, dtype=shape.dtype)
-            return operands.chunk_operand(buffer[..., :vocabulary])
-        logits = _meta(size, number, positions, vocabulary, dtype=shape.dtype)
-        return operands.tensor_operand(logits)
+            mu = _meta(total, number)
+            triton.logistic_logits(mu, mu, chunk, eps=1e-6, clamp=shape.logistic)
+        return base.Operand.of_chunk(chunk)
+
+    def sums(number: int) -> base.RowSums:
+        return base.RowSums(_meta(total, number), _meta(total, number))
 
     student, teacher = operand(components), operand(shape.teachers)
     consistency = operand(shape.draws) if shape.draws else None
-    tokens = _meta(size, targets, positions, dtype=torch.int64)
-    xu = _meta(size, shape.draws, positions, dtype=torch.int64) if shape.mask else None
-    lse, lse_t = _meta(total, components), _meta(total, shape.teachers)
-    lse_u = _meta(total, max(shape.draws, 1))
-    picked = _meta(total, targets, components)
-    weight, log_weights = _meta(size), _meta(size, components)
-    has_q, has_c, has_u = shape.marginals, shape.component, consistency is not None
-    q_consistency = _meta(total, stride) if has_q and has_u else None
-    q_teacher = _meta(total, stride) if shape.teachers > 1 else None
-    active = _meta(size, positions, dtype=torch.bool) if shape.mask else None
-
+    xu = _meta(size, shape.draws, positions, **integers) if shape.mask and shape.draws else None
+    weight = _meta(size)
+    mixture = base.Mixture(
+        vocabulary - 1 if shape.mask else None,
+        xu,
+        _meta(size, components),
+        weight,
+        weight,
+        shape.marginals,
+        shape.component,
+    )
+    each = _meta(total, components)
+    statistics = base.Statistics(
+        _meta(size, targets, positions, **integers),
+        sums(components),
+        sums(shape.teachers),
+        sums(shape.draws) if shape.draws else None,
+        _meta(total, targets, components),
+        each,
+        _meta(total),
+        _meta(total),
+        each,
+        _meta(total, row),
+        _meta(total, row),
+        sums_known=False,
+    )
     if consistency is not None:
-        seed = _meta(dtype=torch.int64)
-        draw.draw(consistency, visit, positions, mask_id, seed, lse_u, tokens, xu=xu)
-        statistics.row_statistics(consistency, visit, positions, mask_id, lse_u, xu=xu)
-    statistics.row_statistics(student, visit, positions, mask_id, lse, tokens=tokens, picked=picked)
-    sums = mixture_forward.new_forward_sums(
-        total,
-        components,
-        vocabulary,
-        bool(shape.logistic),
-        lse.device,
-        has_q=has_q,
-        has_u=has_u,
-        has_c=has_c,
-    )
-    distributions = {"q_teacher": q_teacher, "q_consistency": q_consistency}
-    if has_q or has_c:
-        statistics.row_statistics(teacher, visit, positions, mask_id, lse_t)
-        if q_teacher is not None:
-            marginal.marginal(teacher, visit, positions, mask_id, lse_t, q_teacher)
-        if consistency is not None and q_consistency is not None:
-            marginal.marginal(consistency, visit, positions, mask_id, lse_u, q_consistency, xu=xu)
-        mixture_forward.mixture_forward(
-            student,
-            teacher,
-            visit,
-            positions,
-            mask_id,
-            lse=lse,
-            lse_teacher=lse_t,
-            log_weights=log_weights,
-            teacher_weight=weight,
-            consistency_weight=weight,
-            sums=sums,
-            has_q=has_q,
-            has_c=has_c,
-            **distributions,
-        )
-    joint.joint_terms(
-        picked,
-        lse,
-        active,
-        log_weights,
-        correlation=has_q,
-        weights=(weight,) * 4,
-        sums=sums if has_q or has_c else None,
-        has_q=has_q,
-        has_u=has_u and has_q,
-        has_c=has_c,
-    )
-    known = target_gradient.BackwardSums(
-        tokens,
-        lse,
-        lse_t,
-        log_weights,
-        weight,
-        weight,
-        weight,
-        picked,
-        _meta(total, targets),
-        _meta(size, targets, components),
-        _meta(size, targets),
-        lse,
-        lse,
-        has_q,
-        has_q,
-        has_c,
-    )
-    last: dict[str, Any] = {"upstream": weight, "scale": 1.0, **distributions}
+        keys = _meta(total * shape.draws, **integers)
+        options = base.DrawOptions(mixture.mask_id, _meta(**integers), _meta(**integers))
+        triton.draw(consistency, None, visit, keys, options)
+    needs = shape.marginals or shape.component
+    u = consistency if shape.marginals else None
+    t = teacher if needs else None
+    triton.forward(student, t, u, visit, mixture, statistics)
+    factors = base.Factors(each, _meta(total), each, statistics.log_prob)
+    for rows_kept in (True, False):
+        known = statistics
+        if not rows_kept:
+            none = _meta(0, row)
+            known = dataclasses.replace(statistics, q=none, q_teacher=none)
+        again = None if rows_kept else t
+        u_again = None if rows_kept else u
+        triton.backward(student, again, u_again, visit, mixture, known, factors, student)
     if shape.logistic:
-        logistic.logistic_backward(
-            student,
-            teacher,
-            visit,
-            positions,
-            mask_id,
-            known,
-            grad_mu=_meta(size, components, positions, dtype=shape.dtype),
-            grad_log_scale=_meta(size, components, positions, dtype=shape.dtype),
-            **last,
-        )
-    else:
-        mixture_backward.mixture_backward(
-            student,
-            teacher if has_q or has_c else None,
-            visit,
-            positions,
-            mask_id,
-            known,
-            grad=student.x,
-            grad_strides=student.strides,
-            **last,
-        )
+        gradient = student.of_visit(visit)
+        mu = _meta(total, components)
+        triton.logistic_gradient(mu, mu, gradient, eps=1e-6, clamp=shape.logistic)
 
 
 def launch_draw(shape: DrawShape) -> None:
-    """Call the launcher of a row draw of this shape."""
-    from di4c_fast.kernels.triton import operands, row_draw
+    """Run the draw of this shape."""
+    from di4c_fast.passes import base, triton
 
     rows, vocabulary = shape.rows, shape.vocabulary
-    wanted = row_draw.Wanted(**dict.fromkeys(shape.wanted, True))
 
-    def operand() -> operands.Operand:
-        if shape.logistic:
-            mu = _meta(1, 1, rows, dtype=shape.dtype)
-            return operands.logistic_operand(mu, mu, vocabulary, 1e-6, shape.logistic)
-        stride = (vocabulary + 63) // 64 * 64 if shape.padded else vocabulary
-        logits = _meta(1, 1, rows, stride, dtype=shape.dtype)
-        return operands.tensor_operand(logits[..., :vocabulary])
+    def operand() -> base.Operand:
+        stride = base.padded(vocabulary) if shape.padded else vocabulary
+        logits = _meta(rows, stride, dtype=shape.dtype)
+        return base.Operand(logits, (0, 0, 0, stride), 1, vocabulary)
 
-    each = _meta(rows)
-    integers = _meta(rows, dtype=torch.int64)
     scalar = _meta(dtype=torch.int64)
-    row_draw.row_draw(
-        operand(),
-        operand() if shape.guidance else None,
-        row_draw.Rows(0, rows, (1, rows)),
+    each = _meta(rows)
+    temperature: float | Tensor = each if shape.tempered else 1.0
+    options = base.DrawOptions(
         vocabulary - 1 if shape.mask else None,
-        temperature=each if shape.tempered else 1.0,
-        gain=each if shape.tempered and shape.guidance else 1.0,
-        row_keys=integers,
-        seed=scalar,
-        step=scalar,
-        wanted=wanted,
-        results=row_draw.Results(integers, integers, _meta(len(wanted.values), rows)),
+        scalar,
+        scalar,
+        0.0 if shape.greedy else temperature,
+        each if shape.tempered and shape.guidance else 0.0,
+        frozenset(shape.wanted),
     )
+    visit = base.Visit(0, rows, rows)
+    y = operand() if shape.guidance else None
+    triton.draw(operand(), y, visit, _meta(rows, dtype=torch.int64), options)
 
 
 def resources(shape_name: str, target_name: str, launch: _Launch) -> Resources:
@@ -422,8 +351,12 @@ def report(targets: list[str], shapes: list[str]) -> Iterator[Resources]:
                     launch_draw(shape)
                 else:
                     launch_everything(shape)
+            seen = set()
             for launch in launches:
-                yield resources(shape_name, target_name, launch)
+                row = resources(shape_name, target_name, launch)
+                if row not in seen:  # the same kernel, compiled for the same arguments
+                    yield row
+                seen.add(row)
 
 
 def faults(row: Resources) -> list[str]:

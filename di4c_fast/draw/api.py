@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import triton_unavailable
+from .. import backends
 from ..checks import check_choice, without_autocast
 from ..heads import HeadLike
+from ..reference import draw as reference
 from ..rng import Integer
-from .request import Draw, SampleInputs, prepare_sample_inputs
+from . import driver
+from .request import Draw, prepare_request
 
-__all__ = ["SAMPLE_BACKENDS", "Draw", "sample"]
-
-SAMPLE_BACKENDS = ("auto", "triton", "torch", "reference")
+__all__ = ["Draw", "sample"]
 
 
 @torch.no_grad()
@@ -82,7 +81,7 @@ def sample(
         budget_bytes: how much memory the logits of a head may take at a time (at least 64 rows
             are computed together); None: that of the `LinearHead`, or 64 MiB on a CPU and
             128 MiB on a GPU.
-        backend: "triton", "torch", "reference", or "auto".
+        backend: "auto", the fastest that runs here; "triton", "cpu", "torch"; "reference".
 
     Returns:
         `Draw`: token int64, statistics fp32 (fp64 for fp64 logits), each of the leading shape;
@@ -92,13 +91,13 @@ def sample(
 
     A token is a pure function of (seed, step, row key, its row's logits): neither the batch, nor
     the order of rows, nor chunks, nor the backend changes it, up to the rounding of sums. The
-    definition is in `streaming_sample`, the random numbers in `rng`. The probability of a block
+    definition is in `draw.law`, the random numbers in `rng`. The probability of a block
     of 128 tokens is resolved to 2⁻³³; within it every token has its exact share.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, shape, dtype, device or value, NaN or
             +inf logits, a row without allowed token (see `check`).
-        RuntimeError: `backend="triton"` cannot run here.
+        RuntimeError: a backend asked for by name cannot run here.
 
     >>> logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, float("-inf")]])
     >>> sample(logits, temperature=0).token
@@ -107,8 +106,8 @@ def sample(
     >>> draw.log_prob.equal(logits.log_softmax(-1).gather(1, draw.token[:, None])[:, 0])
     True
     """
-    check_choice(backend, "backend", SAMPLE_BACKENDS)
-    inputs = prepare_sample_inputs(
+    check_choice(backend, "backend", backends.names())
+    request = prepare_request(
         logits,
         temperature=temperature,
         top_k=top_k,
@@ -124,26 +123,11 @@ def sample(
         check=check,
         budget_bytes=budget_bytes,
     )
-    with without_autocast(inputs.head.device):
-        fields = sample_backend(backend, inputs).sample_rows(inputs)
-    return Draw(**{name: value.view(inputs.leading) for name, value in fields.items()})
-
-
-def sample_backend(name: str, inputs: SampleInputs) -> Any:
-    """The module whose `sample_rows(inputs)` draws: a dict with the token and the wanted fields."""
-    # Import statements rather than importlib: torch.compile traces through them.
-    implementation: Any
-    if name == "reference":
-        from ..reference import draw as implementation
-    elif name == "torch" or not _takes_triton(name, inputs):
-        from .. import streaming_sample as implementation
-    else:
-        from .. import fused_sample as implementation
-    return implementation
-
-
-def _takes_triton(name: str, inputs: SampleInputs) -> bool:
-    reason = triton_unavailable(inputs.head.device)
-    if name == "triton" and reason is not None:
-        raise RuntimeError(f'backend="triton" cannot run: {reason}')
-    return reason is None and (name == "triton" or inputs.head.device.type != "cpu")
+    with without_autocast(request.head.device):
+        if backend == "reference":
+            fields = reference.sample_rows(request)
+        else:
+            fields = driver.sample_rows(request, backend)
+    driver.check_rows(request, fields["token"])
+    leading = request.head.shape[:-1]
+    return Draw(**{name: value.view(leading) for name, value in fields.items()})

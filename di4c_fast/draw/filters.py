@@ -1,4 +1,4 @@
-"""Guidance, top-p and top-k on rows of logits, in Dream's order and meaning.
+"""Guidance, top-p, top-k and literal confidences on rows of logits, in Dream's order and meaning.
 
 Two versions of the filters. `filter_literal_` sorts whole rows, in the dtype it is given, as the
 repositories do, ties in the order of ids. `filter_scaled_` finds the same set in fp32 or fp64
@@ -27,6 +27,15 @@ def guide(
     if isinstance(scale, Tensor):
         scale = scale.to(dtype).unsqueeze(-1)
     return torch.where(c == NEG_INF, c, u + (scale + 1) * (c - u))
+
+
+def row_peak(logits: Tensor, mask_id: int | None) -> Tensor:
+    """The largest logit of every row but for the column of the mask, (r, V) -> (r, 1)."""
+    if mask_id is None:
+        return logits.amax(-1, keepdim=True)
+    sides = [side for side in (logits[:, :mask_id], logits[:, mask_id + 1 :]) if side.shape[1]]
+    peaks = [side.amax(-1, keepdim=True) for side in sides]
+    return peaks[0] if len(peaks) == 1 else torch.maximum(*peaks)
 
 
 def filter_literal_(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:

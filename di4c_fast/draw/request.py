@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checks import (
+    check_bool,
     check_floating,
+    check_int,
     check_int64,
     check_number,
     check_same_device,
@@ -18,7 +20,8 @@ from ..checks import (
     check_values,
     describe,
 )
-from ..heads import Head, HeadLike, LinearHead, TensorHead, as_head
+from ..heads import Head, HeadLike, as_head
+from ..passes.base import DrawOptions
 from ..rng import Integer, draw_seed
 
 CONFIDENCE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -53,34 +56,33 @@ class Draw(NamedTuple):
 
 
 STATISTICS = Draw._fields[1:]
+CONFIDENCES = frozenset({"prob", "raw_prob", "margin", "entropy"})  # of `confidence_dtype`
+PASS_FIELDS = frozenset({"argmax", "entropy", "margin", "raw_prob"})  # that passes are asked for
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleInputs:
-    """What a backend draws from. R is the number of rows, the product of the leading shape."""
+class SampleRequest:
+    """The checked arguments of `sample`. R is the number of rows, the product of the leading
+    shape."""
 
     head: Head  # (..., V)
     unconditional: Head | None  # (..., V)
-    guidance_scale: float | Tensor  # number, or (R,) compute dtype
-    temperature: float | Tensor  # number, or (R,) compute dtype
+    guidance_scale: float | Tensor  # number, or (R,) work dtype
+    temperature: float | Tensor  # number, or (R,) work dtype
     top_k: int | None  # None: no restriction, and so the next two
     top_p: float | None
     mask_id: int | None
-    seed: Integer  # int, or () int64
-    step: Integer  # int, or () int64
+    seed: Tensor  # () int64
+    step: Tensor  # () int64
     row_keys: Tensor  # (R,) int64
-    want: frozenset[str]  # of STATISTICS
-    confidence_dtype: torch.dtype | None
+    want: tuple[str, ...]  # of STATISTICS, in their order
+    confidence: str | None  # name of a dtype
     check: bool
     budget_bytes: int | None
 
     @property
-    def leading(self) -> torch.Size:
-        return self.head.shape[:-1]
-
-    @property
     def rows(self) -> int:
-        return self.leading.numel()
+        return self.head.shape[:-1].numel()
 
     @property
     def vocabulary(self) -> int:
@@ -89,30 +91,44 @@ class SampleInputs:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic and of the statistics."""
-        return torch.promote_types(self.head.dtype, torch.float32)
+        return self.head.work_dtype
 
     @property
-    def greedy(self) -> bool:
-        """The temperature is the number 0: no random number is needed."""
-        return isinstance(self.temperature, float) and self.temperature == 0.0
+    def confidence_dtype(self) -> torch.dtype | None:
+        return None if self.confidence is None else getattr(torch, self.confidence)
 
     @property
     def filtered(self) -> bool:
         return self.top_k is not None or self.top_p is not None
 
     @property
-    def tempered(self) -> bool:
-        """The drawn distribution may differ from the one at temperature 1."""
-        return isinstance(self.temperature, Tensor) or self.temperature not in (0.0, 1.0)
+    def literal(self) -> bool:
+        """The filters and confidences are those of whole rows in `confidence_dtype`."""
+        asked = self.filtered or not CONFIDENCES.isdisjoint(self.want)
+        return self.confidence is not None and asked
 
-    def effective_temperature(self) -> float | Tensor:
-        """The temperature of the drawn distribution: 1 in place of 0."""
-        if isinstance(self.temperature, Tensor):
-            return torch.where(self.temperature == 0.0, 1.0, self.temperature)
-        return self.temperature or 1.0
+    @property
+    def heads(self) -> list[Head]:
+        return [self.head] if self.unconditional is None else [self.head, self.unconditional]
+
+    def options(self) -> DrawOptions:
+        """What the passes are asked where they draw from the logits of the heads themselves."""
+        return DrawOptions(
+            mask_id=self.mask_id,
+            seed=self.seed,
+            step=self.step,
+            temperature=self.temperature,
+            guidance=self.guidance_scale,
+            wanted=frozenset(self.want) & PASS_FIELDS,
+        )
+
+    def result_dtype(self, name: str) -> torch.dtype:
+        if name in ("token", "argmax"):
+            return torch.int64
+        return (name in CONFIDENCES and self.confidence_dtype) or self.dtype
 
 
-def prepare_sample_inputs(
+def prepare_request(
     logits: HeadLike,
     *,
     temperature: float | Tensor,
@@ -128,14 +144,14 @@ def prepare_sample_inputs(
     confidence_dtype: torch.dtype | None,
     check: bool | None,
     budget_bytes: int | None,
-) -> SampleInputs:
+) -> SampleRequest:
     """Check the arguments of `sample` and normalise them; see there for their meaning."""
-    head = _rows_head(as_head(logits, "logits"))
+    head = as_head(logits, "logits")
     vocabulary = head.shape[-1]
     if vocabulary < 1:
         raise ValueError(f"logits must have at least one column, got shape {tuple(head.shape)}")
     heat = _per_row(temperature, "temperature", head, minimum=0.0)
-    limits = torch.finfo(torch.promote_types(head.dtype, torch.float32))
+    limits = torch.finfo(head.work_dtype)
     if isinstance(heat, float) and heat and not limits.tiny <= heat <= limits.max:
         raise ValueError(
             f"temperature must be 0 or between {limits.tiny:.1e} and {limits.max:.1e} for logits "
@@ -152,8 +168,7 @@ def prepare_sample_inputs(
         if vocabulary == 1:
             raise ValueError("mask_id excludes the only token of logits with V = 1")
     if top_k is not None:
-        if check_int(top_k, "top_k") < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        check_int(top_k, "top_k", minimum=1)
         top_k = top_k if top_k < vocabulary else None
     if top_p is not None:
         check_number(top_p, "top_p")
@@ -163,8 +178,10 @@ def prepare_sample_inputs(
     if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
         known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
         raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
-    if budget_bytes is not None and check_int(budget_bytes, "budget_bytes") < 1:
-        raise ValueError(f"budget_bytes must be positive, got {budget_bytes}")
+    if budget_bytes is not None:
+        check_int(budget_bytes, "budget_bytes", minimum=1)
+    if check is not None:
+        check_bool(check, "check")
     rows = head.shape[:-1].numel()
     if row_keys is None:
         row_keys = torch.arange(rows, device=head.device)
@@ -173,7 +190,7 @@ def prepare_sample_inputs(
         check_shape(row_keys, "row_keys", "the leading shape of logits", head.shape[:-1])
         check_same_device(row_keys, "row_keys", head, "logits")
     greedy = isinstance(heat, float) and heat == 0.0
-    return SampleInputs(
+    return SampleRequest(
         head=head,
         unconditional=unconditional,
         guidance_scale=scale,
@@ -185,28 +202,10 @@ def prepare_sample_inputs(
         step=_prepare_integer(step, "step", head.device),
         row_keys=row_keys.reshape(-1),
         want=_prepare_want(want),
-        confidence_dtype=confidence_dtype,
-        check=head.device.type == "cpu" if check is None else bool(check),
+        confidence=None if confidence_dtype is None else str(confidence_dtype).split(".")[1],
+        check=head.device.type == "cpu" if check is None else check,
         budget_bytes=budget_bytes,
     )
-
-
-def check_int(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {describe(value)}")
-    return value
-
-
-def _rows_head(head: Head) -> Head:
-    """Heads of a single row without a leading dimension are turned into their few logits.
-
-    The weight of a linear layer is brought to the dtype of its hidden states once, not by chunk.
-    """
-    if not head.shape[:-1] and not isinstance(head, TensorHead):
-        return TensorHead(head.logits())
-    if type(head) is LinearHead and head.weight.dtype != head.hidden.dtype:
-        return head.with_tensors((head.hidden, head.weight.to(head.hidden.dtype), head.bias))
-    return head
 
 
 def _per_row(
@@ -226,8 +225,7 @@ def _per_row(
     if minimum != float("-inf"):
         condition, bound = condition & (value >= minimum), f" and at least {minimum:g}"
     check_values(condition, f"{name} must be finite{bound}", value)
-    dtype = torch.promote_types(head.dtype, torch.float32)
-    return value.detach().to(dtype).expand(leading).reshape(-1)
+    return value.detach().to(head.work_dtype).expand(leading).reshape(-1)
 
 
 def _prepare_guidance(guidance: Any, head: Head) -> tuple[Head, float | Tensor]:
@@ -235,7 +233,7 @@ def _prepare_guidance(guidance: Any, head: Head) -> tuple[Head, float | Tensor]:
         raise TypeError(
             f"guidance must be a pair (unconditional logits, scale), got {describe(guidance)}"
         )
-    unconditional = _rows_head(as_head(guidance[0], "guidance[0]"))
+    unconditional = as_head(guidance[0], "guidance[0]")
     check_shape(unconditional, "guidance[0]", "the shape of logits", head.shape)
     check_same_device(unconditional, "guidance[0]", head, "logits")
     return unconditional, _per_row(guidance[1], "guidance[1]", head)
@@ -243,32 +241,37 @@ def _prepare_guidance(guidance: Any, head: Head) -> tuple[Head, float | Tensor]:
 
 def _prepare_seed(
     seed: Any, generator: torch.Generator | None, device: torch.device, greedy: bool
-) -> Integer:
+) -> Tensor:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
-    if seed is None:
-        return 0 if greedy else draw_seed(generator, device)
-    if generator is not None:
+    if seed is None and not greedy:
+        return draw_seed(generator, device)
+    if seed is not None and generator is not None:
         raise ValueError("seed and generator cannot both be given: a generator draws the seed")
-    return _prepare_integer(seed, "seed", device)
+    return _prepare_integer(0 if seed is None else seed, "seed", device)
 
 
-def _prepare_integer(value: Any, name: str, device: torch.device) -> Integer:
-    if not isinstance(value, Tensor):
-        return check_int(value, name)
-    check_int64(value, name)
-    check_shape(value, name, "a 0-dimensional tensor", ())
-    if value.device != device and value.device.type != "cpu":
-        raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
-    return value
+def _prepare_integer(value: Any, name: str, device: torch.device) -> Tensor:
+    """() int64 on the device, without a sync; ints are taken modulo 2^64."""
+    if isinstance(value, Tensor):
+        check_int64(value, name)
+        check_shape(value, name, "a 0-dimensional tensor", ())
+        if value.device != device and value.device.type != "cpu":
+            raise ValueError(f"{name} must be on {device} or the CPU, got {value.device}")
+        if value.device == device or torch.compiler.is_compiling():
+            return value.to(device)
+        value = int(value)  # a tensor on the CPU
+    value = (check_int(value, name) + (1 << 63)) % (1 << 64) - (1 << 63)
+    # Filled in by a kernel: a copy from pageable memory would wait for the device.
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
-def _prepare_want(want: Any) -> frozenset[str]:
+def _prepare_want(want: Any) -> tuple[str, ...]:
     if want == "all":
-        return frozenset(STATISTICS)
+        return STATISTICS
     names = (want,) if isinstance(want, str) else tuple(want)
     for name in names:
         if name not in STATISTICS:
             known = ", ".join(repr(known) for known in STATISTICS)
             raise ValueError(f"want must hold names out of {known}, or be 'all', got {name!r}")
-    return frozenset(names)
+    return tuple(name for name in STATISTICS if name in names)

@@ -81,6 +81,11 @@ class Head(abc.ABC):
         return self.dtype
 
     @property
+    def prepared_dtype(self) -> torch.dtype:
+        """`chunk_dtype` of `prepared()`."""
+        return self.chunk_dtype
+
+    @property
     def requires_grad(self) -> bool:
         return any(t is not None and t.requires_grad for t in self.tensors())
 
@@ -88,8 +93,12 @@ class Head(abc.ABC):
         """The same head cut off from the graph."""
         return self.with_tensors([None if t is None else t.detach() for t in self.tensors()])
 
-    def prepared(self) -> Head:
-        """The same logits for many calls of `load`: casts of whole tensors are done once."""
+    def prepared(self, *, widen: bool = True) -> Head:
+        """The same logits for many calls of `load`: casts of whole tensors are done once.
+
+        widen: half precision may become fp32 where that is faster and more exact; it takes the
+        memory of a copy in fp32.
+        """
         return self
 
     def operand(self) -> Operand | None:
@@ -270,5 +279,9 @@ class ExcludingHead(Head):
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Head:
         return ExcludingHead(self.inner.with_tensors(tensors), self.columns)
 
-    def prepared(self) -> Head:
-        return ExcludingHead(self.inner.prepared(), self.columns)
+    @property
+    def prepared_dtype(self) -> torch.dtype:
+        return self.inner.prepared_dtype
+
+    def prepared(self, *, widen: bool = True) -> Head:
+        return ExcludingHead(self.inner.prepared(widen=widen), self.columns)

@@ -135,10 +135,13 @@ class LinearHead(BuiltInHead):
             head._positions = change(every)
         return head
 
-    def prepared(self) -> LinearHead:
+    @property
+    def prepared_dtype(self) -> torch.dtype:
         # Few CPUs multiply half precision faster than fp32, and none more exactly.
-        half = self.dtype in (torch.float16, torch.bfloat16)
-        work = torch.float32 if half and self.device.type == "cpu" else self.dtype
+        return self.work_dtype if self.device.type == "cpu" else self.dtype
+
+    def prepared(self, *, widen: bool = True) -> LinearHead:
+        work = self.prepared_dtype if widen else self.dtype
         head = copy.copy(self)
         head.hidden, head.weight = self.hidden.to(work), self.weight.to(work)
         head.bias = None if self.bias is None else self.bias.to(work)
@@ -158,11 +161,12 @@ class LinearHead(BuiltInHead):
 
     def logits_at(self, rows: Tensor, tokens: Tensor) -> Tensor:
         hidden = take_leading(self.hidden, rows, self.hidden.shape[:-1])
-        logits = (hidden * self.weight[tokens].to(hidden.dtype)).sum(-1)
-        if self.bias is None:
-            return logits
-        bias = self.bias[self.positions(rows), tokens] if self.positional else self.bias[tokens]
-        return logits + bias.to(logits.dtype)
+        work = self.work_dtype  # one rounding at the end, as a matrix product has
+        logits = (hidden.to(work) * self.weight[tokens].to(work)).sum(-1)
+        if self.bias is not None:
+            at = (self.positions(rows), tokens) if self.positional else (tokens,)
+            logits = logits + self.bias[at].to(work)
+        return logits.to(hidden.dtype)
 
     def new_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         sums = super().new_gradients(needs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -14,6 +15,7 @@ from .linear import LinearHead
 from .logistic import LogisticHead
 from .tensor import TensorHead
 
+_parse = functools.lru_cache(ast.literal_eval)  # texts repeat from step to step
 BUILT_IN = {kind.__name__: kind for kind in (TensorHead, LinearHead, LogisticHead)}
 
 HeadLike: TypeAlias = "Tensor | Head"
@@ -39,7 +41,7 @@ def as_head(logits: HeadLike, name: str = "logits") -> Head:
 
 def decode_head(text: str, tensors: Sequence[Tensor | None]) -> Head:
     """The head that `encode()` described, over these tensors."""
-    name, *options = ast.literal_eval(f"({text},)")
+    name, *options = _parse(f"({text},)")
     head = object.__new__(BUILT_IN[name])
     for option, value in zip(head.options, options, strict=True):
         setattr(head, option, value)

@@ -82,6 +82,5 @@ class TensorHead(BuiltInHead):
         out.copy_(take_leading(self._logits.detach(), rows, self.shape[:-1]))
 
     def logits_at(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        return take_leading(self._logits, rows, self.shape[:-1]).gather(-1, tokens[..., None])[
-            ..., 0
-        ]
+        flat = self._logits.reshape(-1, self.shape[-1])
+        return flat[rows, tokens]

@@ -34,7 +34,7 @@ from torch import Tensor
 from ..checks import check_choice, check_int64, check_rank, check_tensor, describe
 from ..heads import Head
 from ..models.linear_output import call_for_head
-from ..samplers._shared import check_counts
+from ..samplers.arguments import check_counts
 from ..samplers.confidence import sample_confidence
 from ._handle import Handle
 

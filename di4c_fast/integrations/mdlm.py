@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ..heads import Head
-from ..samplers._shared import check_counts
+from ..samplers.arguments import check_counts
 from ..samplers.masked import sample_masked
 from ._dit import Network
 from ._handle import Handle, check_attributes

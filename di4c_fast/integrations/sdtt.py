@@ -40,7 +40,7 @@ from torch import Tensor
 from ..checks import check_bool, check_choice
 from ..heads import Head
 from ..models.call import check_callable
-from ..samplers._shared import check_counts
+from ..samplers.arguments import check_counts
 from ..samplers.masked import sample_masked
 from ._dit import Network
 from ._handle import Handle, check_attributes

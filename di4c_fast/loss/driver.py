@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..heads import Head
 from ..memory import zeros_strided
-from ..passes.base import Factors, Operand, RowSums, Statistics, Visit, padded
-from .joint import Joint, Places, joint_terms, kappa_coefficients
+from ..passes.base import DrawOptions, Factors, Operand, RowSums, Statistics, Visit, padded
+from .joint import Joint, Places, joint_terms
 from .plan import Plan, make_plan, order_positions, visits
 from .problem import Problem, Values, weighted
 
@@ -37,44 +37,75 @@ class Saved:
     rows: Tensor  # (A,) int64, or (0,) if every position is active
     count: Tensor  # () int64
     logits: Tensor  # (kept, N, padded V) computed logits of the student
+    joint: Joint
 
     def tensors(self) -> list[Tensor]:
         """All tensors; empty ones stand for what is not there."""
         s = self.statistics
-        sums = []
+        sums: list[Tensor] = []
         for pair in (s.student, s.teacher, s.consistency):
             none = (s.mass.new_empty(0), s.mass.new_empty(0))
             sums += none if pair is None else (pair.shift, pair.total)
         rest = (s.log_prob, s.mass, s.teacher_kl, s.consistency_kl, s.divergence, s.q, s.q_teacher)
-        return [s.tokens, *sums, *rest, self.rows, self.count, self.logits]
+        joint = (self.joint.difference, self.joint.weights, self.joint.counted)
+        return [s.tokens, *sums, *rest, self.rows, self.count, self.logits, *joint]
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Saved:
         tokens, *others = tensors
-        student, teacher, consistency = (
-            RowSums(*others[i : i + 2]) if others[i].numel() else None for i in (0, 2, 4)
+        student = RowSums(*others[:2])
+        teacher, consistency = (
+            RowSums(*others[i : i + 2]) if others[i].ndim == 2 else None for i in (2, 4)
         )
-        *rest, rows, count, logits = others[6:]
-        student = student or RowSums(*others[:2])
-        statistics = Statistics(tokens, student, teacher, consistency, *rest, sums_known=True)
-        return Saved(statistics, rows, count, logits)
+        log_prob, mass, teacher_kl, consistency_kl, divergence, q, q_teacher = others[6:13]
+        rows, count, logits, *joint = others[13:]
+        statistics = Statistics(
+            tokens,
+            student,
+            teacher,
+            consistency,
+            log_prob,
+            mass,
+            teacher_kl,
+            consistency_kl,
+            divergence,
+            q,
+            q_teacher,
+            sums_known=True,
+        )
+        return Saved(statistics, rows, count, logits, Joint(*joint))
 
-    def places(self, problem: Problem) -> Places:
+    def places(self, problem: Problem, passes: Any) -> Places:
+        """The slots that the passes visit: all, or the active ones where the host counts them."""
         batch, _, positions, _ = problem.sizes
-        has_rows = self.rows.numel() > 0
-        rows, count = (self.rows, self.count) if has_rows else (None, None)
-        return Places((batch, positions), rows, count)
+        sizes, total = (batch, positions), batch * positions
+        if self.rows.numel() == 0:
+            return Places(sizes, None, None, total)
+        if not passes.WRITES_ZEROS:
+            stop = int(self.count)
+            return Places(sizes, self.rows[:stop], None, stop)
+        return Places(sizes, self.rows, self.count, total)
 
 
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
-    """Uninitialised memory for what the first sweep leaves; its sizes follow from shapes alone."""
+    """Memory for what the first sweep leaves; its sizes follow from shapes alone.
+
+    Small tensors are zeros, so that slots which are not active hold something; so are the large
+    ones where zeros cost nothing.
+    """
     plan = make_plan(problem, passes, needs_grad)
     batch, components, positions, vocabulary = problem.sizes
     total, like, row = batch * positions, problem.log_weights, padded(vocabulary)
     targets = problem.tokens.shape[1]
 
     def new(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return like.new_empty(shape, dtype=dtype)
+        return like.new_zeros(shape, dtype=dtype)
+
+    def large(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        strides = torch.empty(shape, device="meta").stride()
+        real = type(like) is Tensor and like.device.type == "cpu"
+        make = zeros_strided if real else torch.empty_strided
+        return make(shape, strides, dtype=dtype, device=like.device)
 
     def sums(head: Head | None) -> RowSums | None:
         if head is None:
@@ -94,21 +125,20 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         teacher_kl=new(both),
         consistency_kl=new(both),
         divergence=new(total if problem.component else 0, components),
-        q=new(plan.kept if problem.marginal else 0, row),
-        q_teacher=new(plan.kept if problem.component else 0, row),
+        q=large(plan.kept if problem.marginal else 0, row),
+        q_teacher=large(plan.kept if problem.component else 0, row),
         sums_known=problem.seed is not None,
     )
     if problem.active is None:
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
-    elif problem.active.device.type == "meta" or isinstance(
-        problem.active, torch._subclasses.FakeTensor
-    ):
-        rows, count = new(total, dtype=torch.int64), new(dtype=torch.int64)
     else:
         rows, count = order_positions(problem.active)
-    dtype = problem.student.chunk_dtype
-    logits = new(plan.kept_logits, components, row, dtype=dtype)
-    return plan, Saved(statistics, rows, count, logits)
+    dtype = problem.student.prepared_dtype
+    logits = large(plan.kept_logits, components, row, dtype=dtype)
+    joint = Joint(
+        large(total, targets, components), new(batch, targets, components), new(batch, targets)
+    )
+    return plan, Saved(statistics, rows, count, logits, joint)
 
 
 class _Source:
@@ -157,17 +187,16 @@ def _sweep(problem: Problem, plan: Plan, saved: Saved, passes: Any) -> tuple[Ite
     On a GPU the number of active positions stays there, and all slots are visited. It is read on
     the host where matrix products need their sizes, and by passes that visit active slots only.
     """
-    places = saved.places(problem)
-    batch, _, positions, _ = problem.sizes
-    stop, count = batch * positions, places.count
+    places = saved.places(problem, passes)
+    positions, stop, count = problem.sizes[2], places.slots, places.count
     computed = any(
         head is not None and head.operand() is None
         for head in (problem.student, problem.teacher, problem.consistency)
     )
     capturing = saved.count.is_cuda and torch.cuda.is_current_stream_capturing()
-    if count is not None and not (passes.WRITES_ZEROS and (capturing or not computed)):
+    if count is not None and computed and not capturing:
         stop, count = int(count), None
-    everything = stop == batch * positions
+    everything = stop == problem.sizes[0] * positions
     return visits(plan, positions, stop, places.rows, count), everything
 
 
@@ -192,9 +221,7 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
         z = student.load(visit, statistics.kept(saved.logits, visit))
         u = u if problem.marginal else None
         passes.forward(z, t, u, visit, mixture, statistics)
-    places = saved.places(problem)
-    joint = _joint(problem, saved, places)
-    return _values(problem, saved, places, joint), saved
+    return _values(problem, saved, passes), saved
 
 
 def _draw_targets(
@@ -204,12 +231,10 @@ def _draw_targets(
     sums, tokens, xu = statistics.consistency, statistics.tokens, problem.xu
     assert problem.seed is not None
     assert sums is not None
-    from ..passes.base import DrawOptions
-
     options = DrawOptions(mask_id=problem.mask_id, seed=problem.seed)
     drawn = passes.draw(u, None, visit, rows.flatten(), options)
     sums.shift[visit.part] = drawn.shift.view(rows.shape)
-    sums.total[visit.part] = drawn.log_total.exp().view(rows.shape)
+    sums.total[visit.part] = drawn.total.view(rows.shape)
     token = drawn.token.view(rows.shape).clamp_min(0)
     b, d = visit.split(token.device)
     if visit.count is not None:
@@ -217,28 +242,26 @@ def _draw_targets(
         token = torch.where((slots < visit.count).unsqueeze(-1), token, 0)
     if xu is not None:
         shown = xu[b, :, d]
-        token = torch.where(shown != problem.mask_id, shown, token)
+        token = torch.where(shown.ne(problem.mask_id or 0), shown, token)
     tokens[:, tokens.shape[1] - u.components :][b, :, d] = token
 
 
-def _joint(problem: Problem, saved: Saved, places: Places) -> Joint:
-    statistics = saved.statistics
-    return joint_terms(
-        statistics.log_prob,
-        statistics.student.total,
-        problem.log_weights,
-        places,
-        problem.correlation,
+def _values(problem: Problem, saved: Saved, passes: Any) -> Values:
+    """The values from the statistics of all positions; what is joint goes into `saved`."""
+    places, statistics, dtype = saved.places(problem, passes), saved.statistics, problem.dtype
+    part = slice(0, places.slots)
+    alive = places.alive(statistics.student.total[part])
+    value, joint = joint_terms(
+        statistics.log_prob[part], alive, problem.log_weights, places, problem.correlation
     )
-
-
-def _values(problem: Problem, saved: Saved, places: Places, joint: Joint) -> Values:
-    statistics, dtype = saved.statistics, problem.dtype
-    zeros = problem.log_weights.new_zeros(problem.sizes[0])  # an op returns no tensor twice
+    saved.joint.difference[part] = joint.difference
+    saved.joint.weights.copy_(joint.weights)
+    saved.joint.counted.copy_(joint.counted)
 
     def total(values: Tensor) -> Tensor:
-        return places.sum(torch.where(joint.alive, values, 0.0)).to(dtype)
+        return places.sum(torch.where(alive, values[part], 0.0)).to(dtype)
 
+    zeros = problem.log_weights.new_zeros(problem.sizes[0])  # an op returns no tensor twice
     marginal, teacher_kl, consistency_kl, component = (zeros.clone() for _ in range(4))
     if problem.marginal:
         assert problem.teacher_weight is not None
@@ -249,18 +272,17 @@ def _values(problem: Problem, saved: Saved, places: Places, joint: Joint) -> Val
             consistency_kl = total(statistics.consistency_kl)
             marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
     if problem.component:
-        weights = problem.log_weights.exp()
-        sums = places.sum(_counted_divergence(problem, saved, places, joint))
-        component = (weights * sums).sum(-1).to(dtype)
-    value = joint.value.to(dtype)
-    return Values(value, marginal, component, teacher_kl, consistency_kl)
+        sums = places.sum(_counted_divergence(problem, saved, places))
+        component = (problem.log_weights.exp() * sums).sum(-1).to(dtype)
+    return Values(value.to(dtype), marginal, component, teacher_kl, consistency_kl)
 
 
-def _counted_divergence(problem: Problem, saved: Saved, places: Places, joint: Joint) -> Tensor:
+def _counted_divergence(problem: Problem, saved: Saved, places: Places) -> Tensor:
     """KL(q_T || p_n) (A, N); 0 where it does not count: components of weight 0 are absent."""
-    divergence = saved.statistics.divergence
-    present = (problem.log_weights > float("-inf"))[places.examples(divergence.device)]
-    return torch.where(joint.alive.unsqueeze(-1) & present, divergence, 0.0)
+    statistics, part = saved.statistics, slice(0, places.slots)
+    counted = places.alive(statistics.student.total[part]).unsqueeze(-1)
+    present = (problem.log_weights != float("-inf"))[places.examples(counted.device)]
+    return torch.where(counted & present, statistics.divergence[part], 0.0)
 
 
 # The second sweep ---------------------------------------------------------------------------------
@@ -278,61 +300,67 @@ def backward(
 
     upstream: gradients with respect to rows (B, J), marginal (B,) and component (B,) of `Values`.
     """
-    places = saved.places(problem)
-    joint = _joint(problem, saved, places)
-    rows, marginal, component = (part.to(problem.dtype) for part in upstream)
-    # An impossible row has no gradient: 0 rather than 0 times infinity.
-    alpha = torch.where(torch.isinf(joint.value), 0.0, rows)
+    places = saved.places(problem, passes)
+    alpha, marginal, component = (part.to(problem.dtype) for part in upstream)
     log_weights = None
     if needs[-1]:
-        log_weights = _log_weights_gradient(
-            problem, saved, places, joint, (alpha, marginal, component)
-        )
+        log_weights = _log_weights_gradient(problem, saved, places, alpha, marginal, component)
     if not any(needs[:-1]):
         return [*[None] * (len(needs) - 1), log_weights]
-    factors = _factors(problem, saved, places, joint, (alpha, marginal, component))
+    factors = _factors(problem, saved, places, alpha, marginal, component)
     students = _student_gradients(problem, passes, saved, factors, needs[:-1], in_place)
     return [*students, log_weights]
 
 
 def _factors(
-    problem: Problem, saved: Saved, places: Places, joint: Joint, upstream: tuple[Tensor, ...]
+    problem: Problem,
+    saved: Saved,
+    places: Places,
+    alpha: Tensor,
+    marginal: Tensor,
+    component: Tensor,
 ) -> Factors:
-    alpha, marginal, component = upstream
-    statistics, dtype = saved.statistics, problem.dtype
-    b = places.examples(alpha.device)
-    kappa = kappa_coefficients(joint, alpha, b, dtype)
+    statistics = saved.statistics
+    part, b = slice(0, places.slots), places.examples(alpha.device)
+    kappa = saved.joint.difference[part] * alpha[b].unsqueeze(-1)
     probability = -kappa.sum(1)
     by_slot = marginal[b]
     factor = torch.zeros_like(probability)
     if problem.marginal:
-        probability = probability + by_slot.unsqueeze(-1) * statistics.mass
+        probability = probability + by_slot.unsqueeze(-1) * statistics.mass[part]
     if problem.component:
         assert statistics.teacher is not None
         # An infinite divergence has no gradient.
-        finite = torch.isfinite(statistics.divergence) | statistics.divergence.isnan()
+        infinite = statistics.divergence[part] == float("inf")
         factor = component[b].unsqueeze(-1) * problem.log_weights.exp()[b]
-        factor = torch.where(finite, factor, 0.0)
+        factor = torch.where(infinite, 0.0, factor)
         # A teacher's component without any class takes its share out of q_T.
-        whole = (statistics.teacher.total != 0).to(dtype).mean(-1, keepdim=True)
+        whole = (statistics.teacher.total[part] != 0).to(alpha.dtype).mean(-1, keepdim=True)
         probability = probability + factor * whole
     return Factors(probability, by_slot, factor, kappa)
 
 
 def _log_weights_gradient(
-    problem: Problem, saved: Saved, places: Places, joint: Joint, upstream: tuple[Tensor, ...]
+    problem: Problem,
+    saved: Saved,
+    places: Places,
+    alpha: Tensor,
+    marginal: Tensor,
+    component: Tensor,
 ) -> Tensor:
-    alpha, marginal, component = upstream
-    gradient = -(joint.weights * alpha.unsqueeze(-1)).sum(1)
-    if joint.local is not None:
-        b = places.examples(alpha.device)
-        gradient = gradient + places.sum((joint.local * alpha[b].unsqueeze(-1)).sum(1))
+    """dL/da (B, N), with respect to the normalised log-weights."""
+    statistics, joint = saved.statistics, saved.joint
+    part = slice(0, places.slots)
+    # sum_d rho - w = sum_d (rho - w) + (number of positions - 1) w
+    rows = places.sum(joint.difference[part]) + (joint.counted - 1).unsqueeze(-1) * joint.weights
+    gradient = (rows * alpha.unsqueeze(-1)).sum(1)
     if problem.marginal:
-        mass = torch.where(joint.alive.unsqueeze(-1), saved.statistics.mass, 0.0)
+        alive = places.alive(statistics.student.total[part]).unsqueeze(-1)
+        mass = torch.where(alive, statistics.mass[part], 0.0)
         gradient = gradient - marginal.unsqueeze(-1) * places.sum(mass)
     if problem.component:
-        divergence = _counted_divergence(problem, saved, places, joint)
-        sums = places.sum(torch.where(torch.isinf(divergence), 0.0, divergence))
+        divergence = _counted_divergence(problem, saved, places)
+        sums = places.sum(torch.where(divergence == float("inf"), 0.0, divergence))
         gradient = gradient + component.unsqueeze(-1) * problem.log_weights.exp() * sums
     return gradient.to(problem.dtype)
 

@@ -1,7 +1,7 @@
 """One op for every backend, and the same without an op for a head of one's own.
 
 `di4c_fast::mixture` evaluates a problem, `di4c_fast::mixture_backward` gives its gradients. They
-take a list of tensors and a text that holds everything else (`Problem.encode`), have fake versions
+take a list of tensors and a text that holds everything else (`record`), have fake versions
 and an autograd formula, and so work under `torch.compile` as they are. The gradient is computed
 in the backward op from the upstream gradient, so backward may run again and gives the same.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, record
 from ..checks import without_autocast
 from ..heads import TensorHead
 from .driver import Saved, backward, forward, is_dense, new_gradient, new_saved
@@ -32,7 +32,7 @@ def evaluate(problem: Problem, backend: str) -> Values:
     """The values of a problem; differentiable with respect to the student and the log-weights."""
     student = problem.student
     needs_grad = torch.is_grad_enabled() and student.requires_grad
-    encoded = problem.encode()
+    encoded = record.encode(problem)
     if encoded is None:
         found = _Evaluation.apply(
             problem, backend, needs_grad, problem.log_weights, *student.tensors()
@@ -78,7 +78,7 @@ def mixture(
     tensors: list[Tensor], text: str, backend: str, needs_grad: bool, in_place: bool
 ) -> list[Tensor]:
     """The fields of `Values`, then the tensors of `Saved`."""
-    problem = Problem.decode(tensors, text)
+    problem = record.decode(Problem, tensors, text)
     with _on_device_of(problem.log_weights):
         values, saved = forward(problem, _passes(problem, backend), needs_grad)
     return [*values, *saved.tensors()]
@@ -88,7 +88,7 @@ def mixture(
 def _(
     tensors: list[Tensor], text: str, backend: str, needs_grad: bool, in_place: bool
 ) -> list[Tensor]:
-    problem = Problem.decode(tensors, text)
+    problem = record.decode(Problem, tensors, text)
     _, saved = new_saved(problem, _passes(problem, backend), needs_grad)
     like, batch = problem.log_weights, problem.sizes[0]
     values = [like.new_empty(batch) for _ in range(VALUES - 1)]
@@ -117,7 +117,7 @@ def _gradients(
     needs: list[bool],
     in_place: bool,
 ) -> list[Tensor]:
-    problem = Problem.decode(tensors, text)
+    problem = record.decode(Problem, tensors, text)
     rows, marginal, component = upstream
     with _on_device_of(problem.log_weights):
         found = backward(
@@ -140,7 +140,7 @@ def _(
     upstream: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    problem = Problem.decode(tensors, text)
+    problem = record.decode(Problem, tensors, text)
     parts = [*problem.student.tensors(), problem.log_weights]
     found = []
     for part, need in zip(parts, needs, strict=True):
@@ -179,7 +179,7 @@ def _(
     upstream: list[Tensor],
     needs: list[bool],
 ) -> Tensor:
-    weights = Problem.decode([logits, *others], text).log_weights
+    weights = record.decode(Problem, [logits, *others], text).log_weights
     return torch.empty(
         weights.shape if needs[-1] else (0,), dtype=weights.dtype, device=weights.device
     )
@@ -204,7 +204,7 @@ def _upstream(upstream: Any, like: list[Any]) -> list[Tensor]:
 def _autograd(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     tensors, others = list(saved[: ctx.count]), list(saved[ctx.count :])
-    problem = Problem.decode(tensors, ctx.text)
+    problem = record.decode(Problem, tensors, ctx.text)
     parts = [*problem.student.tensors(), problem.log_weights]
     # Where each of them stands in the list of tensors; None for an optional one that is absent.
     at = [next((i for i, t in enumerate(tensors) if t is part), None) for part in parts]

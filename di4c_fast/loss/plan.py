@@ -40,7 +40,7 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
     heads = [h for h in (problem.student, problem.teacher, problem.consistency) if h is not None]
     device = problem.student.device
     computed = [head for head in heads if head.operand() is None]
-    per_slot = sum(_components(head) * row * head.chunk_dtype.itemsize for head in computed)
+    per_slot = sum(_components(head) * row * head.prepared_dtype.itemsize for head in computed)
     itemsize = problem.dtype.itemsize
     budget = min([head.budget_bytes for head in heads if head.budget_bytes], default=None)
     work = per_slot + passes.temporary_bytes(sum(map(_components, heads)), row * itemsize)
@@ -69,7 +69,7 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
             kept = max(0, kept - chunk)
         kept = kept if kept == total else kept // chunk * chunk
     if problem.student.operand() is None:
-        size = components * row * problem.student.chunk_dtype.itemsize
+        size = components * row * problem.student.prepared_dtype.itemsize
         kept_logits = min(total, budget // size)
         kept_logits = kept_logits if kept_logits == total else kept_logits // chunk * chunk
     return Plan(chunk, kept, kept_logits)

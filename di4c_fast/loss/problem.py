@@ -6,7 +6,6 @@ V classes, J target rows.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from ..checks import (
     check_values,
     describe,
 )
-from ..heads import Head, HeadLike, as_head, decode_head
+from ..heads import Head, HeadLike, as_head
 from ..passes.base import Mixture
 from ..rng import check_generator, draw_seed
 
@@ -97,44 +96,6 @@ class Problem:
             self.marginal,
             self.component,
         )
-
-    def encode(self) -> tuple[list[Tensor], str] | None:
-        """All tensors in a list, and a text with the rest; None with a head of one's own."""
-        tensors: list[Tensor] = []
-        texts = []
-        for name in _FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, Head):
-                text, parts = value.encode(), value.tensors()
-                if text is None:
-                    return None
-                present = ",".join(["01"[part is not None] for part in parts])
-                texts.append(f"{name!r}:({text!r},({present},))")
-                tensors += [part for part in parts if part is not None]
-            elif isinstance(value, Tensor):
-                texts.append(f"{name!r}:()")
-                tensors.append(value)
-            else:
-                texts.append(f"{name!r}:{value!r}")
-        return tensors, "{" + ",".join(texts) + "}"
-
-    @staticmethod
-    def decode(tensors: Sequence[Tensor], text: str) -> Problem:
-        """The problem that `encode` described, over these tensors."""
-        left = list(tensors)
-        values = {}
-        for name, value in ast.literal_eval(text).items():
-            if value == ():
-                values[name] = left.pop(0)
-            elif isinstance(value, tuple):
-                parts = [left.pop(0) if there else None for there in value[1]]
-                values[name] = decode_head(value[0], parts)
-            else:
-                values[name] = value
-        return Problem(**values)
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Problem))
 
 
 def weighted(term: Tensor, weight: Tensor) -> Tensor:
@@ -317,8 +278,8 @@ def prepare_teacher(teacher: HeadLike, student: Head) -> Head:
             f"teacher must have shape (B, D, V) = {(batch, *sizes)} or (B, M, D, V) with M >= 1, "
             f"got {shape}"
         )
-    _check_tensors(head, "teacher")
     check_same_device(head, "teacher", student, "student")
+    _check_tensors(head, "teacher")
     return head.detach()
 
 
@@ -332,8 +293,8 @@ def prepare_consistency(consistency: HeadLike, student: Head) -> Head:
             "consistency must have shape (B, K, D, V) with K >= 1 and (B, D, V) = "
             f"{(batch, *sizes)}, got {shape}"
         )
-    _check_tensors(head, "consistency")
     check_same_device(head, "consistency", student, "student")
+    _check_tensors(head, "consistency")
     return head.detach()
 
 
@@ -349,15 +310,13 @@ class Weights:
     zero: frozenset[str]
 
 
-def prepare_weights(student: Head, **values: float | Tensor) -> Weights:
-    prepared = {name: prepare_weight(value, name, student) for name, value in values.items()}
-    return Weights(
-        *(
-            prepared[f"{name}_weight"][0]
-            for name in ("data", "teacher", "consistency", "component")
-        ),
-        frozenset(name for name, (_, zero) in prepared.items() if zero),
-    )
+def prepare_weights(student: Head, given: dict[str, float | Tensor]) -> Weights:
+    """The weights by the names of the terms, as `loss` was given them."""
+    prepared = {
+        name: prepare_weight(value, f"{name}_weight", student) for name, value in given.items()
+    }
+    zero = frozenset(name for name, (_, is_zero) in prepared.items() if is_zero)
+    return Weights(**{name: weight for name, (weight, _) in prepared.items()}, zero=zero)
 
 
 def prepare_loss(
@@ -388,7 +347,7 @@ def prepare_loss(
     active = prepare_active(xt, valid, mask_id, head)
     x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
     check_targets_allowed(x0, "x0", mask_id, active)
-    prepared = prepare_weights(head, **weights)
+    prepared = prepare_weights(head, weights)
     normalised = prepare_log_weights(log_weights, head)
 
     draws, seed = None, None
@@ -420,7 +379,7 @@ def prepare_loss(
                 )
 
     def asked(name: str) -> bool:
-        return return_terms or f"{name}_weight" not in prepared.zero
+        return return_terms or name not in prepared.zero
 
     tokens = x0.unsqueeze(1)
     if draws is None or not asked("consistency"):
@@ -428,7 +387,8 @@ def prepare_loss(
     else:
         given = tokens.new_zeros(sizes) if consistency_x is None else consistency_x
         if xu is not None:
-            given = torch.where(xu != mask_id, xu, given)
+            assert mask_id is not None
+            given = torch.where(xu.ne(mask_id), xu, given)
         tokens = torch.cat([tokens, given], dim=1)
     marginal = control_variate and (asked("teacher") or draws is not None)
     component = asked("component")

@@ -1,1 +1,15 @@
 """Models: how they are called, latents, students made from teachers."""
+
+from .latent import LatentShift, LatentToken, draw_latents
+from .masked_lm import MaskedLM, has_linear_head
+from .wrappers import with_latent_shift, with_latent_token
+
+__all__ = [
+    "LatentShift",
+    "LatentToken",
+    "MaskedLM",
+    "draw_latents",
+    "has_linear_head",
+    "with_latent_shift",
+    "with_latent_token",
+]

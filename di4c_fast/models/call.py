@@ -1,16 +1,17 @@
-"""Calling models: evaluation mode, conditioning tensors, the shape of what comes back."""
+"""Calling models: signature, evaluation mode, conditioning tensors, the shape of what comes back."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_same_device, check_tensor
-from ..heads import Head, HeadLike, LinearHead, LogisticHead, TensorHead, as_head
+from ..checks import check_same_device, check_tensor, describe
+from ..heads import Head, HeadLike, as_head
 
 Context = Mapping[str, Tensor]
 
@@ -47,6 +48,23 @@ def repeat_context(context: Context, times: int) -> Context:
     return {key: value.repeat_interleave(times, dim=0) for key, value in context.items()}
 
 
+def check_signature(
+    model: Callable[..., HeadLike], name: str, count: int, context: Context
+) -> None:
+    """Raise where the call is certain to fail for its number or names of arguments."""
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        inspect.signature(function).bind(*[None] * count, **dict.fromkeys(context))
+    except TypeError as error:
+        called = ", ".join([*("tokens", "t", "latent")[:count], *(f"{key}=" for key in context)])
+        raise TypeError(
+            f"{name} must take ({called}), got {describe(model)} with the signature "
+            f"{inspect.signature(function)}: {error}"
+        ) from None
+    except ValueError:  # a builtin without a signature
+        return
+
+
 def call_model(
     model: Callable[..., HeadLike],
     name: str,
@@ -58,6 +76,7 @@ def call_model(
 ) -> Head:
     """`model(tokens, t[, latent], **context)` as a head, its shape checked against (R, D, V)."""
     arguments = (tokens, t) if latent is None else (tokens, t, latent)
+    check_signature(model, name, len(arguments), context)
     output = model(*arguments, **context)
     head = as_head(output, f"the output of {name}")
     rows, positions = tokens.shape
@@ -73,43 +92,6 @@ def call_model(
         )
     check_same_device(head, f"the output of {name}", tokens, "its tokens")
     return head
-
-
-def unflatten_rows(head: Head, batch: int, components: int) -> Head:
-    """View a head (B*N, D, V) as (B, N, D, V)."""
-    sizes = (batch, components)
-    if isinstance(head, LinearHead):
-        hidden, *rest = head.tensors()
-        assert hidden is not None
-        return head.with_tensors([hidden.unflatten(0, sizes), *rest])
-    if isinstance(head, (TensorHead, LogisticHead)):
-        return head.with_tensors(
-            [None if t is None else t.unflatten(0, sizes) for t in head.tensors()]
-        )
-    rows = torch.arange(head.shape[0] * head.shape[1], device=head.device)
-    return head.take(rows.view(batch, components, head.shape[1]))
-
-
-def split_examples(head: Head, first: int) -> tuple[Head, Head]:
-    """A head (B, ...) as its first examples and the others.
-
-    One split has one concatenation as its backward; two slices would each fill a whole
-    gradient with zeros.
-    """
-    sizes = [first, head.shape[0] - first]
-    if isinstance(head, LinearHead):
-        hidden, *rest = head.tensors()
-        assert hidden is not None
-        front, back = hidden.split(sizes)
-        return head.with_tensors([front, *rest]), head.with_tensors([back, *rest])
-    if isinstance(head, (TensorHead, LogisticHead)):
-        parts = [t.split(sizes) for t in head.tensors() if t is not None]
-        return (
-            head.with_tensors([part[0] for part in parts]),
-            head.with_tensors([part[1] for part in parts]),
-        )
-    rows = torch.arange(head.shape[:-1].numel(), device=head.device).view(head.shape[:-1])
-    return head.take(rows[:first]), head.take(rows[first:])
 
 
 @contextlib.contextmanager

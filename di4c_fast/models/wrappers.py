@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from ..checks import check_bool, check_floating, describe
 from ..heads import Head, LinearHead, TensorHead
-from ..integrations.huggingface import MaskedLM, has_linear_head
 from .latent import LatentShift, LatentToken
 from .linear_output import call_for_head
+from .masked_lm import MaskedLM, has_linear_head
 
 __all__ = ["ShiftedModel", "TokenModel", "with_latent_shift", "with_latent_token"]
 
@@ -75,9 +75,8 @@ def with_latent_shift(
         raise TypeError(f"module must be the name of a submodule, got {describe(module)}")
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     if module not in names:
-        raise ValueError(
-            f"module must name a submodule of the model, such as {names[:5]}, got {module!r}"
-        )
+        known = f"such as {names[:5]}" if names else "which has none"
+        raise ValueError(f"module must name a submodule of the model, {known}, got {module!r}")
     found = _width_of(model.get_submodule(module)) if width is None else width
     if found is None:
         kind = type(model.get_submodule(module)).__name__

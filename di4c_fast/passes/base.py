@@ -162,7 +162,9 @@ class Statistics:
     divergence: Tensor  # (A, N)  KL(q_T || p_n)
     q: Tensor  # (kept, padded V)
     q_teacher: Tensor  # (kept, padded V)
-    sums_known: bool  # `draw` has left the row sums of the consistency logits
+    # `draw` has left the row sums of the consistency logits. In `backward` all sums are known, and
+    # nothing of the statistics is written.
+    sums_known: bool
 
     def kept(self, rows: Tensor, visit: Visit) -> Tensor | None:
         """The visited slots of `q` or `q_teacher`; None where they are not kept."""
@@ -182,3 +184,57 @@ class Factors:
     marginal: Tensor  # (A,)
     component: Tensor  # (A, N)
     kappa: Tensor  # (A, J, N)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawOptions:
+    """What `draw` is asked. The R rows of a visit are ordered by slot, then by component."""
+
+    mask_id: int | None
+    seed: int | Tensor  # () int64
+    step: int | Tensor = 0  # () int64
+    temperature: float | Tensor = 1.0  # or (R,); at 0 the argmax, with statistics at 1
+    guidance: float | Tensor = 0.0  # scale, or (R,), of u + (scale + 1) (x - u)
+    wanted: frozenset[str] = frozenset()  # of "argmax", "entropy", "margin", "raw_prob"
+
+    @property
+    def greedy(self) -> bool:
+        """Every row takes its argmax: no random number is needed."""
+        return isinstance(self.temperature, float) and self.temperature == 0.0
+
+    @property
+    def tempered(self) -> bool:
+        """The drawn distribution may differ from the one at temperature 1."""
+        return isinstance(self.temperature, Tensor) or self.temperature not in (0.0, 1.0)
+
+    def of_rows(self, rows: slice) -> DrawOptions:
+        """The same for some of the rows."""
+        temperature, guidance = self.temperature, self.guidance
+        if isinstance(temperature, Tensor):
+            temperature = temperature[rows]
+        if isinstance(guidance, Tensor):
+            guidance = guidance[rows]
+        return dataclasses.replace(self, temperature=temperature, guidance=guidance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What `draw` leaves: (R,) each, in the work dtype but for `token` and `argmax`.
+
+    The first three follow the rules of `RowSums`, of logits x / T. The others may be anything where
+    the token is -1; those that are not wanted are None.
+    """
+
+    token: Tensor  # int64; -1 in a row with NaN, with +inf, or without any class
+    shift: Tensor
+    total: Tensor
+    log_weight: Tensor  # x / T at the token, minus shift
+    argmax: Tensor | None = None  # int64, the lowest id among equals
+    entropy: Tensor | None = None
+    margin: Tensor | None = None  # largest minus second largest probability
+    raw_prob: Tensor | None = None  # probability of the token at temperature 1
+
+    @property
+    def log_total(self) -> Tensor:
+        """logsumexp - shift."""
+        return self.total.log()

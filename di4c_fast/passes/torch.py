@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from .base import Factors, Mixture, Operand, RowSums, Statistics, Visit
+from .torch_draw import draw
+
+__all__ = ["backward", "chunk_bytes", "draw", "forward", "temporary_bytes", "unavailable"]
 
 WRITES_ZEROS = False  # `backward` visits active slots only
 NEG_INF = float("-inf")
@@ -50,7 +53,7 @@ def forward(
     if t is None:
         return
     alive = (total != 0).any(-1, keepdim=True)
-    q_teacher, q_consistency, q = _distributions(t, u, visit, mixture, statistics, alive, (b, d))
+    q_teacher, q_consistency, q = _distributions(t, u, visit, mixture, statistics, alive)
     if mixture.component:
         divergence = _divergence(q_teacher.unsqueeze(1), log_prob)
         statistics.divergence[part] = divergence
@@ -91,7 +94,7 @@ def backward(
     )
     if t is not None:
         alive = (sums.total[part] != 0).any(-1, keepdim=True)
-        q_teacher, _, q = _distributions(t, u, visit, mixture, statistics, alive, (b, d))
+        q_teacher, _, q = _distributions(t, u, visit, mixture, statistics, alive, known=True)
     if mixture.marginal:
         assert q is not None
         _, responsibility = _responsibility(log_prob, mixture.log_weights[b])
@@ -115,7 +118,8 @@ def backward(
 def _load(x: Operand, visit: Visit, mask_id: int | None, dtype: torch.dtype) -> Tensor:
     """Logits (P, C, V) in memory of their own; -inf in the excluded column."""
     logits = x.of_visit(visit)
-    logits = logits.clone() if logits.dtype == dtype and logits._is_view() else logits.to(dtype)
+    shared = logits.untyped_storage()._cdata == x.logits.untyped_storage()._cdata
+    logits = logits.clone() if shared and logits.dtype == dtype else logits.to(dtype)
     if mask_id is not None:
         logits[..., mask_id] = NEG_INF
     return logits
@@ -158,10 +162,12 @@ def _softmax_mean(
     total = sums.total[visit.part]
     share = torch.where(total == 0, 0.0, 1.0 / total) / x.components
     if shown is not None:
-        share = share.masked_fill(shown != mask_id, 0.0)
+        assert mask_id is not None
+        revealed = shown.ne(mask_id)
+        share = share.masked_fill(revealed, 0.0)
     mean = torch.linalg.vecdot(values.transpose(1, 2), share.unsqueeze(1))
     if shown is not None:
-        mean.scatter_add_(-1, shown, (shown != mask_id).to(mean.dtype) / x.components)
+        mean.scatter_add_(-1, shown, revealed.to(mean.dtype) / x.components)
     return mean
 
 
@@ -172,19 +178,22 @@ def _distributions(
     mixture: Mixture,
     statistics: Statistics,
     alive: Tensor,
-    place: tuple[Tensor, Tensor],
+    known: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """q_T, q_u and their weighted sum q: (P, V), zero where the student allows no class."""
-    (b, d), mask_id = place, mixture.mask_id
+    """q_T, q_u and their weighted sum q: (P, V), zero where the student allows no class.
+
+    `known`: the sums of both heads' rows are there, as they are in `backward`.
+    """
+    (b, d), mask_id = visit.split(t.logits.device), mixture.mask_id
     assert statistics.teacher is not None
-    q_teacher = _softmax_mean(t, visit, mask_id, statistics.teacher, False)
+    q_teacher = _softmax_mean(t, visit, mask_id, statistics.teacher, known)
     q_teacher = torch.where(alive, q_teacher, 0.0)
     q = q_teacher * mixture.teacher_weight[b].unsqueeze(-1)
     if u is None:
         return q_teacher, None, q
     assert statistics.consistency is not None
     shown = None if mixture.xu is None else mixture.xu[b, :, d]
-    known = statistics.sums_known
+    known = known or statistics.sums_known
     q_consistency = _softmax_mean(u, visit, mask_id, statistics.consistency, known, shown)
     q_consistency = torch.where(alive, q_consistency, 0.0)
     return q_teacher, q_consistency, q + q_consistency * mixture.consistency_weight[b, None]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..draw.request import SampleInputs
+from ..draw.law import SAMPLE_BLOCK
+from ..draw.request import SampleRequest
 from ..rng import BLOCKS, TOKENS, Integer, uniform
-from ..streaming_sample import SAMPLE_BLOCK
 
 NEG_INF = float("-inf")
 
@@ -23,7 +23,8 @@ def draw_ref(
 
     Args:
         log_prob: (..., V), normalised or not; -inf for excluded tokens.
-        seed, step, row_keys: as for `draw_from_probs`.
+        seed, step: int, or () int64.
+        row_keys: int64 of the leading shape, the identity of each row; None: 0, 1, 2, ...
 
     Returns:
         int64 of the leading shape; 0 for a row that is -inf throughout.
@@ -93,52 +94,51 @@ def _column(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return value.to(dtype).unsqueeze(-1) if isinstance(value, Tensor) else value
 
 
-def sample_rows(inputs: SampleInputs) -> dict[str, Tensor]:
+def sample_rows(request: SampleRequest) -> dict[str, Tensor]:
     """The reference backend of `sample`: the token and the wanted fields, each (R,)."""
-    work = inputs.confidence_dtype or inputs.dtype
-    shape = (inputs.rows, inputs.vocabulary)
-    given = inputs.head.logits().detach().reshape(shape)
+    work = request.confidence_dtype or request.dtype
+    shape = (request.rows, request.vocabulary)
+    given = request.head.logits().detach().reshape(shape)
     uncond = None
-    if inputs.unconditional is not None:
-        uncond = inputs.unconditional.logits().detach().reshape(shape)
-    _check_rows(inputs, given, uncond)
+    if request.unconditional is not None:
+        uncond = request.unconditional.logits().detach().reshape(shape)
 
     def transformed(logits: Tensor, dtype: torch.dtype, drawn: bool) -> Tensor:
         return transformed_logits_ref(
             logits.to(dtype),
-            mask_id=inputs.mask_id,
-            temperature=inputs.temperature if drawn else 1.0,
-            top_p=inputs.top_p if drawn else None,
-            top_k=inputs.top_k if drawn else None,
+            mask_id=request.mask_id,
+            temperature=request.temperature if drawn else 1.0,
+            top_p=request.top_p if drawn else None,
+            top_k=request.top_k if drawn else None,
         )
 
     guided = given
     if uncond is not None:
         guided = transformed_logits_ref(
-            given.to(work), unconditional=uncond.to(work), guidance_scale=inputs.guidance_scale
+            given.to(work), unconditional=uncond.to(work), guidance_scale=request.guidance_scale
         )
     literal = transformed(guided, work, drawn=True)
     logits = literal
-    if inputs.confidence_dtype is not None:
+    if request.confidence_dtype is not None:
         # Only the set of tokens that the filters leave comes from the other dtype.
         unfiltered = transformed_logits_ref(
-            guided.to(inputs.dtype), mask_id=inputs.mask_id, temperature=inputs.temperature
+            guided.to(request.dtype), mask_id=request.mask_id, temperature=request.temperature
         )
         logits = unfiltered.masked_fill(literal == NEG_INF, NEG_INF)
 
     log_prob = logits.log_softmax(-1)
     argmax = (logits == logits.amax(-1, keepdim=True)).to(torch.int8).argmax(-1)
     token = argmax
-    if not inputs.greedy:
-        token = draw_ref(log_prob, inputs.seed, step=inputs.step, row_keys=inputs.row_keys)
-        if isinstance(inputs.temperature, Tensor):
-            token = torch.where(inputs.temperature == 0, argmax, token)
+    if not request.options().greedy:
+        token = draw_ref(log_prob, request.seed, step=request.step, row_keys=request.row_keys)
+        if isinstance(request.temperature, Tensor):
+            token = torch.where(request.temperature == 0, argmax, token)
     prob = literal.softmax(-1)
     result = {"token": token, "argmax": argmax}
     result["log_prob"] = _pick(log_prob, token)
-    result["logsumexp"] = logits.logsumexp(-1)
+    result["logsumexp"] = logsumexp = logits.logsumexp(-1)
     result["max_log_prob"] = log_prob.amax(-1)
-    if inputs.confidence_dtype is None:
+    if request.confidence_dtype is None:
         result["entropy"] = -torch.where(prob > 0, prob * log_prob, 0.0).sum(-1)
     else:
         result["entropy"] = -(prob * torch.log(prob + 1e-10)).sum(-1)
@@ -146,27 +146,12 @@ def sample_rows(inputs: SampleInputs) -> dict[str, Tensor]:
     result["margin"] = largest[:, 0] - largest[:, 1] if prob.shape[1] > 1 else largest[:, 0]
     result["prob"] = _pick(prob, token)
     result["raw_prob"] = _pick(transformed(guided, work, drawn=False).softmax(-1), token)
-    return {name: result[name] for name in ("token", *inputs.want)}
+    bad = ~logsumexp.isfinite()  # NaN, +inf, or no token at all
+    return {
+        name: result[name].masked_fill(bad, -1 if name in ("token", "argmax") else float("nan"))
+        for name in ("token", *request.want)
+    }
 
 
 def _pick(values: Tensor, token: Tensor) -> Tensor:
     return values.gather(1, token.unsqueeze(-1))[:, 0]
-
-
-def _check_rows(inputs: SampleInputs, logits: Tensor, unconditional: Tensor | None) -> None:
-    if not inputs.check:
-        return
-    allowed = torch.ones(inputs.vocabulary, dtype=torch.bool, device=logits.device)
-    if inputs.mask_id is not None:
-        allowed[inputs.mask_id] = False
-    for name, values in (("logits", logits), ("guidance[0]", unconditional)):
-        if values is None:
-            continue
-        wrong = (values.isnan() | (values == float("inf"))) & allowed
-        if bool(wrong.any()):
-            row = int(wrong.any(-1).nonzero()[0, 0])
-            raise ValueError(f"{name} must not hold NaN or +inf, got it in row {row}")
-    empty = ~((logits > NEG_INF) & allowed).any(-1)
-    if bool(empty.any()):
-        row = int(empty.nonzero()[0, 0])
-        raise ValueError(f"logits allow no token in row {row}: all are -inf or the mask_id")

@@ -152,7 +152,7 @@ def evaluate(problem: Problem) -> Values:
     def over_active(values: Tensor) -> Tensor:
         return torch.where(active, values, torch.zeros_like(values)).sum(-1)
 
-    zeros = torch.zeros_like(rows[:, 0])
+    zeros = log_weights.detach().new_zeros(rows.shape[0])
     marginal, teacher_kl, consistency_kl, component = zeros, zeros, zeros, zeros
     if problem.teacher is not None:
         teacher = head_log_prob(problem.teacher, dtype, mask_id).exp()

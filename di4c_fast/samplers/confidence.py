@@ -17,54 +17,102 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_bool, check_choice, check_number, describe
+from ..checks import check_choice, check_number, describe
 from ..draw.api import sample
-from ..draw.request import CONFIDENCE_DTYPES, Draw
-from ..heads import Head, HeadLike
-from ..models.call import (
-    Context,
-    call_model,
-    check_callable,
-    check_context,
-    evaluation_mode,
-    select_context,
-)
-from ._ranking import choose, defer, without
-from ._shared import (
-    check_counts,
-    check_filters,
-    check_hooks,
-    check_sizes,
-    check_vocab_size,
-    device_of,
-    fill_prompt,
-    latents_of,
-    seed_of,
-)
-from ._transfer import (
-    Layout,
-    State,
-    Step,
-    counted_steps,
-    known_steps,
-    open_steps,
-    planned_steps,
-)
+from ..draw.request import CONFIDENCE_DTYPES
+from ..heads import HeadLike
+from ..models.call import Context
+from .arguments import check_counts, check_filters, check_fraction
+from .blocks import Layout, Step, counted_steps, known_steps, open_steps, planned_steps
+from .loop import Answer, Guidance, Rule, Run, Visit, check_flags
+from .ranking import choose, defer
 
 __all__ = ["CONFIDENCE_RULES", "sample_confidence"]
 
-# The field of `Draw` that each rule reads.
-_FIELDS = {
-    "low_confidence": ("raw_prob",),
-    "random": (),
-    "maskgit_plus": ("prob",),
-    "topk_margin": ("margin",),
-    "entropy": ("entropy",),
-    "origin": (),
+# The statistic of the draw that each rule reads, and its sign.
+_FIELDS: dict[str, tuple[str, int] | None] = {
+    "low_confidence": ("raw_prob", 1),
+    "random": None,
+    "maskgit_plus": ("prob", 1),
+    "topk_margin": ("margin", 1),
+    "entropy": ("entropy", -1),
+    "origin": None,
 }
 CONFIDENCE_RULES = tuple(_FIELDS)
-# Step numbers of the generator for noise on confidences; λ takes those from 0 on.
-_ORDER = 2**30
+
+
+class _Confidence(Rule):
+    def __init__(self, name: str, layout: Layout, options: dict[str, Any]):
+        self.name, self.layout, self.options = name, layout, options
+        self.threshold: float | None = None
+        self.factor: float | None = None
+        self.temperature = self.guidance_scale = 0.0
+        self.active_only = True
+        self.deferred: Tensor | None = None
+
+    def visits(self, run: Run) -> Iterator[Visit]:
+        given = ~run.masked()
+        place = torch.arange(run.positions, device=run.device)
+        field = _FIELDS[self.name]
+        want = () if field is None else (field[0],)
+        options = self.options
+        # The draw's logsumexp is that of the plain logits unless something changed them.
+        changed = options["temperature"] not in (0.0, 1.0) or options["top_k"] or options["top_p"]
+        if self.deferred is not None and not changed:
+            want = (*want, "logsumexp")
+        for step in self._steps(run):
+            self.step, self.active = step, run.masked() & (place < step.limit)
+            rows = run.rows_of(self.active, step.rows) if step.flat is None else step.flat
+            guidance = None
+            if self.guidance_scale:
+                without = torch.where(given, run.mask_id, run.tokens)
+                guidance = Guidance(self.guidance_scale, without, run.context)
+            some = step.sequences if self.active_only else None
+            yield Visit(step.number, None, rows, some, want=want, guidance=guidance)
+
+    def _steps(self, run: Run) -> Iterator[Step]:
+        if self.threshold is not None or self.factor is not None:
+            return open_steps(run, self.layout)
+        if self.name == "origin":
+            return planned_steps(run, self.layout)
+        exclude_mask = self.options["mask_id"] is not None
+        return (known_steps if exclude_mask else counted_steps)(run, self.layout)
+
+    def fill(self, run: Run, visit: Visit, answer: Answer) -> Tensor:
+        drawn, field = run.put(visit, answer.draw.token), _FIELDS[self.name]
+        if self.name == "origin":
+            return drawn
+        if field is None:
+            confidence = run.uniform(visit, 1, torch.float32)[:, 0]
+        else:
+            confidence = getattr(answer.draw, field[0]) * field[1]
+        if self.deferred is not None:
+            total = self._logsumexp(answer)
+            confidence = defer(confidence, answer, total, self.deferred)
+        ranking = confidence
+        if self.temperature:
+            noise = rng.exponential(run.uniform(visit, 4, torch.float32)[:, 1]).log().neg()
+            ranking = confidence.float() / self.temperature + noise
+        assert visit.rows is not None
+        chosen = choose(
+            confidence, ranking, visit.rows, self.step.counts, self.active, self.threshold,
+            self.factor,
+        )  # fmt: skip
+        return torch.where(chosen, drawn, run.tokens)
+
+    def _logsumexp(self, answer: Answer) -> Tensor:
+        """Of the logits without temperature and filters."""
+        total = answer.draw.logsumexp
+        if total is None:
+            total = sample(
+                answer.head,
+                temperature=0.0,
+                guidance=answer.guidance,
+                mask_id=self.options["mask_id"],
+                want=("logsumexp",),
+            ).logsumexp
+        assert total is not None
+        return total
 
 
 @torch.no_grad()
@@ -131,21 +179,17 @@ def sample_confidence(
 
     Equal confidences: the lowest position first.
 
-    Args:
-        model: callable (tokens (R, D) int64, t (R,) float32, **context) to logits (R, D, V) or a
-            head, with a third argument latent (R, L) if `latent_dim` > 0; t is the share of
-            masked positions in each sequence. In eval mode during the call if it is an
-            `nn.Module`.
-        shape: (B, D), the prompt included.
-        mask_id: the mask token.
+    Args: those of all samplers, see `di4c_fast.samplers`, and
+
+        model: t is the share of masked positions in each sequence.
         steps: in all blocks together, a multiple of their number. With a threshold: None for as
             many as it takes, or, with one block, a cap: after k steps no more positions are
             filled than `schedule="even"` would have filled, as in Fast-dLLM's Dream. With a
             factor: None.
         rule, schedule, t_min, threshold, factor: see above. `origin` uses the times and has no
-            counts.
+            counts. A threshold of probabilities or margins is in [0, 1].
         block_length: None for a single block. The last block may be shorter.
-        temperature, top_k, top_p: of the draws, as in `di4c_fast.sample`; 0 takes the argmax.
+        temperature: 0 takes the argmax.
         confidence_temperature: 0 fills the most confident; T > 0 draws positions without
             replacement with probabilities softmax(confidence / T) (Dream's `alg_temp`).
         guidance_scale: s of u + (s + 1)·(c − u), with u from a second half of the batch whose
@@ -162,256 +206,97 @@ def sample_confidence(
             still masked becomes eos_id without asking the model. None: never.
         confidence_dtype: None for fp32, or the dtype in which a repository computes confidences:
             then bit for bit by its operations, see `di4c_fast.sample`.
-        vocab_size: V, to check the model and the prompt against; None accepts the model's.
-        latent_dim: L of a mixture student; 0 for a model without λ.
-        latent: λ to use: (B, L) for every step, or (steps, B, L); (D, B, L) with a threshold or
-            a factor. None draws a fresh one per step and sequence.
-        prompt: (B, P) or (P,) int64, the first P tokens of the rows, `mask_id` where a token is
-            unknown: that is filled with the first block. Known tokens stay.
-        context: tensors (B, ...) by keyword for the model.
-        seed: int in [0, 2^63). None: taken from `generator`, or from the default generator.
-        generator: source of the seed where `seed` is None.
-        first_sequence: number of the first sequence. Randomness is a function of (seed, number
-            of the sequence, step, position), so the same sequences come out however they are
-            batched (up to the model's own rounding).
-        active_only: call the model with only the sequences that have an active position. False
-            keeps the batch's shape fixed.
-        callback: called as callback(step, total, tokens) after each step that called the model,
-            with the step's number from 1; total is `steps`, or the bound D where a rule decides.
-        history: a list to which the tokens at the start and after every step that called the
-            model are appended; with `eos_id` the result may differ from its last entry, since a
-            sequence is ended without a call.
-        device: where to sample; None for the prompt's device, else that of the module's
-            parameters, else the CPU.
+        latent: (D, B, L) for λ per step with a threshold or a factor.
+        prompt: its unknown tokens are filled with the first block.
 
-    Returns:
-        (B, D) int64.
+    The hooks hear of the steps that call the model; their total is `steps`, or the bound D where
+    a rule decides. With `eos_id` the result may differ from the last entry of `history`, since a
+    sequence is ended without a call.
 
-    Host syncs: before the loop one to read the prompt and one to count what is masked (and one to
-    read a seed from a GPU generator); inside the loop none, but with `eos_id` one per block, and
-    with `threshold`, `factor` or `exclude_mask=False` one per step, to count what is still masked.
-
-    Memory above the model's: the hidden states of the active rows, a few numbers for each, and
-    the head's budget.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; a model that
-            returns the wrong shape as soon as it does.
+    Host syncs: before the loop one to read the prompt and one to count what is masked; inside
+    none, but with `eos_id` one per block, and with `threshold`, `factor` or `exclude_mask=False`
+    one per step, to count what is still masked. Memory above the model's: the hidden states of the
+    active rows, a few numbers for each, and the head's budget.
     """
-    batch, positions = check_sizes(
-        shape,
-        mask_id=(mask_id, 0),
-        latent_dim=(latent_dim, 0),
-        first_sequence=(first_sequence, 0),
-    )
-    check_vocab_size(vocab_size, mask_id)
-    check_callable(model, "model")
-    _check_rules(rule, schedule, t_min, threshold, factor, confidence_temperature)
-    check_filters(temperature, top_k, top_p)
+    check_counts([("mask_id", mask_id, 0)])
+    check_choice(schedule, "schedule", ("even", "ancestral"))
+    check_fraction(t_min, "t_min")
+    options = check_filters(temperature, top_k, top_p)
     check_number(guidance_scale, "guidance_scale", minimum=0.0)
-    check_bool(shift, "shift")
-    check_bool(exclude_mask, "exclude_mask")
-    check_bool(active_only, "active_only")
+    check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only)
     banned = _check_ids(banned_ids, "banned_ids")
     deferred = _check_ids(deferred_ids, "deferred_ids")
-    if deferred and rule != "low_confidence":
-        raise ValueError(f'deferred_ids needs rule="low_confidence", got {rule!r}')
+    _check_rule(rule, threshold, factor, confidence_temperature, exclude_mask, bool(deferred))
     if mask_id in deferred:
         raise ValueError(f"deferred_ids must not hold the mask, {mask_id}")
-    if not exclude_mask and rule == "origin":
-        raise ValueError('exclude_mask=False needs a rule with counts, got rule="origin"')
     if eos_id is not None:
         check_counts([("eos_id", eos_id, 0)])
     if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
         known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
         raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
-    check_hooks(callback, history)
-
-    tokens = torch.full(
-        (batch, positions), mask_id, dtype=torch.int64, device=device_of(device, prompt, model)
-    )
-    device = tokens.device
-    context = check_context(context, batch, device)
-    seed = seed_of(seed, generator)
-    top_token = fill_prompt(tokens, prompt, vocab_size) if prompt is not None else 0
-    top_id = max([mask_id, *banned, *deferred, eos_id or 0])
-    prompt_length = 0 if prompt is None else prompt.shape[-1]
-    given = tokens != mask_id
-    rest = positions - prompt_length
+    ids = {"mask_id": mask_id, "banned_ids": max(banned, default=0), "eos_id": eos_id or 0}
+    ids["deferred_ids"] = max(deferred, default=0)
+    run = Run(model, shape, device, prompt)
+    run.set_seed(seed, generator, first_sequence)
+    run.set_vocabulary(vocab_size, ids)
+    run.set_tokens(mask_id, prompt, context)
     if block_length is not None:
         check_counts([("block_length", block_length, 1)])
     layout = Layout(
-        mask_id=mask_id,
-        prompt_length=prompt_length,
-        positions=positions,
-        block_length=block_length or max(rest, 1),
-        steps=None,
-        schedule=schedule,
-        t_min=t_min,
-        eos_id=eos_id,
+        0 if prompt is None else prompt.shape[-1],
+        run.positions,
+        block_length or 0,
+        _check_steps(steps, threshold, factor),
+        schedule,
+        t_min,
+        eos_id,
+        capped=threshold is not None,
     )
-    layout = _with_steps(layout, steps, threshold, factor)
     open_ended = threshold is not None or factor is not None
-    total = positions if open_ended or steps is None else steps
-    latent = latents_of(
-        latent,
-        latent_dim,
-        total,
-        batch,
-        seed=seed,
-        first_sequence=first_sequence,
-        device=device,
-        letter="D" if open_ended else "S",
-    )
-    state = State(tokens)
-    plan: Iterator[Step]
-    if open_ended:
-        plan = open_steps(state, layout)
-    elif rule == "origin":
-        plan = planned_steps(state, layout, seed=seed, first_sequence=first_sequence)
-    else:
-        plan = (known_steps if exclude_mask else counted_steps)(state, layout)
-    if history is not None:
-        history.append(tokens)
-    first_key = first_sequence * positions
-    place = torch.arange(positions, device=device)
-    everyone = torch.arange(batch, device=device)
-    banned_at = torch.tensor(banned, dtype=torch.int64, device=device)
-    deferred_at = torch.tensor(deferred, dtype=torch.int64, device=device)
-    # The draw's logsumexp is that of the plain logits unless something changed them.
-    plain = temperature in (0.0, 1.0) and top_k is None and top_p is None
-    want = _FIELDS[rule] + (("logsumexp",) if deferred and plain else ())
-    checked = False
-
-    with evaluation_mode(model):
-        for step in plan:
-            tokens = state.tokens
-            active = (tokens == mask_id) & (place < step.limit)
-            flat = step.flat
-            if flat is None:
-                # The first `rows` of a stable sort: nonzero() would wait for the device.
-                order = (~active).flatten().to(torch.int8).argsort(stable=True)
-                flat = order[: step.rows]
-            sequences = step.sequences if active_only else everyone
-            lam = latent if latent is None or latent.ndim == 2 else latent[step.number]
-            head = _call(
-                model, tokens, given, sequences, lam, context, mask_id, guidance_scale, vocab_size
-            )
-            if not checked:
-                _check_vocabulary(head.shape[-1], top_id, top_token)
-                checked = True
-            number = torch.zeros(batch, dtype=torch.int64, device=device)
-            number[sequences] = everyone[: len(sequences)]
-            rows = number[flat // positions] * positions + flat % positions
-            if shift:
-                rows = rows - (flat % positions > 0).long()
-            guidance = None
-            if guidance_scale:
-                guidance = (head.take(rows + len(sequences) * positions), guidance_scale)
-            taken = without(head.take(rows), banned_at)
-            draw = sample(
-                taken,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                guidance=guidance,
-                mask_id=mask_id if exclude_mask else None,
-                seed=seed,
-                step=step.number,
-                row_keys=flat + first_key,
-                want=want,
-                confidence_dtype=confidence_dtype if _FIELDS[rule] else None,
-            )
-            drawn = tokens.flatten().index_copy(0, flat, draw.token).view(batch, positions)
-            if rule == "origin":
-                tokens = drawn
-            else:
-                noise_step, keys = _ORDER + step.number, flat + first_key
-                if rule == "random":
-                    confidence = rng.uniform(seed, noise_step, keys, 1)[:, 0]
-                else:
-                    confidence = _confidence(draw, rule)
-                if deferred:
-                    total_mass = draw.logsumexp
-                    if total_mass is None:
-                        total_mass = sample(
-                            taken,
-                            temperature=0.0,
-                            guidance=guidance,
-                            mask_id=mask_id if exclude_mask else None,
-                            want=("logsumexp",),
-                        ).logsumexp
-                    assert total_mass is not None
-                    confidence = defer(
-                        confidence, draw.token, total_mass, deferred_at, taken, guidance
-                    )
-                ranking = confidence
-                if confidence_temperature:
-                    u = rng.uniform(seed, noise_step, keys, 4)[:, 1]
-                    gumbel = rng.exponential(u).log().neg()
-                    ranking = confidence.float() / confidence_temperature + gumbel
-                chosen = choose(confidence, ranking, flat, step.counts, active, threshold, factor)
-                tokens = torch.where(chosen, drawn, tokens)
-            state.tokens = tokens
-            if history is not None:
-                history.append(tokens)
-            if callback is not None:
-                callback(step.number + 1, total, tokens)
-    return state.tokens
+    total = run.positions if open_ended or steps is None else steps
+    run.set_latents(latent, latent_dim, total, "D" if open_ended else "S")
+    run.set_hooks(callback, history)
+    options["mask_id"] = mask_id if exclude_mask else None
+    options["confidence_dtype"] = confidence_dtype if _FIELDS[rule] else None
+    how = _Confidence(rule, layout, options)
+    how.threshold, how.factor, how.temperature = threshold, factor, confidence_temperature
+    how.guidance_scale, how.shift, how.active_only = guidance_scale, shift, active_only
+    if banned:
+        how.banned = torch.tensor(banned, device=run.device)
+    if deferred:
+        how.deferred = torch.tensor(deferred, device=run.device)
+    return run.loop(how, total)
 
 
-def _call(
-    model: Callable[..., HeadLike],
-    tokens: Tensor,
-    given: Tensor,
-    sequences: Tensor,
-    lam: Tensor | None,
-    context: Context,
-    mask_id: int,
-    guidance_scale: float,
-    vocab_size: int | None,
-) -> Head:
-    """The model on some of the sequences, with guidance followed by them without their prompts."""
-    everyone = len(sequences) == len(tokens)
-    inputs = tokens if everyone else tokens[sequences]
-    some = context if everyone else select_context(context, sequences)
-    lam = lam if lam is None or everyone else lam[sequences]
-    t = (inputs == mask_id).float().mean(1)
-    if guidance_scale:
-        without = torch.where(given if everyone else given[sequences], mask_id, inputs)
-        inputs = torch.cat([inputs, without])
-        t = torch.cat([t, (without == mask_id).float().mean(1)])
-        lam = None if lam is None else torch.cat([lam, lam])
-        some = {key: torch.cat([value, value]) for key, value in some.items()}
-    return call_model(model, "model", inputs, t, lam, some, vocab_size)
-
-
-def _confidence(draw: Draw, rule: str) -> Tensor:
-    (field,) = _FIELDS[rule]
-    value = getattr(draw, field)
-    return -value if rule == "entropy" else value
-
-
-def _check_rules(
-    rule: Any, schedule: Any, t_min: Any, threshold: Any, factor: Any, confidence_temperature: Any
+def _check_rule(
+    rule: Any, threshold: Any, factor: Any, temperature: Any, exclude_mask: bool, deferred: bool
 ) -> None:
     check_choice(rule, "rule", CONFIDENCE_RULES)
-    check_choice(schedule, "schedule", ("even", "ancestral"))
-    check_number(t_min, "t_min")
-    if not 0.0 < t_min < 1.0:
-        raise ValueError(f"t_min must be in (0, 1), got {t_min}")
-    check_number(confidence_temperature, "confidence_temperature", minimum=0.0)
+    check_number(temperature, "confidence_temperature", minimum=0.0)
     if threshold is not None:
         check_number(threshold, "threshold")
     if factor is not None:
         check_number(factor, "factor", minimum=0.0)
-    if threshold is not None and factor is not None:
-        raise ValueError("threshold and factor exclude each other: pass one of them")
-    if rule in ("origin", "random") and not (threshold is None and factor is None):
-        name = "threshold" if factor is None else "factor"
-        raise ValueError(f"{name} needs a rule with confidences of the model, got {rule!r}")
-    if rule == "origin" and confidence_temperature:
-        raise ValueError('confidence_temperature needs confidences, got rule="origin"')
+    both, origin = threshold is not None and factor is not None, rule == "origin"
+    bounded = threshold is None or rule == "entropy" or 0.0 <= threshold <= 1.0
+    name = "threshold" if factor is None else "factor"
+    ruled = threshold is not None or factor is not None
+    for wrong, message in (
+        (both, "threshold and factor exclude each other: pass one of them"),
+        (not bounded, f"threshold must be in [0, 1] with rule={rule!r}, got {threshold}"),
+        (
+            ruled and rule in ("origin", "random"),
+            f"{name} needs a rule with confidences of the model, got {rule!r}",
+        ),
+        (origin and temperature, f"confidence_temperature needs confidences, got rule={rule!r}"),
+        (origin and not exclude_mask, f"exclude_mask=False needs a rule with counts, got {rule!r}"),
+        (
+            deferred and rule != "low_confidence",
+            f'deferred_ids needs rule="low_confidence", got {rule!r}',
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
 def _check_ids(ids: Any, name: str) -> list[int]:
@@ -421,36 +306,12 @@ def _check_ids(ids: Any, name: str) -> list[int]:
     return list(ids)
 
 
-def _with_steps(layout: Layout, steps: Any, threshold: Any, factor: Any) -> Layout:
-    """The layout with the steps of a block."""
+def _check_steps(steps: Any, threshold: Any, factor: Any) -> int | None:
     if steps is None:
         if threshold is None and factor is None:
             raise ValueError("steps must be an int without a threshold or a factor, got None")
-        return layout
+        return None
     check_counts([("steps", steps, 1)])
     if factor is not None:
         raise ValueError(f"steps must be None with a factor, got {steps}")
-    if threshold is not None and layout.blocks > 1:
-        raise ValueError(
-            f"steps caps a threshold in a single block only, got {layout.blocks} blocks"
-        )
-    if steps % layout.blocks:
-        raise ValueError(
-            f"steps must be a multiple of the number of blocks, {layout.blocks}, got {steps}"
-        )
-    return Layout(**{**vars(layout), "steps": steps // layout.blocks})
-
-
-def _check_vocabulary(vocabulary: int, top_id: int, top_token: int) -> None:
-    """What could not be checked before the model had said how many classes there are."""
-    if vocabulary < 2:
-        raise ValueError(f"model must return at least 2 classes with a mask_id, got {vocabulary}")
-    if top_id >= vocabulary:
-        raise ValueError(
-            "mask_id, eos_id, banned_ids and deferred_ids must be in [0, V) = "
-            f"[0, {vocabulary}) of model, got {top_id}"
-        )
-    if top_token >= vocabulary:
-        raise ValueError(
-            f"prompt must hold token ids in [0, V) = [0, {vocabulary}) of model, got {top_token}"
-        )
+    return steps

@@ -11,41 +11,66 @@ Source: the pixel experiment of Di4C (arXiv 2410.08709) on the models of tauLDR
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import (
-    check_choice,
-    check_int64,
-    check_number,
-    check_same_device,
-    check_shape,
-    check_token_range,
-    describe,
-)
-from ..draw.api import sample
+from ..checks import check_choice, describe
 from ..heads import HeadLike
-from ..models.call import Context, call_model, check_callable, check_context, evaluation_mode
-from ..models.call import repeat_context as repeat
+from ..models.call import Context, check_callable
 from ..processes.gaussian import INITIAL_LAWS, GaussianProcess
-from ._shared import (
-    PLAN,
-    check_filters,
-    check_hooks,
-    check_sizes,
-    device_of,
-    latents_of,
-    seed_of,
-)
+from .arguments import check_counts, check_filters, check_fraction
+from .loop import RULE, START, Answer, Rule, Run, Visit
 
 __all__ = ["sample_gaussian"]
 
-# Step numbers of the counter-based generator: λ and x_0 of step i have i, the start has PLAN.
-_POSTERIOR = 2**30
+
+class _Posterior(Rule):
+    def __init__(
+        self,
+        process: GaussianProcess,
+        times: list[float],
+        teacher_steps: int,
+        last: str,
+        tries: Tensor | None,
+        options: dict[str, Any],
+    ):
+        self.process, self.times, self.options = process, times, options
+        self.teacher_steps, self.last, self.tries = teacher_steps, last, tries
+
+    def visits(self, run: Run) -> Iterator[Visit]:
+        steps = len(self.times)
+        for step, time in enumerate(self.times):
+            teacher, last = step >= steps - self.teacher_steps, step == steps - 1
+            if last and self.tries is not None:
+                want = ("max_log_prob",)
+                yield Visit(step, time, None, greedy=True, tries=self.tries, want=want)
+            else:
+                greedy = last and self.last == "argmax"
+                yield Visit(step, time, None, greedy=greedy, teacher=teacher)
+
+    def fill(self, run: Run, visit: Visit, answer: Answer) -> Tensor:
+        step, token = visit.number, answer.draw.token
+        if visit.tries is not None:  # the argmax with the highest joint probability
+            assert answer.draw.max_log_prob is not None
+            joint = answer.draw.max_log_prob.sum(-1, dtype=torch.float64)
+            count = len(visit.tries) // max(run.batch, 1)
+            best = joint.view(run.batch, count).argmax(1)
+            return token[best + torch.arange(run.batch, device=run.device) * count]
+        if step == len(self.times) - 1:
+            return token
+        return self.process.posterior_step(
+            token,
+            run.tokens,
+            self.times[step],
+            self.times[step + 1],
+            seed=run.seed,
+            step=RULE + step,
+            row_keys=run.keys.view_as(token),
+        )
 
 
 @torch.no_grad()
@@ -79,175 +104,73 @@ def sample_gaussian(
     Models are called at S times, linspace(1, t_min, S): S - 1 posterior steps from each time to
     the next, then the last call at t_min. One step calls the model at t = 1 alone.
 
-    Args:
-        model: callable (tokens (R, D) int64, t (R,) float32, **context) to logits (R, D, V) or
-            a head, with a third argument latent (R, L) if `latent_dim` > 0. In eval mode during
-            the call if it is an `nn.Module`.
-        shape: (B, D).
+    Args: those of all samplers, see `di4c_fast.samplers`, and
+
         process: its matrices, V and t_min.
         steps: S >= 1, the number of model calls.
         teacher, teacher_steps: the last `teacher_steps` of the S calls go to `teacher`, called
-            without λ (the paper's student-then-teacher sampling).
-        latent_dim: L of a mixture student; 0 for a model without λ.
-        latent: λ to use: (B, L) for every step, or (S, B, L). None draws a fresh one per step
-            and sequence.
+            without λ (the paper's student-then-teacher sampling). Both models get `context`.
         last_latents: how many λ the student tries in the last call (as B·last_latents rows, those
             of a sequence adjacent); each sequence keeps the argmax of the λ with the highest
             joint probability. 1 for one argmax.
         last: "argmax" of the last call, or "draw" from it.
         initial: law of x at t = 1: the process's stationary law, "uniform", or tokens (B, D).
-        context: tensors (B, ...) by keyword for both models.
-        seed: int in [0, 2^63). None: taken from `generator`, or from the default generator.
-        generator: source of the seed where `seed` is None.
-        first_sequence: number of the first sequence. Randomness is a function of (seed, number
-            of the sequence, step, position), so the same sequences come out however they are
-            batched (up to the model's own rounding).
         t_min: time of the last call; None for that of the process.
-        temperature, top_k, top_p: of the draws of x_0, as in `di4c_fast.sample`. Other values
-            than the defaults are no longer the model's law.
-        callback: called as callback(step, total, tokens) after each of the S calls, step from 1
-            to total = S.
-        history: a list to which the tokens at the start and after every call are appended,
-            S + 1 tensors (B, D).
-        device: where to sample; None for that of `initial`, else that of the module's
-            parameters, else the CPU.
+        temperature, top_k, top_p: of the draws of x_0. Other values than the defaults are no
+            longer the model's law.
 
-    Returns:
-        (B, D) int64.
-
-    Host syncs: none in the loop; one before it to read a seed from a GPU generator.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; a model that
-            returns the wrong shape as soon as it does.
+    The hooks hear of every call. Host syncs: none in the loop.
     """
-    batch, positions = check_sizes(
-        shape,
-        steps=(steps, 1),
-        teacher_steps=(teacher_steps, 0),
-        latent_dim=(latent_dim, 0),
-        last_latents=(last_latents, 1),
-        first_sequence=(first_sequence, 0),
-    )
+    check_counts([("steps", steps, 1), ("teacher_steps", teacher_steps, 0)])
+    check_counts([("latent_dim", latent_dim, 0), ("last_latents", last_latents, 1)])
     if not isinstance(process, GaussianProcess):
         raise TypeError(f"process must be a GaussianProcess, got {describe(process)}")
-    check_callable(model, "model")
-    _check_teacher(teacher, teacher_steps, steps)
     check_choice(last, "last", ("argmax", "draw"))
-    _check_last_latents(last_latents, last, latent, latent_dim, teacher_steps)
+    _check_last_calls(teacher, teacher_steps, steps, last_latents, last, latent, latent_dim)
     t_min = process.t_min if t_min is None else t_min
-    check_number(t_min, "t_min")
-    if not 0.0 < t_min < 1.0:
-        raise ValueError(f"t_min must be in (0, 1), got {t_min}")
-    check_filters(temperature, top_k, top_p)
-    check_hooks(callback, history)
-    device = device_of(device, initial, model)
-    context = check_context(context, batch, device)
-    _check_initial(initial, (batch, positions), device, process.num_classes)
-    seed = seed_of(seed, generator)
-    latent = latents_of(
-        latent,
-        latent_dim,
-        steps,
-        batch,
-        seed=seed,
-        first_sequence=first_sequence,
-        device=device,
-    )
-    many = None
+    check_fraction(t_min, "t_min")
+    options = check_filters(temperature, top_k, top_p)
+    if not isinstance(initial, Tensor):
+        check_choice(initial, "initial", INITIAL_LAWS)
+    run = Run(model, shape, device, initial)
+    run.other = teacher
+    run.set_seed(seed, generator, first_sequence)
+    run.set_vocabulary(process.num_classes, {})
+    if not isinstance(initial, Tensor):
+        initial = process.initial(run.seed, START, run.keys.view_as(run.tokens), initial)
+    run.set_start(initial, "initial", process.num_classes, None, context)
+    run.set_latents(latent, latent_dim, steps)
+    run.set_hooks(callback, history)
+    tries = None
     if last_latents > 1:
-        numbers = torch.arange(batch) + first_sequence
-        many = rng.uniform(seed, steps - 1, numbers, last_latents * latent_dim)
-        many = many.reshape(batch * last_latents, latent_dim).to(device)
-    keys = torch.arange(batch * positions, device=device) + first_sequence * positions
-    keys = keys.view(batch, positions)
-    tokens = initial if isinstance(initial, Tensor) else process.initial(seed, PLAN, keys, initial)
-    if history is not None:
-        history.append(tokens)
-    draw: dict[str, Any] = {"seed": seed, "row_keys": keys, "want": ()}
-    draw |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        tries = rng.uniform(run.seed, steps - 1, run.sequence_keys(), last_latents * latent_dim)
+        tries = tries.reshape(run.batch * last_latents, latent_dim).to(run.device)
     times = torch.linspace(1.0, t_min, steps, dtype=torch.float64).tolist()
     if steps > 1:  # what the matrices are made of goes to the device here, not inside the loop
-        process.transitions.between(0.0, times[1], device=device, dtype=torch.float32)
-
-    def call(step: int) -> Any:
-        t = torch.full((batch,), times[step], dtype=torch.float32, device=device)
-        if step >= steps - teacher_steps:
-            assert teacher is not None
-            return call_model(teacher, "teacher", tokens, t, None, context, process.num_classes)
-        lam = latent if latent is None or latent.ndim == 2 else latent[step]
-        return call_model(model, "model", tokens, t, lam, context, process.num_classes)
-
-    with evaluation_mode(model, teacher):
-        for step in range(steps):
-            if step < steps - 1:
-                x0 = sample(call(step), step=step, **draw).token
-                tokens = process.posterior_step(
-                    x0,
-                    tokens,
-                    times[step],
-                    times[step + 1],
-                    seed=seed,
-                    step=_POSTERIOR + step,
-                    row_keys=keys,
-                )
-            elif many is not None:
-                t = torch.full((many.shape[0],), times[step], dtype=torch.float32, device=device)
-                rows = tokens.repeat_interleave(last_latents, dim=0)
-                some = repeat(context, last_latents)
-                head = call_model(model, "model", rows, t, many, some, process.num_classes)
-                tokens = _best_argmax(head, batch, last_latents)
-            elif last == "argmax":
-                tokens = sample(call(step), temperature=0.0, want=()).token
-            else:
-                tokens = sample(call(step), step=step, **draw).token
-            if history is not None:
-                history.append(tokens)
-            if callback is not None:
-                callback(step + 1, steps, tokens)
-    return tokens
+        process.transitions.between(0.0, times[1], device=run.device, dtype=torch.float32)
+    return run.loop(_Posterior(process, times, teacher_steps, last, tries, options), steps)
 
 
-def _best_argmax(head: HeadLike, batch: int, count: int) -> Tensor:
-    """Of `count` rows of each sequence, the argmax with the highest joint probability."""
-    drawn = sample(head, temperature=0.0, want=("max_log_prob",))
-    assert drawn.max_log_prob is not None
-    joint = drawn.max_log_prob.sum(-1, dtype=torch.float64).view(batch, count)
-    best = joint.argmax(1) + torch.arange(batch, device=joint.device) * count
-    return drawn.token[best]
-
-
-def _check_teacher(teacher: Any, teacher_steps: int, steps: int) -> None:
+def _check_last_calls(
+    teacher: Any,
+    teacher_steps: int,
+    steps: int,
+    last_latents: int,
+    last: str,
+    latent: Any,
+    dim: int,
+) -> None:
     if teacher is not None:
         check_callable(teacher, "teacher")
     if teacher_steps > steps:
         raise ValueError(f"teacher_steps must be at most steps = {steps}, got {teacher_steps}")
     if teacher_steps and teacher is None:
         raise ValueError(f"teacher_steps = {teacher_steps} needs a teacher, got None")
-
-
-def _check_last_latents(
-    last_latents: int, last: str, latent: Any, latent_dim: int, teacher_steps: int
-) -> None:
-    if last_latents == 1:
-        return
     for wrong, reason in (
-        (latent_dim < 1, f"latent_dim >= 1, got {latent_dim}"),
+        (dim < 1, f"latent_dim >= 1, got {dim}"),
         (latent is not None, "fresh λ, but latent was passed"),
         (teacher_steps > 0, f"the student in the last step, got teacher_steps = {teacher_steps}"),
         (last != "argmax", f"last = 'argmax', got {last!r}"),
     ):
-        if wrong:
+        if wrong and last_latents > 1:
             raise ValueError(f"last_latents = {last_latents} needs {reason}")
-
-
-def _check_initial(
-    initial: Any, sizes: tuple[int, int], device: torch.device, classes: int
-) -> None:
-    if not isinstance(initial, Tensor):
-        check_choice(initial, "initial", INITIAL_LAWS)
-        return
-    check_int64(initial, "initial")
-    check_shape(initial, "initial", "B, D", sizes)
-    check_same_device(initial, "initial", torch.empty(0, device=device), "the samples")
-    check_token_range(initial, "initial", classes)

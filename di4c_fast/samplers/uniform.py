@@ -17,38 +17,20 @@ Source: the posterior of Duo (arXiv 2506.10892) and of UDLM (arXiv 2412.10193).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import (
-    check_choice,
-    check_int64,
-    check_number,
-    check_same_device,
-    check_shape,
-    check_token_range,
-)
-from ..draw.api import sample
-from ..heads import Head, HeadLike, LinearHead, TensorHead
-from ..models.call import Context, call_model, check_callable, check_context, evaluation_mode
-from ._shared import (
-    check_hooks,
-    check_sizes,
-    device_of,
-    fill_prompt,
-    latents_of,
-    seed_of,
-)
+from ..checks import check_choice
+from ..heads import HeadLike
+from ..models.call import Context, check_callable
+from .arguments import check_counts, check_fraction
+from .loop import START, Answer, Rule, Run, Visit, single_logits
 
 __all__ = ["cosine_signal", "log_linear_signal", "sample_uniform_state"]
 
-# Step numbers of the generator for the choice between the parts; λ takes those from 0 on.
-_DECIDE, _PRIOR = 2**30, 2**32 - 1
-_GATHER_BYTES = 64 << 20  # of rows of the output weights at a time
 _LAST_STEPS = ("ancestral", "greedy", "none")
 
 Signal = Callable[[float], float]
@@ -60,7 +42,7 @@ def log_linear_signal(eps: float = 1e-3) -> Signal:
     >>> round(log_linear_signal()(0.5), 4)
     0.5005
     """
-    _check_eps(eps)
+    check_fraction(eps, "eps")
     return lambda t: 1.0 - (1.0 - eps) * t
 
 
@@ -70,14 +52,55 @@ def cosine_signal(eps: float = 1e-3) -> Signal:
     >>> round(cosine_signal()(0.5), 4)
     0.2934
     """
-    _check_eps(eps)
+    check_fraction(eps, "eps")
     return lambda t: 1.0 - math.cos(math.pi / 2 * (1.0 - (1.0 - eps) * t))
 
 
-def _check_eps(eps: Any) -> None:
-    check_number(eps, "eps")
-    if not 0.0 < eps < 1.0:
-        raise ValueError(f"eps must be in (0, 1), got {eps}")
+class _UniformState(Rule):
+    def __init__(self, moments: list[float], alphas: list[float], last_step: str, known: int):
+        self.moments, self.alphas, self.last_step, self.known = moments, alphas, last_step, known
+
+    def visits(self, run: Run) -> Iterator[Visit]:
+        place = torch.arange(run.batch * run.positions, device=run.device).view_as(run.tokens)
+        free = place[:, self.known :].flatten()
+        steps = len(self.alphas) - 1
+        for step in range(steps + (self.last_step != "none")):
+            greedy = step == steps and self.last_step == "greedy"
+            want = () if greedy else ("logsumexp",)
+            yield Visit(step, self.moments[step], free, greedy=greedy, want=want)
+
+    def fill(self, run: Run, visit: Visit, answer: Answer) -> Tensor:
+        draw = answer.draw
+        if visit.greedy:
+            return run.put(visit, draw.token)
+        assert draw.logsumexp is not None
+        assert visit.rows is not None
+        present = run.tokens.flatten()[visit.rows]
+        p_present = (single_logits(answer.head, present) - draw.logsumexp).double().exp()
+        alpha, following = (*self.alphas, 1.0)[visit.number : visit.number + 2]
+        u = run.uniform(visit, 2)
+        size = answer.head.shape[-1]
+        return run.put(visit, _mix(present, p_present, draw.token, u, alpha, following, size))
+
+
+def _mix(
+    present: Tensor,
+    p_present: Tensor,
+    drawn: Tensor,
+    u: Tensor,
+    alpha_t: float,
+    alpha_s: float,
+    vocabulary: int,
+) -> Tensor:
+    """One of: the present token, a draw from p, a uniform token; u (R, 2) float64 decides."""
+    ratio = alpha_t / alpha_s
+    stay = alpha_t * vocabulary * p_present + (ratio - alpha_t)
+    from_p = alpha_s - alpha_t
+    uniform = (1.0 - ratio) * (1.0 - alpha_s)
+    at = u[:, 0] * (stay + from_p + uniform)
+    anything = (u[:, 1] * vocabulary).long()
+    # Staying comes last, so that rounding at the top end of u never makes up a token.
+    return torch.where(at < uniform, anything, torch.where(at < uniform + from_p, drawn, present))
 
 
 @torch.no_grad()
@@ -114,183 +137,43 @@ def sample_uniform_state(
     without the tensors p and q, and without noise for every token. Times are
     linspace(1, t_min, steps + 1); the start is uniform over the vocabulary.
 
-    Args:
-        model: callable (tokens (R, D) int64, t (R,) float32, **context) to logits (R, D, V) or a
-            head, with a third argument latent (R, L) if `latent_dim` > 0. In eval mode during the
-            call if it is an `nn.Module`.
-        shape: (B, D).
+    Args: those of all samplers, see `di4c_fast.samplers`, and
+
         vocab_size: V.
-        steps: S >= 1.
+        steps: S >= 1; with the last step S + 1 of them for `latent`, `callback`, `history`.
         signal: "log_linear" or "cosine" (eps 1e-3), or a function α of a time in (0, 1], in
             [0, 1] and decreasing.
         condition: what the model is given as its second argument: "t", "sigma" for −log α(t) (as
             Duo's), or "alpha".
         last_step: after the S steps, at t_min: "ancestral" (the posterior at α_s = 1), "greedy"
             (the denoiser's argmax everywhere), or "none".
-        latent_dim: L of a mixture student; 0 for a model without λ.
-        latent: λ to use: (B, L) for every step, or (S + 1, B, L), the last for the last step.
-            None draws a fresh one per step and sequence.
         prompt: (B, P) or (P,) int64, the first P tokens of the rows, which never change.
         start: (B, D) int64, tokens to start from in place of uniform ones.
-        context: tensors (B, ...) by keyword for the model.
-        seed: int in [0, 2^63). None: taken from `generator`, or from the default generator.
-        generator: source of the seed where `seed` is None.
-        first_sequence: number of the first sequence. Randomness is a function of (seed, number
-            of the sequence, step, position), so the same sequences come out however they are
-            batched (up to the model's own rounding).
         t_min: last time.
-        callback: called as callback(step, total, tokens) after each step, the last included.
-        history: a list to which the tokens at the start and after every step are appended.
-        device: where to sample; None for the device of the prompt or start, else that of the
-            module's parameters, else the CPU.
 
-    Returns:
-        (B, D) int64.
-
-    Rows of the prompt never go through the head. Host syncs: before the loop one to read a
-    prompt (and one to read a seed from a GPU generator); inside the loop none.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; a model that
-            returns the wrong shape as soon as it does.
+    Rows of the prompt never go through the head. The hooks hear of every step. Host syncs: before
+    the loop one to read a prompt; inside none.
     """
-    batch, positions = check_sizes(
-        shape,
-        vocab_size=(vocab_size, 2),
-        steps=(steps, 1),
-        latent_dim=(latent_dim, 0),
-        first_sequence=(first_sequence, 0),
-    )
-    check_callable(model, "model")
+    check_counts([("steps", steps, 1), ("vocab_size", vocab_size, 2)])
     check_choice(condition, "condition", ("t", "sigma", "alpha"))
     check_choice(last_step, "last_step", _LAST_STEPS)
-    check_number(t_min, "t_min")
-    if not 0.0 < t_min < 1.0:
-        raise ValueError(f"t_min must be in (0, 1), got {t_min}")
+    check_fraction(t_min, "t_min")
     times = torch.linspace(1.0, t_min, steps + 1, dtype=torch.float64).tolist()
     alphas = _alphas(signal, times, condition)
-    check_hooks(callback, history)
-    place = device_of(device, prompt if prompt is not None else start, model)
-    tokens = torch.empty((batch, positions), dtype=torch.int64, device=place)
-    device = tokens.device
-    context = check_context(context, batch, device)
-    seed = seed_of(seed, generator)
-    keys = torch.arange(batch * positions, device=device) + first_sequence * positions
+    run = Run(model, shape, device, prompt if prompt is not None else start)
+    run.set_seed(seed, generator, first_sequence)
+    run.set_vocabulary(vocab_size, {})
     if start is None:
-        u = rng.uniform(seed, _PRIOR, keys, 1, dtype=torch.float64)
-        tokens = (u * vocab_size).long().view(batch, positions)
-    else:
-        _check_start(start, tokens, vocab_size)
-        tokens.copy_(start)
-    known = 0
-    if prompt is not None:
-        fill_prompt(tokens, prompt, vocab_size)
-        known = prompt.shape[-1]
-    latent = latents_of(
-        latent,
-        latent_dim,
-        steps + 1,
-        batch,
-        seed=seed,
-        first_sequence=first_sequence,
-        device=device,
-        letter="S + 1",
-    )
-    free = torch.arange(batch * positions, device=device).view(batch, positions)[:, known:]
-    free = free.flatten()
-    keys = keys[free]
-    if history is not None:
-        history.append(tokens)
-    total = steps + (last_step != "none")
-
-    with evaluation_mode(model):
-        for step in range(total):
-            greedy = step == steps and last_step == "greedy"
-            lam = latent if latent is None or latent.ndim == 2 else latent[step]
-            moment = {"t": times[step], "alpha": alphas[step]}.get(condition)
-            if moment is None:
-                moment = -math.log(alphas[step])
-            if free.numel():
-                t = torch.full((batch,), moment, dtype=torch.float32, device=device)
-                head = call_model(model, "model", tokens, t, lam, context, vocab_size).take(free)
-                draw = sample(
-                    head,
-                    temperature=0.0 if greedy else 1.0,
-                    seed=seed,
-                    step=step,
-                    row_keys=keys,
-                    want=() if greedy else ("logsumexp",),
-                )
-                new = draw.token
-                if not greedy:
-                    assert draw.logsumexp is not None
-                    present = tokens.flatten()[free]
-                    p_present = (logits_at(head, present) - draw.logsumexp).double().exp()
-                    following = 1.0 if step == steps else alphas[step + 1]
-                    u = rng.uniform(seed, _DECIDE + step, keys, 2, dtype=torch.float64)
-                    new = _mix(
-                        present, p_present, draw.token, u, alphas[step], following, vocab_size
-                    )
-                # Not in place: the model may have kept the tensor it was given.
-                tokens = tokens.flatten().index_copy(0, free, new).view(batch, positions)
-            if history is not None:
-                history.append(tokens)
-            if callback is not None:
-                callback(step + 1, total, tokens)
-    return tokens
-
-
-def _mix(
-    present: Tensor,
-    p_present: Tensor,
-    drawn: Tensor,
-    u: Tensor,
-    alpha_t: float,
-    alpha_s: float,
-    vocabulary: int,
-) -> Tensor:
-    """One of: the present token, a draw from p, a uniform token; u (R, 2) float64 decides."""
-    ratio = alpha_t / alpha_s
-    stay = alpha_t * vocabulary * p_present + (ratio - alpha_t)
-    from_p = alpha_s - alpha_t
-    uniform = (1.0 - ratio) * (1.0 - alpha_s)
-    at = u[:, 0] * (stay + from_p + uniform)
-    anything = (u[:, 1] * vocabulary).long()
-    # Staying comes last, so that rounding at the top end of u never makes up a token.
-    return torch.where(at < uniform, anything, torch.where(at < uniform + from_p, drawn, present))
-
-
-def logits_at(head: Head, tokens: Tensor) -> Tensor:
-    """The logit of one token per row, (R,) in fp32 (fp64 for fp64 heads), without other logits.
-
-    Args:
-        head: (R, V).
-        tokens: (R,) int64.
-    """
-    dtype = torch.promote_types(head.dtype, torch.float32)
-    if isinstance(head, TensorHead):
-        return head.logits().gather(1, tokens.unsqueeze(1))[:, 0].to(dtype)
-    if isinstance(head, LinearHead):
-        width = head.hidden.shape[-1]
-        weight, bytes_per_row = head.weight, width * dtype.itemsize
-    else:
-        bytes_per_row = head.shape[-1] * dtype.itemsize
-    size = max(1, _GATHER_BYTES // bytes_per_row)
-    parts = []
-    for rows in torch.arange(len(tokens), device=tokens.device).split(size):
-        part, ids = head.take(rows), tokens[rows]
-        if isinstance(part, LinearHead):
-            chosen = weight[ids].to(part.hidden.dtype).to(dtype)
-            value = (part.hidden.to(dtype) * chosen).sum(-1)
-            if part.bias is not None and part.bias.ndim == 2:
-                at = part.positions(torch.arange(len(ids), device=ids.device))
-                value = value + part.bias[at, ids].to(dtype)
-            elif part.bias is not None:
-                value = value + part.bias[ids].to(dtype)
-        else:
-            value = part.logits().gather(1, ids.unsqueeze(1))[:, 0].to(dtype)
-        parts.append(value)
-    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=tokens.device)
+        u = rng.uniform(run.seed, START, run.keys, 1, dtype=torch.float64)
+        start = (u * vocab_size).long().view_as(run.tokens)
+    run.set_start(start, "start", vocab_size, prompt, context)
+    run.set_latents(latent, latent_dim, steps + 1, "S + 1")
+    run.set_hooks(callback, history)
+    moments = {"t": times, "alpha": alphas}.get(condition)
+    if moments is None:
+        moments = [-math.log(alpha) for alpha in alphas]
+    rule = _UniformState(moments, alphas, last_step, 0 if prompt is None else prompt.shape[-1])
+    return run.loop(rule, steps + (last_step != "none"))
 
 
 def _alphas(signal: str | Signal, times: list[float], condition: str) -> list[float]:
@@ -309,10 +192,3 @@ def _alphas(signal: str | Signal, times: list[float], condition: str) -> list[fl
     if condition == "sigma" and alphas[0] == 0.0:
         raise ValueError('signal must be positive at t = 1 with condition="sigma", got 0.0')
     return alphas
-
-
-def _check_start(start: Any, tokens: Tensor, vocabulary: int) -> None:
-    check_int64(start, "start")
-    check_shape(start, "start", "B,D", tokens.shape)
-    check_same_device(start, "start", tokens, "the samples")
-    check_token_range(start, "start", vocabulary)

@@ -2,17 +2,26 @@
 
 A file holds its tensors by name and, in the metadata of its header, `format` (which program reads
 it) and `values`, a JSON text with everything that is not a tensor and a CRC-32 of each tensor.
+A file is written under a name of its own and renamed, so that an interruption leaves the old file
+or the new one; `hold` keeps other processes away and removes what a killed one left.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import errno
+import glob
 import json
 import os
 import pathlib
+import secrets
+import shutil
+import sys
+import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +31,104 @@ from torch import Tensor
 
 from ..checks import describe
 
+if sys.platform != "win32":
+    import fcntl
+
 PathLike = str | os.PathLike[str]
+
+
+class Hold:
+    """This process's claim to write a file; another's is an error that names this process.
+
+    It ends with the last reference to it, or with the process, however that ends. Where the
+    system has no locks of files (Windows, some network file systems) nothing is claimed.
+    """
+
+    def __init__(self, path: str):
+        descriptor = _locked(path)
+        self._end = weakref.finalize(self, _unlock, path, descriptor, os.getpid())
+        for left in glob.glob(glob.escape(path) + ".*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def release(self) -> None:
+        self._end()
+
+
+_held: weakref.WeakValueDictionary[tuple[int, str], Hold] = weakref.WeakValueDictionary()
+
+
+def hold(path: PathLike) -> Hold:
+    """Claim a file that this process will write; those who claim it in one process share it.
+
+    Leftovers of a process that was killed while it wrote are removed.
+
+    Raises:
+        RuntimeError: another process holds it; the message names that process and the folder.
+    """
+    # A forked child inherits the dictionary, but not the locks.
+    key = (os.getpid(), os.path.realpath(path))
+    held = _held.get(key)
+    if held is None:
+        held = _held[key] = Hold(key[1])
+    return held
+
+
+def _locked(path: str) -> int | None:
+    """A descriptor of `path`.lock, locked, with the name of this process in the file."""
+    if sys.platform == "win32":
+        return None
+    name = path + ".lock"
+    while True:
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(descriptor, 200).decode() or "that has just started"
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None
+            raise RuntimeError(
+                f"{path} is in use by process {owner}: wait until it ends, or choose another "
+                f"folder than {os.path.dirname(path)}"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(name), os.fstat(descriptor)):
+                break
+        os.close(descriptor)  # of a holder that has just ended and removed it
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}".encode())
+    return descriptor
+
+
+def _unlock(path: str, descriptor: int | None, owner: int) -> None:
+    if descriptor is not None:
+        if os.getpid() == owner:
+            with contextlib.suppress(OSError):
+                os.unlink(path + ".lock")
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[pathlib.Path]:
+    """A file to write in the `with`, which then takes the place of `path` in one step."""
+    path = pathlib.Path(os.path.realpath(path))  # a link stays, its target is replaced
+    # A folder: whoever writes the file may have temporary names of his own.
+    folder = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    folder.mkdir()
+    try:
+        yield folder / path.name
+        os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # as the umask says
+        with open(folder / path.name, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.name == "posix":  # the new name itself survives a crash once the folder is on disk
+        parent = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
 
 
 def write_checkpoint(
@@ -40,38 +146,26 @@ def write_checkpoint(
         FileNotFoundError: no such folder.
         OSError: the file cannot be written; a file of that name is left as it was.
     """
-    path = pathlib.Path(os.path.realpath(path))  # a link stays, its target is replaced
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path must lie in a folder that exists, got {path}")
-    if path.is_dir():
-        raise ValueError(f"path must be a file to write, got the folder {path}")
+    path = check_place(path)
     stored, aliases = _own_memory(tensors)
-    text = json.dumps(
-        {
-            "aliases": aliases,
-            "sums": {name: _sum_of(value) for name, value in stored.items()},
-            "values": values,
-        }
-    )
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    sums = {name: _sum_of(value) for name, value in stored.items()}
+    text = json.dumps({"aliases": aliases, "sums": sums, "values": values})
+    metadata = {"format": format_name, "values": text, "sum": _sum_of_text(text)}
+    with replacing(path) as temporary:
         try:
-            metadata = {"format": format_name, "values": text, "sum": _sum_of_text(text)}
             save_file(stored, str(temporary), metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name itself survives a crash once the folder is on disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+
+def check_place(path: PathLike) -> pathlib.Path:
+    """The path of a file that could be written."""
+    path = pathlib.Path(path)
+    if not pathlib.Path(os.path.realpath(path)).parent.is_dir():
+        raise FileNotFoundError(f"path must lie in a folder that exists, got {path}")
+    if path.is_dir():
+        raise ValueError(f"path must be a file to write, got the folder {path}")
+    return path
 
 
 def read_checkpoint(path: PathLike, format_name: str) -> tuple[dict[str, Tensor], Any]:

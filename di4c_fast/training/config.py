@@ -86,7 +86,7 @@ class DistillConfig:
                 bracket = "(" if name == "teacher_step" else "["
                 raise ValueError(f"{name} must be in {bracket}0, 1], got {value}")
         check_choice(self.data_schedule, "data_schedule", SCHEDULES)
-        check_choice(self.backend, "backend", backends.LOSS_BACKENDS)
+        check_choice(self.backend, "backend", backends.names())
 
 
 _COUNTS = ("components", "latent_dim", "teacher_components")

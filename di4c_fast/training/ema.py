@@ -27,6 +27,11 @@ class EMA:
         module: whose weights are averaged; held by reference.
         decay: in [0, 1) (the paper: 0.9999).
         warmup: start with a shorter memory.
+
+    Attributes:
+        updates: how many there were.
+        shadow: the averages by name.
+        is_applied: whether the module holds the average now.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.9999, *, warmup: bool = True):
@@ -37,7 +42,7 @@ class EMA:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.module, self.decay, self.warmup = module, float(decay), bool(warmup)
         self.updates = 0
-        self._applied = False
+        self.is_applied = False
         averaged = dict(module.named_parameters())
         self.shadow = {
             name: _average_of(value) if name in averaged else value.detach().clone()
@@ -66,7 +71,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Take the module's present weights into the average."""
-        if self._applied:
+        if self.is_applied:
             raise RuntimeError("EMA.update() inside EMA.applied(): the module holds the average")
         live = self._live()
         self.updates += 1
@@ -88,15 +93,15 @@ class EMA:
     @contextlib.contextmanager
     def applied(self) -> Iterator[nn.Module]:
         """The module with the averaged weights inside the `with`, its own again after it."""
-        if self._applied:
+        if self.is_applied:
             raise RuntimeError("EMA.applied() is already active")
         kept = {name: value.detach().clone() for name, value in self._live().items()}
-        self._applied = True
+        self.is_applied = True
         try:
             self._write(self.shadow)
             yield self.module
         finally:
-            self._applied = False
+            self.is_applied = False
             self._write(kept)
 
     @torch.no_grad()

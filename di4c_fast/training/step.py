@@ -27,20 +27,20 @@ from ..checks import (
     describe,
     without_autocast,
 )
-from ..heads import HeadLike
+from ..heads import Head, HeadLike
 from ..loss.api import LossTerms, loss
 from ..models.call import (
     Context,
+    call_model,
     check_callable,
     check_context,
     evaluation_mode,
+    repeat_context,
     select_context,
-    split_examples,
 )
 from ..models.latent import draw_latents
 from ..processes import Process
-from ..rng import check_generator
-from .component import call_components, component_step
+from ..rng import check_generator, generator_uniform
 from .config import SCHEDULES, DistillConfig, Schedule, data_weights
 from .ema import EMA
 
@@ -161,75 +161,41 @@ def distill_step(
             something of the wrong shape.
     """
     config = DistillConfig() if config is None else config
-    check_callable(student, "student")
-    check_callable(teacher, "teacher")
-    check_int64(x0, "x0")
-    check_rank(x0, "x0", exactly=2)
-    check_generator(generator)
-    if not isinstance(process, Process):
-        raise TypeError(f"process must be a Process such as MaskedProcess, got {describe(process)}")
-    if not isinstance(config, DistillConfig):
-        raise TypeError(f"config must be a DistillConfig or None, got {describe(config)}")
-    if backward is not None:
-        check_callable(backward, "backward")
-    component_time = process.component_time
-    if component_time is not None:
-        check_number(component_time, "process.component_time")
-        if not 0.0 < component_time <= 1.0:
-            raise ValueError(f"process.component_time must be in (0, 1], got {component_time}")
-    batch = x0.shape[0]
-    draws = config.components if config.draws is None else config.draws
+    step = _Step(student, teacher, process, config, generator, return_terms, backward)
     given = {
-        "latent": (latent, config.components),
-        "latent_u": (latent_u, draws),
-        "latent_teacher": (latent_teacher, config.teacher_components),
-        "latent_min": (latent_min, config.components),
+        "latent": latent,
+        "latent_u": latent_u,
+        "latent_teacher": latent_teacher,
+        "latent_min": latent_min,
     }
-    for name, (value, rows) in given.items():
-        if value is not None:
-            _check_latent(value, name, (batch, rows, config.latent_dim), x0)
-    if latent_teacher is not None and config.teacher_components == 1:
-        raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
-    if latent_min is not None and component_time is None:
-        raise ValueError(
-            f"latent_min needs a process with a component_time, got {describe(process)}"
-        )
-    context = check_context(context, batch, x0.device)
-
-    t_host = _times_on_host(t, process, config, batch, generator)
+    step.check(x0, given)
+    context = check_context(context, len(x0), x0.device)
+    t_host = step.times_on_host(t, len(x0))
     if t is None:
         t = t_host.to(x0.device, non_blocking=True)
     else:
         check_same_device(t, "t", x0, "x0")
-    if batch == 0:
-        return _empty_step(student, x0, t, latent, config, draws, return_terms, backward)
+    if not len(x0):
+        return step.empty(x0, t, latent)
     xt = process.corrupt(x0, t, valid=valid, generator=generator)
     u = process.step_time(t, config.teacher_step, generator=generator)
-
-    def latents(given: Tensor | None, rows: int) -> Tensor:
-        if given is not None:
-            return given
-        return draw_latents(batch, rows, config.latent_dim, generator=generator, device=x0.device)
-
-    latent = latents(latent, config.components)
-    latent_u = latents(latent_u, draws)
+    latent = step.latents("latent", latent, x0)
+    latent_u = step.latents("latent_u", latent_u, x0)
     if config.teacher_components > 1:
-        latent_teacher = latents(latent_teacher, config.teacher_components)
+        latent_teacher = step.latents("latent_teacher", latent_teacher, x0)
 
+    component_time = process.component_time
     low = t_host < config.low_t if component_time is None else torch.zeros_like(t_host).bool()
     # Examples that need the x_u pass first, so that both kinds are contiguous slices.
     order = torch.argsort(low.int(), stable=True)
-    high = batch - int(low.sum())
-    permuted = 0 < high < batch and not bool((order[1:] > order[:-1]).all())
+    high = len(x0) - int(low.sum())
+    permuted = 0 < high < len(x0) and not bool((order[1:] > order[:-1]).all())
     examples = _Examples(x0, t, u, xt, latent, latent_u, latent_teacher, valid, context)
     if permuted:
         order = order.to(x0.device, non_blocking=True)
         examples = examples.select(order)
-    value, terms, xu = _sorted_step(
-        student, teacher, examples, high, draws, process, config, generator, return_terms
-    )
-    if backward is not None:
-        value = _run_backward(backward, value)
+    value, terms, xu = step.run(examples, high)
+    value = step.hand_over(value)
     if permuted:
         inverse = torch.argsort(order)
         terms = None if terms is None else LossTerms(*(term[inverse] for term in terms))
@@ -243,66 +209,15 @@ def distill_step(
         if terms is not None:
             terms = terms._replace(component=torch.zeros_like(terms.component))
         return dataclasses.replace(output, terms=terms)
-    latent_min = latents(latent_min, config.components)
-    part, component, t_min, x_min = component_step(
-        student, teacher, x0, latent_min, valid, context, component_time, process, config, generator
-    )
-    if backward is not None:
-        part = _run_backward(backward, part)
+    latent_min = step.latents("latent_min", latent_min, x0)
+    part, component, t_min, x_min = step.component(x0, latent_min, valid, context, component_time)
     return dataclasses.replace(
         output,
-        loss=value + part,
+        loss=value + step.hand_over(part),
         terms=None if terms is None else terms._replace(component=component),
         t_min=t_min,
         x_min=x_min,
         latent_min=latent_min.detach(),
-    )
-
-
-def _run_backward(backward: Callable[[Tensor], None], part: Tensor) -> Tensor:
-    """The part's value, its graph handed to the caller's function."""
-    # Casts that autocast made in one pass belong to the graph that is about to be freed.
-    torch.clear_autocast_cache()
-    with without_autocast(part.device):
-        backward(part)
-    return part.detach()
-
-
-def _empty_step(
-    student: Callable[..., HeadLike],
-    x0: Tensor,
-    t: Tensor,
-    latent: Tensor | None,
-    config: DistillConfig,
-    draws: int,
-    return_terms: bool,
-    backward: Callable[[Tensor], None] | None,
-) -> DistillOutput:
-    """A step without examples: loss 0, which every weight of the student has a part in."""
-    sources: list[Tensor] = []
-    if isinstance(student, nn.Module):
-        sources = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if latent is not None and latent.requires_grad:
-        sources.append(latent)
-    value = torch.zeros((), device=x0.device, requires_grad=not sources)
-    for source in sources:  # sums of nothing: weights that are not finite leave no NaN
-        value = value + source.flatten()[:0].sum().to(value)
-    if backward is not None:
-        value = _run_backward(backward, value)
-
-    def empty(*sizes: int) -> Tensor:
-        return torch.zeros((0, *sizes), device=x0.device)
-
-    return DistillOutput(
-        value,
-        LossTerms(*(empty() for _ in LossTerms._fields)) if return_terms else None,
-        t.detach(),
-        t.detach().clone(),
-        x0.clone(),
-        None,
-        empty(config.components, config.latent_dim),
-        empty(draws, config.latent_dim),
-        torch.zeros(0, dtype=torch.bool),
     )
 
 
@@ -329,122 +244,280 @@ class _Examples:
         return dataclasses.replace(self, **changes)
 
 
-def _sorted_step(
-    student: Callable[..., HeadLike],
-    teacher: Callable[..., HeadLike],
-    examples: _Examples,
-    high: int,
-    draws: int,
-    process: Process,
-    config: DistillConfig,
-    generator: torch.Generator | None,
-    return_terms: bool,
-) -> tuple[Tensor, LossTerms | None, Tensor | None]:
-    """The three model passes and the loss, the first `high` examples with consistency terms."""
-    batch = examples.x0.shape[0]
-    xu, consistency = None, None
-    with torch.no_grad(), evaluation_mode(student, teacher):
-        targets = call_components(
-            teacher, "teacher", examples.xt, examples.t, examples.latent_teacher, examples.context
-        )
-    vocab_size = targets.shape[-1]
-    # Some versions of PyTorch reuse the casts that autocast made without a graph.
-    torch.clear_autocast_cache()
-    # Before the draws: a student of fewer classes must not be called with tokens it lacks.
-    prediction = call_components(
-        student, "student", examples.xt, examples.t, examples.latent, examples.context, vocab_size
-    )
-    if high:
-        front = examples.select(slice(high))
-        with torch.no_grad(), evaluation_mode(student, teacher):
-            front_targets = targets if high == batch else split_examples(targets, high)[0]
-            xu = process.teacher_step(
-                front.xt,
-                front.t,
-                front.u,
-                front_targets,
-                draws,
-                valid=front.valid,
-                generator=generator,
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What all parts of a step share.
+
+    Shapes: B examples, N components, D positions, V classes, L latent dimensions.
+    """
+
+    student: Callable[..., HeadLike]
+    teacher: Callable[..., HeadLike]
+    process: Process
+    config: DistillConfig
+    generator: torch.Generator | None
+    return_terms: bool
+    backward: Callable[[Tensor], None] | None
+
+    def check(self, x0: Tensor, given: dict[str, Tensor | None]) -> None:
+        check_callable(self.student, "student")
+        check_callable(self.teacher, "teacher")
+        check_int64(x0, "x0")
+        check_rank(x0, "x0", exactly=2)
+        check_generator(self.generator)
+        process, config = self.process, self.config
+        if not isinstance(process, Process):
+            raise TypeError(
+                f"process must be a Process such as MaskedProcess, got {describe(process)}"
             )
-            consistency = call_components(
-                student, "student", xu, front.u, front.latent_u, front.context, vocab_size
+        if not isinstance(config, DistillConfig):
+            raise TypeError(f"config must be a DistillConfig or None, got {describe(config)}")
+        if self.backward is not None:
+            check_callable(self.backward, "backward")
+        time = process.component_time
+        if time is not None:
+            check_number(time, "process.component_time")
+            if not 0.0 < time <= 1.0:
+                raise ValueError(f"process.component_time must be in (0, 1], got {time}")
+        for name, value in given.items():
+            if value is not None:
+                letter, rows = self.rows(name)
+                check_floating(value, name)
+                sizes = (len(x0), rows, config.latent_dim)
+                check_shape(value, name, f"B, {letter}, L", sizes)
+                check_same_device(value, name, x0, "x0")
+        if given["latent_teacher"] is not None and config.teacher_components == 1:
+            raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
+        if given["latent_min"] is not None and time is None:
+            raise ValueError(
+                f"latent_min needs a process with a component_time, got {describe(process)}"
             )
 
-    def part_loss(
-        part: _Examples, student_head: HeadLike, teacher_head: HeadLike, low: bool
-    ) -> tuple[Tensor, LossTerms | None]:
-        masks = process.loss_mask_id is not None
-        # The mean over the batch sits in the weights, so that nothing is scaled afterwards.
-        share = 1.0 / batch
-        arguments: dict[str, Any] = {
-            "consistency": None if low else consistency,
-            "xt": part.xt if masks else None,
-            "xu": xu if masks and not low else None,
-            "mask_id": process.loss_mask_id,
-            "valid": part.valid,
-            "data_weight": data_weights(part.t, config.data_schedule, config.data_weight * share),
-            "teacher_weight": config.teacher_weight * share,
-            "consistency_weight": 0.0 if low else config.consistency_weight * share,
-            "component_weight": config.component_weight * share if low else 0.0,
-            "control_variate": config.control_variate,
-            "reduction": "sum",
-            "generator": generator,
-            "backend": config.backend,
-        }
-        if return_terms:
-            return loss(student_head, teacher_head, part.x0, return_terms=True, **arguments)
-        return loss(student_head, teacher_head, part.x0, **arguments), None
+    def rows(self, name: str) -> tuple[str, int]:
+        """The letter and the number of an example's latents of that name."""
+        config = self.config
+        if name == "latent_u":
+            return "K", config.components if config.draws is None else config.draws
+        if name == "latent_teacher":
+            return "M", config.teacher_components
+        return "N", config.components
 
-    if high in (0, batch):
-        value, terms = part_loss(examples, prediction, targets, low=high == 0)
-        return value, terms, xu
-    students = split_examples(prediction, high)
-    teachers = split_examples(targets, high)
-    cuts = (slice(high), slice(high, None))
-    (front_value, front_terms), (back_value, back_terms) = (
-        part_loss(examples.select(cut), students[i], teachers[i], low=i == 1)
-        for i, cut in enumerate(cuts)
-    )
-    terms = None
-    if front_terms is not None and back_terms is not None:
-        terms = LossTerms(*map(torch.cat, zip(front_terms, back_terms, strict=True)))
-    assert xu is not None
-    rest = examples.xt[high:].unsqueeze(1).expand(-1, draws, -1)
-    return front_value + back_value, terms, torch.cat([xu, rest])
+    def latents(self, name: str, given: Tensor | None, x0: Tensor) -> Tensor:
+        if given is not None:
+            return given
+        return self.new_latents(len(x0), self.rows(name)[1], x0.device)
 
+    def new_latents(self, batch: int, rows: int, device: torch.device) -> Tensor:
+        size = self.config.latent_dim
+        return draw_latents(batch, rows, size, generator=self.generator, device=device)
 
-def _check_latent(value: Any, name: str, sizes: tuple[int, int, int], x0: Tensor) -> None:
-    check_floating(value, name)
-    count = {"latent_u": "K", "latent_teacher": "M"}.get(name, "N")
-    letters = f"B, {count}, L"
-    check_shape(value, name, letters, sizes)
-    check_same_device(value, name, x0, "x0")
+    def times_on_host(self, t: Tensor | None, batch: int) -> Tensor:
+        """The times (B,) on the CPU, checked."""
+        if t is None:
+            # Without a low branch no share of the times is set aside for it.
+            low = self.process.component_time is None and self.config.low_t > 0.0
+            return self.process.sample_times(
+                batch,
+                low_t=self.config.low_t if low else 0.0,
+                low_t_probability=self.config.low_t_probability if low else 0.0,
+                generator=self.generator,
+                device="cpu",
+            )
+        check_floating(t, "t")
+        check_shape(t, "t", "B,", (batch,))
+        t_host = t.detach().cpu()
+        wrong = ~((t_host > 0) & (t_host <= 1))
+        if bool(wrong.any()):
+            index = int(wrong.nonzero()[0])
+            raise ValueError(f"t must hold times in (0, 1], got {t_host[index].item()} at {index}")
+        return t_host
 
+    def hand_over(self, part: Tensor) -> Tensor:
+        """A part's value, its graph given to the caller's `backward` if there is one."""
+        if self.backward is None:
+            return part
+        # Casts that autocast made in one pass belong to the graph that is about to be freed.
+        torch.clear_autocast_cache()
+        with without_autocast(part.device):
+            self.backward(part)
+        return part.detach()
 
-def _times_on_host(
-    t: Tensor | None,
-    process: Process,
-    config: DistillConfig,
-    batch: int,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """The times (B,) on the CPU, checked."""
-    if t is None:
-        # Without a low branch no share of the times is set aside for it.
-        low = process.component_time is None and config.low_t > 0.0
-        return process.sample_times(
-            batch,
-            low_t=config.low_t if low else 0.0,
-            low_t_probability=config.low_t_probability if low else 0.0,
-            generator=generator,
-            device="cpu",
+    def empty(self, x0: Tensor, t: Tensor, latent: Tensor | None) -> DistillOutput:
+        """A step without examples: loss 0, which every weight of the student has a part in."""
+        sources: list[Tensor] = []
+        if isinstance(self.student, nn.Module):
+            sources = [p for p in self.student.parameters() if p.requires_grad]
+        if latent is not None and latent.requires_grad:
+            sources.append(latent)
+        value = torch.zeros((), device=x0.device, requires_grad=not sources)
+        for source in sources:  # sums of nothing: weights that are not finite leave no NaN
+            value = value + source.flatten()[:0].sum().to(value)
+        none = torch.zeros(0, device=x0.device)
+        latents = (self.latents(name, None, x0) for name in ("latent", "latent_u"))
+        return DistillOutput(
+            self.hand_over(value),
+            LossTerms(*[none] * len(LossTerms._fields)) if self.return_terms else None,
+            t.detach(),
+            t.detach().clone(),
+            x0.clone(),
+            None,
+            *latents,
+            torch.zeros(0, dtype=torch.bool),
         )
-    check_floating(t, "t")
-    check_shape(t, "t", "B,", (batch,))
-    t_host = t.detach().cpu()
-    wrong = ~((t_host > 0) & (t_host <= 1))
-    if bool(wrong.any()):
-        index = int(wrong.nonzero()[0])
-        raise ValueError(f"t must hold times in (0, 1], got {t_host[index].item()} at {index}")
-    return t_host
+
+    def call(
+        self,
+        name: str,
+        tokens: Tensor,
+        t: Tensor,
+        latent: Tensor | None,
+        context: Context,
+        vocab_size: int | None = None,
+    ) -> Head:
+        """One call for all components of all examples; a head (B, N, D, V), or (B, D, V).
+
+        Args:
+            name: "student" or "teacher".
+            tokens: (B, D), the same for each component, or (B, N, D).
+            latent: (B, N, L), or None for a model without λ.
+        """
+        model = getattr(self, name)
+        if latent is None:
+            return call_model(model, name, tokens, t, None, context, vocab_size)
+        batch, rows = latent.shape[:2]
+        if tokens.ndim == 2:
+            tokens = tokens.unsqueeze(1).expand(-1, rows, -1)
+        tokens, t = tokens.flatten(0, 1), t.repeat_interleave(rows)
+        latent, context = latent.flatten(0, 1), repeat_context(context, rows)
+        head = call_model(model, name, tokens, t, latent, context, vocab_size)
+        return head.unflatten(batch, rows)
+
+    def targets(self, tokens: Tensor, t: Tensor, latent: Tensor | None, context: Context) -> Head:
+        with torch.no_grad(), evaluation_mode(self.student, self.teacher):
+            head = self.call("teacher", tokens, t, latent, context)
+        # Some versions of PyTorch reuse the casts that autocast made without a graph.
+        torch.clear_autocast_cache()
+        return head
+
+    def loss(
+        self, student: Head, teacher: Head, x0: Tensor, xt: Tensor, valid: Any, **options: Any
+    ) -> Any:
+        mask = self.process.loss_mask_id
+        return loss(
+            student,
+            teacher,
+            x0,
+            xt=None if mask is None else xt,
+            mask_id=mask,
+            valid=valid,
+            control_variate=self.config.control_variate,
+            generator=self.generator,
+            backend=self.config.backend,
+            **options,
+        )
+
+    def run(self, examples: _Examples, high: int) -> tuple[Tensor, LossTerms | None, Tensor | None]:
+        """The three model passes and the loss, the first `high` examples with consistency terms."""
+        batch, config, process = len(examples.x0), self.config, self.process
+        xu, consistency = None, None
+        targets = self.targets(examples.xt, examples.t, examples.latent_teacher, examples.context)
+        vocab_size = targets.shape[-1]
+        # Before the draws: a student of fewer classes must not be called with tokens it lacks.
+        prediction = self.call(
+            "student", examples.xt, examples.t, examples.latent, examples.context, vocab_size
+        )
+        draws = self.rows("latent_u")[1]
+        if high:
+            front = examples.select(slice(high))
+            with torch.no_grad(), evaluation_mode(self.student):
+                xu = process.teacher_step(
+                    front.xt,
+                    front.t,
+                    front.u,
+                    targets if high == batch else targets.split(high)[0],
+                    draws,
+                    valid=front.valid,
+                    generator=self.generator,
+                )
+                consistency = self.call(
+                    "student", xu, front.u, front.latent_u, front.context, vocab_size
+                )
+
+        def part_loss(
+            part: _Examples, student: Head, teacher: Head, low: bool
+        ) -> tuple[Tensor, LossTerms | None]:
+            # The mean over the batch sits in the weights, so that nothing is scaled afterwards.
+            share = 1.0 / batch
+            result = self.loss(
+                student,
+                teacher,
+                part.x0,
+                part.xt,
+                part.valid,
+                consistency=None if low else consistency,
+                xu=None if low or process.loss_mask_id is None else xu,
+                data_weight=data_weights(part.t, config.data_schedule, config.data_weight * share),
+                teacher_weight=config.teacher_weight * share,
+                consistency_weight=0.0 if low else config.consistency_weight * share,
+                component_weight=config.component_weight * share if low else 0.0,
+                reduction="sum",
+                return_terms=self.return_terms,
+            )
+            return result if self.return_terms else (result, None)
+
+        if high in (0, batch):
+            return *part_loss(examples, prediction, targets, low=high == 0), xu
+        (value, terms), (low_value, low_terms) = (
+            part_loss(examples.select(cut), student, teacher, low)
+            for cut, student, teacher, low in zip(
+                (slice(high), slice(high, None)),
+                prediction.split(high),
+                targets.split(high),
+                (False, True),
+                strict=True,
+            )
+        )
+        if terms is not None and low_terms is not None:
+            terms = LossTerms(*map(torch.cat, zip(terms, low_terms, strict=True)))
+        assert xu is not None
+        rest = examples.xt[high:].unsqueeze(1).expand(-1, draws, -1)
+        return value + low_value, terms, torch.cat([xu, rest])
+
+    def component(
+        self, x0: Tensor, latent: Tensor, valid: Tensor | None, context: Context, time: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The component term from calls of its own: weighted mean, term (B,), t_min, x_min."""
+        batch, rows = latent.shape[:2]
+        count, weight, spread = (
+            batch * rows,
+            self.config.component_weight,
+            self.config.component_spread,
+        )
+        t = torch.full((count,), time, dtype=torch.float32, device=x0.device)
+        if spread:
+            later = generator_uniform((2, count), generator=self.generator, device=x0.device)
+            t = (t + (later[0] < 0.5) * later[1] * spread).clamp(max=1.0)
+        x0, context = x0.repeat_interleave(rows, dim=0), repeat_context(context, rows)
+        valid = None if valid is None else valid.repeat_interleave(rows, dim=0)
+        xt = self.process.corrupt(x0, t, valid=valid, generator=self.generator)
+        one = self.config.teacher_components == 1
+        targets = self.targets(
+            xt, t, None if one else self.new_latents(count, 1, x0.device), context
+        )
+        prediction = self.call(
+            "student", xt, t, latent.flatten(0, 1).unsqueeze(1), context, targets.shape[-1]
+        )
+        weighted = self.loss(
+            prediction,
+            targets,
+            x0,
+            xt,
+            valid,
+            data_weight=0.0,
+            teacher_weight=0.0,
+            consistency_weight=0.0,
+            component_weight=weight / count,
+            reduction="none",
+        )
+        term = weighted.detach().view(batch, rows).sum(1) * (batch / weight)
+        return weighted.sum(), term, t.view(batch, rows), xt.view(batch, rows, -1)

@@ -1,9 +1,10 @@
 """Block sums: the first of the two kernels of a row draw, and what both share.
 
-Shapes: R rows, V vocabulary, W = 128 tokens of a block, G = ceil(V / W) blocks of a row.
+Shapes: R rows, C components, D positions, V vocabulary, W = SAMPLE_BLOCK tokens of a block,
+G = ceil(V / W) blocks of a row. Row r is component r mod C of slot r div C.
 
-    x_v = u_v + gain (c_v - u_v)  with guidance (gain = scale + 1), else c_v;  -inf at mask_id
-    m_g = max of x over block g
+    x_v = u_v + strength (c_v - u_v)  with guidance (strength = scale + 1), else c_v
+    m_g = max of x over block g       without column mask_id
     s_g = sum of exp((x - m_g) / T)                 e_g = sum of exp((x - m_g) / T) (x - m_g) / T
 
 and s_g at T = 1 beside them where `raw_prob` needs it. The blocks of a row do not depend on each
@@ -18,39 +19,45 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tl import logits_tile, place_offset
+from .tiles import position_at, row_offset, split_position
 
 
 @triton.jit
-def guided_tile(
+def logits_of(x_ptr, offset, wanted, cols, V, mask_id, TAIL: tl.constexpr, MASKED: tl.constexpr):
+    """Logits in fp32 at offset + cols, which broadcast; -inf at mask_id and beyond V."""
+    keep = wanted
+    if TAIL:
+        keep = keep & (cols < V)
+    if MASKED:
+        keep = keep & (cols != mask_id)
+    return tl.load(x_ptr + offset + cols, mask=keep, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def guided(
     x_ptr,
-    y_ptr,
     u_ptr,
-    uy_ptr,
-    offset,  # [R] int64
+    offset,  # [R, 1] int64
     offset_u,
-    gain,  # [R] fp32
-    wanted,
-    cols,  # [W]
+    strength,  # [R, 1] fp32
+    wanted,  # [R, 1]
+    cols,  # broadcasts to [R, W]
     V,
     mask_id,
-    eps,
-    eps_u,
-    KIND: tl.constexpr,
-    KIND_U: tl.constexpr,
+    GUIDED: tl.constexpr,
     TAIL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """x of the head of this file, [R, W]."""
-    x = logits_tile(x_ptr, y_ptr, offset, wanted, cols, V, mask_id, eps, KIND, TAIL, MASKED)
-    if KIND_U >= 0:
-        u = logits_tile(u_ptr, uy_ptr, offset_u, wanted, cols, V, -1, eps_u, KIND_U, TAIL, False)
-        x = tl.where(x == float("-inf"), x, u + gain[:, None] * (x - u))
+    x = logits_of(x_ptr, offset, wanted, cols, V, mask_id, TAIL, MASKED)
+    if GUIDED:
+        u = logits_of(u_ptr, offset_u, wanted, cols, V, -1, TAIL, False)
+        x = tl.where(x == float("-inf"), x, u + strength * (x - u))
     return x
 
 
 @triton.jit
-def block_sums(
+def sums_of_blocks(
     x,  # [R, BLOCK_G * WIDTH]
     scale,  # [R], log2(e) / T
     BLOCK_R: tl.constexpr,
@@ -77,123 +84,131 @@ def block_sums(
 
 @triton.jit
 def rows_at(
-    slot,  # [R] int32
+    row,  # [R] int32
+    rows,  # rows of this draw
+    rows_ptr,
+    count_ptr,
+    temperature_ptr,
+    guidance_ptr,
     first,
-    rows,
-    heat_ptr,
-    gain_ptr,
     C,
     D,
-    heat,
-    gain,
-    stride_i,
-    stride_b,
-    stride_c,
-    stride_d,
-    stride_ui,
-    stride_ub,
-    stride_uc,
-    stride_ud,
-    ALIGN: tl.constexpr,
-    ALIGN_U: tl.constexpr,
-    HAS_HEAT: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
+    temperature,
+    guidance,
+    x_i,
+    x_b,
+    x_c,
+    x_d,
+    u_i,
+    u_b,
+    u_c,
+    u_d,
+    X_ALIGN: tl.constexpr,
+    U_ALIGN: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_GUIDANCE: tl.constexpr,
 ):
-    """Of the rows in these slots: number, whether to work on it, both offsets, T, whether it is at
-    temperature 0 (then T is 1), and gain; [R] each."""
-    row = first + slot  # rows fit in 32 bits, and 32-bit division is far cheaper
-    wanted = slot < rows
-    i = slot.to(tl.int64)
-    rest = row // D
-    b, c, d = (rest // C).to(tl.int64), (rest % C).to(tl.int64), (row % D).to(tl.int64)
-    row = row.to(tl.int64)
-    offset = place_offset(i, b, c, d, stride_i, stride_b, stride_c, stride_d, ALIGN)
-    offset_u = place_offset(i, b, c, d, stride_ui, stride_ub, stride_uc, stride_ud, ALIGN_U)
-    if HAS_HEAT:
-        temperature = tl.load(heat_ptr + row, mask=wanted, other=1.0)
+    """Of these rows: whether to work on them, both offsets, T, whether it is at temperature 0
+    (then T is 1), and strength; [R] each."""
+    # Rows fit in 32 bits, and 32-bit division is far cheaper.
+    slot, c = (row // C).to(tl.int64), (row % C).to(tl.int64)
+    _, position, wanted = position_at(
+        slot, row < rows, rows_ptr, count_ptr, first, HAS_ROWS, HAS_COUNT
+    )
+    b, d = split_position(position, D)
+    offset = row_offset(slot, b, c, d, x_i, x_b, x_c, x_d, X_ALIGN)
+    offset_u = row_offset(slot, b, c, d, u_i, u_b, u_c, u_d, U_ALIGN)
+    if HAS_TEMPERATURE:
+        t = tl.load(temperature_ptr + row, mask=wanted, other=1.0)
     else:
-        temperature = tl.zeros_like(row).to(tl.float32) + heat
-    cold = temperature == 0.0
+        t = tl.zeros_like(row).to(tl.float32) + temperature
+    cold = t == 0.0
     # Off 0 far enough for its inverse to be finite.
-    temperature = tl.where(cold, 1.0, tl.maximum(temperature, 1.0e-30))
-    if HAS_GAIN:
-        strength = tl.load(gain_ptr + row, mask=wanted, other=1.0)
+    t = tl.where(cold, 1.0, tl.maximum(t, 1.0e-30))
+    if HAS_GUIDANCE:
+        strength = tl.load(guidance_ptr + row, mask=wanted, other=0.0) + 1.0
     else:
-        strength = tl.zeros_like(row).to(tl.float32) + gain
-    return row, wanted, offset, offset_u, temperature, cold, strength
+        strength = tl.zeros_like(row).to(tl.float32) + guidance + 1.0
+    return wanted, offset, offset_u, t, cold, strength
 
 
 @triton.jit
 def _block_sums_kernel(
-    x_ptr,  # logits of the operand, or mu; in
-    y_ptr,  # log_scale of a logistic operand; in
-    u_ptr,  # the same of the unconditional logits, with KIND_U >= 0; in
-    uy_ptr,
-    heat_ptr,  # [all rows] fp32, in, with HAS_HEAT
-    gain_ptr,  # [all rows] fp32, in, with HAS_GAIN
-    parts_ptr,  # [2 + ENTROPY + RAW, R, G] fp32, out
-    first,  # number of the first row
-    rows,  # R
+    x_ptr,  # logits, in
+    u_ptr,  # unconditional logits, in, with GUIDED
+    rows_ptr,  # [A] int64, in, with HAS_ROWS
+    count_ptr,  # [] int64, in, with HAS_COUNT
+    temperature_ptr,  # [R] fp32, in, with HAS_TEMPERATURE
+    guidance_ptr,  # [R] fp32, in, with HAS_GUIDANCE
+    parts_ptr,  # [2 + ENTROPY + RAW, part, G] fp32, out
+    begin_row,  # first row of this launch
     tiles,  # programs per row
+    rows,  # R
+    first,
     C,
     D,
     V,
     G,
-    plane,  # R · G
+    plane,  # numbers between two kinds of parts
     mask_id,
-    eps,
-    eps_u,
-    heat,
-    gain,
-    stride_i,
-    stride_b,
-    stride_c,
-    stride_d,
-    stride_ui,
-    stride_ub,
-    stride_uc,
-    stride_ud,
-    KIND: tl.constexpr,
-    KIND_U: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ALIGN_U: tl.constexpr,
-    HAS_HEAT: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
+    temperature,
+    guidance,
+    x_i,
+    x_b,
+    x_c,
+    x_d,
+    u_i,
+    u_b,
+    u_c,
+    u_d,
+    X_ALIGN: tl.constexpr,
+    U_ALIGN: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_GUIDANCE: tl.constexpr,
+    GUIDED: tl.constexpr,
     ENTROPY: tl.constexpr,
     RAW: tl.constexpr,
     BLOCK_G: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    slot = pid // tiles + tl.arange(0, 1)
+    local = pid // tiles + tl.arange(0, 1)
     tile = pid % tiles
-    _, wanted, offset, offset_u, temperature, _, strength = rows_at(
-        slot, first, rows, heat_ptr, gain_ptr, C, D, heat, gain, stride_i, stride_b, stride_c,
-        stride_d, stride_ui, stride_ub, stride_uc, stride_ud, ALIGN, ALIGN_U, HAS_HEAT, HAS_GAIN,
+    wanted, offset, offset_u, t, _, strength = rows_at(
+        begin_row + local, rows, rows_ptr, count_ptr, temperature_ptr, guidance_ptr, first, C, D,
+        temperature, guidance, x_i, x_b, x_c, x_d, u_i, u_b, u_c, u_d, X_ALIGN, U_ALIGN,
+        HAS_ROWS, HAS_COUNT, HAS_TEMPERATURE, HAS_GUIDANCE,
     )  # fmt: skip
-    scale = 1.4426950408889634 / temperature
+    scale = 1.4426950408889634 / t
+    offset, offset_u, strength = offset[:, None], offset_u[:, None], strength[:, None]
+    there = wanted[:, None]
 
     columns: tl.constexpr = BLOCK_G * WIDTH
     begin = tile * columns
-    cols = begin + tl.arange(0, columns)
+    cols = begin + tl.arange(0, columns)[None, :]
     # Most tiles lie within the row and do not hold the excluded column: no comparison there.
     if (begin + columns <= V) & ((mask_id < begin) | (mask_id >= begin + columns)):
-        x = guided_tile(
-            x_ptr, y_ptr, u_ptr, uy_ptr, offset, offset_u, strength, wanted, cols, V, mask_id, eps,
-            eps_u, KIND, KIND_U, False, False,
-        )  # fmt: skip
+        x = guided(
+            x_ptr, u_ptr, offset, offset_u, strength, there, cols, V, mask_id, GUIDED, False, False
+        )
     else:
-        x = guided_tile(
-            x_ptr, y_ptr, u_ptr, uy_ptr, offset, offset_u, strength, wanted, cols, V, mask_id, eps,
-            eps_u, KIND, KIND_U, True, True,
-        )  # fmt: skip
-    peak, total, weighted, raw = block_sums(x, scale, 1, BLOCK_G, WIDTH, ENTROPY, RAW)
+        x = guided(
+            x_ptr, u_ptr, offset, offset_u, strength, there, cols, V, mask_id, GUIDED, True, True
+        )
+    peak, total, weighted, raw = sums_of_blocks(x, scale, 1, BLOCK_G, WIDTH, ENTROPY, RAW)
     g = tile * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
-    inside = wanted[:, None] & (g < G)
-    part = parts_ptr + slot[:, None].to(tl.int64) * G + g
-    tl.store(part, peak, mask=inside)
-    tl.store(part + plane, total, mask=inside)
+    inside = there & (g < G)
+    place = parts_ptr + local[:, None].to(tl.int64) * G + g
+    tl.store(place, peak, mask=inside)
+    tl.store(place + plane, total, mask=inside)
     if ENTROPY:
-        tl.store(part + 2 * plane, weighted, mask=inside)
+        tl.store(place + 2 * plane, weighted, mask=inside)
     if RAW:
-        tl.store(part + (2 + ENTROPY) * plane, raw, mask=inside)
+        tl.store(place + (2 + ENTROPY) * plane, raw, mask=inside)
+
+
+block_sums_kernel = _block_sums_kernel  # launched by `row_draw`, which puts the rows together

@@ -1,63 +1,126 @@
-"""Marginal: the mean over components of softmax, the distribution that a mixture is pulled towards.
+"""Marginal of a head: the weighted mean over components of softmax, one row per position.
 
-Shapes: B batch, C components (M of a teacher, K draws), D positions, V vocabulary.
+Shapes: A slots, C components (M of a teacher, K draws), N components of the student, D positions,
+V vocabulary.
 
-    q[slot, v] = mean_c softmax(x[c])_v          one-hot where xu[c] shows a token
+    q[slot, v] (+)= weight_b mean_c softmax(x[c])_v         one-hot where xu[c] shows a token
 
-For the consistency draws this is q_u; for a teacher that is itself a mixture, q_T. Mixture forward
-and backward read the one row that it leaves instead of C rows each, and need far fewer registers
-than if they formed the mean themselves.
+and 0 at positions where the student allows no class. For the consistency draws this is q_u, for a
+teacher q_T; two launches, the second adding, give q = teacher_weight q_T + consistency_weight q_u.
+Mixture forward and backward read the one row that it leaves instead of C rows each, and need far
+fewer registers than if they formed the mean themselves.
 
-Moves: one read of the visited rows of x, one fp32 row of V per position written.
+Moves: one read of the visited rows of x, one fp32 row of V per position written, and read
+before if it is added to.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tl import mean_softmax_tile, position_at
-from .operands import Operand, Visit, load_align
-from .tuning import launch_parameters, power_of_two
+from .tiles import (
+    COMPONENT_TILE,
+    load_align,
+    load_sums,
+    logits_tile,
+    position_at,
+    row_offset,
+    split_position,
+    visit_arguments,
+    visit_flags,
+)
+from .tuning import launch_parameters, power_of_two, tunable
+
+
+@tunable("marginal")
+@dataclasses.dataclass(frozen=True)
+class Marginal:
+    elements: int = 2048  # of a tile, C · BLOCK_V
+    warps: int = 8
+    stages: int = 3
+    split_columns: int = 4096  # columns of one program
+
+    powers_of_two = ("elements", "warps", "split_columns")
+
+
+@triton.jit
+def _softmax_sum(
+    x_ptr, shift_ptr, total_ptr, xu_ptr, slot, place, b, d, begin, C, D, cols, V, mask_id,
+    stride_i, stride_b, stride_c, stride_d,
+    ALIGN: tl.constexpr, HAS_XU: tl.constexpr, TAIL: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sum over the BLOCK_C components from `begin` on of softmax, [W]."""
+    c = begin + tl.arange(0, BLOCK_C).to(tl.int64)
+    inside = c < C
+    hidden = inside
+    if HAS_XU:
+        # int32: one comparison per element below
+        shown = tl.load(xu_ptr + (b * C + c) * D + d, mask=inside, other=mask_id).to(tl.int32)
+        hidden = inside & (shown == mask_id)
+    shift, log_total = load_sums(shift_ptr, total_ptr, place * C + c, hidden)
+    offset = row_offset(slot, b, c, d, stride_i, stride_b, stride_c, stride_d, ALIGN)
+    tile = logits_tile(x_ptr, offset, hidden, cols, V, mask_id, TAIL)
+    prob = tl.exp(tile - shift[:, None] - log_total[:, None])
+    if HAS_XU:
+        one_hot = (cols[None, :] == shown[:, None]).to(tl.float32)
+        prob = tl.where((inside & (shown != mask_id))[:, None], one_hot, prob)
+    return tl.sum(prob, axis=0)
 
 
 @triton.jit
 def _marginal_kernel(
-    x_ptr,  # logits (or mu), in
-    y_ptr,  # log_scale, in, for logistic kinds
-    lse_ptr,  # [B * D, C] fp32, in
+    x_ptr,  # logits of the operand, in
+    shift_ptr,  # [A, C] fp32, in
+    total_ptr,  # [A, C] fp32, in
+    alive_ptr,  # [A, N] fp32, in: `total` of the student's rows
+    weight_ptr,  # [B] fp32, in, with HAS_WEIGHT
     xu_ptr,  # [B, C, D] int64, in, with HAS_XU
     rows_ptr,
     count_ptr,
-    q_ptr,  # [slots, V] fp32, out
+    q_ptr,  # [slots, V] fp32, out (in and out with ADD)
     first,
     slots,
     C,
+    N,
     D,
     V,
     split,  # columns per program, a multiple of BLOCK_V
     mask_id,
-    eps,
     stride_i,
     stride_b,
     stride_c,
     stride_d,
     q_i,
-    KIND: tl.constexpr,
     ALIGN: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     HAS_XU: tl.constexpr,
-    SINGLE: tl.constexpr,
+    ADD: tl.constexpr,
+    SINGLE: tl.constexpr,  # all components in one tile
     BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # at least N
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     # The pass before this one went upwards: what it read last is still in the cache.
     slot = slots - 1 - tl.program_id(0).to(tl.int64)
-    position, active = position_at(slot, slot >= 0, rows_ptr, count_ptr, first, HAS_ROWS)
+    place, position, active = position_at(
+        slot, slot >= 0, rows_ptr, count_ptr, first, HAS_ROWS, HAS_COUNT
+    )
     if not active:
         return
+    b, d = split_position(position, D)
+    n = tl.arange(0, BLOCK_N)
+    some = tl.load(alive_ptr + place * N + n, mask=n < N, other=0.0) != 0.0
+    scale = 1.0 / C
+    if HAS_WEIGHT:
+        scale = scale * tl.load(weight_ptr + b)
+    scale = tl.where(tl.max(some.to(tl.int32), axis=0) == 0, 0.0, scale)
     start = tl.program_id(1) * split
     stop = tl.minimum(start + split, V)
     full = start + (stop - start) // BLOCK_V * BLOCK_V
@@ -66,62 +129,77 @@ def _marginal_kernel(
             full if TAIL else start, stop if TAIL else full, BLOCK_V, num_stages=STAGES
         ):
             cols = begin + tl.arange(0, BLOCK_V)
-            q = mean_softmax_tile(
-                x_ptr, y_ptr, lse_ptr, xu_ptr, slot, position, C, D, cols, V, mask_id, eps,
-                stride_i, stride_b, stride_c, stride_d,
-                KIND, ALIGN, HAS_XU, TAIL, SINGLE, BLOCK_C, BLOCK_V,
-            )  # fmt: skip
-            tl.store(q_ptr + slot * q_i + cols, q, mask=(cols < V) if TAIL else None)
+            if SINGLE:  # without a loop inside, this one can be pipelined
+                total = _softmax_sum(
+                    x_ptr, shift_ptr, total_ptr, xu_ptr, slot, place, b, d, 0, C, D, cols, V,
+                    mask_id, stride_i, stride_b, stride_c, stride_d, ALIGN, HAS_XU, TAIL, BLOCK_C,
+                )  # fmt: skip
+            else:
+                total = tl.zeros([BLOCK_V], tl.float32)
+                for c in range(0, C, BLOCK_C):
+                    total += _softmax_sum(
+                        x_ptr, shift_ptr, total_ptr, xu_ptr, slot, place, b, d, c, C, D, cols, V,
+                        mask_id, stride_i, stride_b, stride_c, stride_d, ALIGN, HAS_XU, TAIL,
+                        BLOCK_C,
+                    )  # fmt: skip
+            q = total * scale
+            keep = cols < V
+            if ADD:
+                q += tl.load(q_ptr + slot * q_i + cols, mask=keep, other=0.0)
+            tl.store(q_ptr + slot * q_i + cols, q, mask=keep)
 
 
 def marginal(
-    operand: Operand,
-    visit: Visit,
-    positions: int,
+    operand,
+    visit,
     mask_id: int | None,
-    lse: Tensor,
+    sums,
+    alive: Tensor,
     q: Tensor,
     *,
+    weight: Tensor | None = None,
     xu: Tensor | None = None,
+    add: bool = False,
 ) -> None:
-    """Fill `q` ((slots, >= V) fp32, rows are slots of the visit) at active slots.
+    """Fill `q` ((slots, >= V) fp32, rows are slots of the visit), or add to it.
 
-    Equivalent PyTorch, without `xu`: `q = x.softmax(-1).mean(1)`. `lse` (B·D, C) is that of
-    `row_statistics` or `draw`; `xu` (B, C, D) as there.
+    Equivalent PyTorch, without `xu`: `q = weight * x.softmax(-1).mean(1)`. `sums` are those of
+    `row_statistics`; alive (A, N) is `total` of the student's; weight (B,); xu (B, C, D).
     """
     if visit.slots == 0:
         return
-    tuned = launch_parameters(operand.x.device)
-    elements = tuned.marginal_elements if operand.kind == 0 else tuned.logistic_elements
-    block_c = min(power_of_two(operand.components), tuned.component_tile)
-    block_v = max(1, min(power_of_two(operand.vocabulary), elements // block_c))
+    tuned = launch_parameters("marginal", operand.logits.device)
+    block_c = min(power_of_two(operand.components), COMPONENT_TILE)
+    block_v = max(1, min(power_of_two(operand.vocabulary), tuned.elements // block_c))
     split = max(tuned.split_columns, block_v)
-    rows, count, first, has_rows = visit.arguments(lse)
     _marginal_kernel[(visit.slots, triton.cdiv(operand.vocabulary, split))](
-        operand.x,
-        operand.y,
-        lse,
-        lse if xu is None else xu,
-        rows,
-        count,
+        operand.logits,
+        sums.shift,
+        sums.total,
+        alive,
+        alive if weight is None else weight,
+        alive if xu is None else xu,
+        *visit_arguments(visit, alive)[:2],
         q,
-        first,
+        visit.first,
         visit.slots,
         operand.components,
-        positions,
+        alive.shape[1],
+        visit.positions,
         operand.vocabulary,
         split,
         -1 if mask_id is None else mask_id,
-        operand.eps,
         *operand.strides,
         q.stride(0),
-        KIND=operand.kind,
         ALIGN=load_align(operand, block_c),
-        HAS_ROWS=has_rows,
+        **visit_flags(visit),
+        HAS_WEIGHT=weight is not None,
         HAS_XU=xu is not None,
+        ADD=add,
         SINGLE=block_c >= operand.components,
         BLOCK_C=block_c,
+        BLOCK_N=power_of_two(alive.shape[1]),
         BLOCK_V=block_v,
-        STAGES=tuned.marginal_stages,
-        num_warps=min(tuned.marginal_warps, power_of_two(max(1, block_c * block_v // 128))),
+        STAGES=tuned.stages,
+        num_warps=min(tuned.warps, power_of_two(max(1, block_c * block_v // 128))),
     )

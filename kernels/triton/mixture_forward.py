@@ -1,19 +1,20 @@
-"""Mixture forward: marginals, divergences and responsibilities of every visited position.
+"""Mixture forward: divergences and responsibilities of every visited position.
 
-Shapes: B batch, N student components, D positions, V vocabulary, S splits of the vocabulary. With
-l = z - lse and log-weights a, per position:
+Shapes: A slots, N student components, D positions, V vocabulary, S splits of the vocabulary. With
+l = z - shift - log total and log-weights a, per position:
 
-    m_v   = logsumexp_n(a_n + l_nv)                r_nv = exp(a_n + l_nv - m_v)
-    q_v   = teacher_weight qT_v + consistency_weight qu_v
-    kl_teacher     = sum_v qT_v (log qT_v - m_v)   kl_consistency the same of qu
-    mass_n         = sum_v q_v r_nv
-    divergence_n   = sum_v qT_v (log qT_v - l_nv)
+    m_v          = logsumexp_n(a_n + l_nv)          r_nv = exp(a_n + l_nv - m_v)
+    q_v          = teacher_weight qT_v + consistency_weight qu_v
+    kl_teacher   = sum_v qT_v (log qT_v - m_v)      kl_consistency the same of qu
+    mass_n       = sum_v q_v r_nv
+    divergence_n = sum_v qT_v (log qT_v - l_nv)
 
 qu and, for a teacher of several components, qT are rows that `marginal` has left; an ordinary
-teacher's qT is formed from its logits on the way. Each program leaves its split's part of the sums,
-so results repeat exactly.
+teacher's qT is formed from its logits on the way. Rows of q, and of qT, are left for backward where
+it keeps them; q may take the place of qu. Each program leaves its split's part of the sums, so
+results repeat exactly.
 
-Moves: one read of the visited rows of z, one row of V per position for each of qT and qu.
+Moves: one read of the visited rows of z, one row of V per position for each of qT, qu and q.
 """
 
 from __future__ import annotations
@@ -25,37 +26,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tl import (
-    distribution_tile,
-    load_logsumexp,
+from .tiles import (
+    LOWEST,
+    add_components,
+    load_align,
+    load_sums,
     logits_tile,
+    mixture_tiles,
     position_at,
+    responsibility_tile,
     row_offset,
+    row_tile,
     split_position,
+    visit_arguments,
+    visit_flags,
 )
-from .operands import Operand, Visit, load_align
-from .tuning import LaunchParameters, launch_parameters, power_of_two
+from .tuning import launch_parameters, tunable
+
+
+@tunable("mixture_forward")
+@dataclasses.dataclass(frozen=True)
+class MixtureForward:
+    elements: int = 2048  # of a tile, N · BLOCK_V, in 2 bytes; half as many in fp32
+    warps: int = 8
+    stages: int = 3
+    split_columns: int = 4096  # columns of one program
+
+    powers_of_two = ("elements", "warps", "split_columns")
+
+
+@triton.jit
+def _divergence(q, log_q, log_p):
+    """q (log q - log p), 0 where q is 0, inf where only p is 0; NaN stays NaN."""
+    return tl.where(q == 0.0, 0.0, q * (log_q - log_p))
 
 
 @triton.jit
 def _mixture_forward_kernel(
-    z_ptr,  # student logits (or mu), in
-    zy_ptr,  # student log_scale, in, for logistic kinds
-    t_ptr,  # teacher logits (or mu), in, with T_SOURCE TEACHER
-    ty_ptr,
-    lse_ptr,  # [B * D, N] fp32, in
-    lse_t_ptr,  # [B * D] fp32, in, with T_SOURCE TEACHER
+    z_ptr,  # student logits, in
+    t_ptr,  # teacher logits, in, unless STORED_T
+    shift_ptr,  # [A, N] fp32, in, and so total: the student's row sums
+    total_ptr,
+    shift_t_ptr,  # [A] fp32, in, unless STORED_T, and so total: the teacher's row sums
+    total_t_ptr,
     log_weights_ptr,  # [B, N] fp32, in
-    teacher_weight_ptr,  # [B] fp32, in
+    teacher_weight_ptr,  # [B] fp32, in, with HAS_Q
     consistency_weight_ptr,  # [B] fp32, in, with HAS_U
     rows_ptr,
     count_ptr,
-    qt_ptr,  # [slots, V] fp32, in, with T_SOURCE STORED
+    qt_ptr,  # [slots, V] fp32, in with STORED_T, else out with KEEP_T
     qu_ptr,  # [slots, V] fp32, in, with HAS_U
-    kl_t_ptr,  # [B * D, S] fp32, out, with HAS_Q
-    kl_u_ptr,  # [B * D, S] fp32, out, with HAS_Q and HAS_U
-    mass_ptr,  # [B * D, S, N] fp32, out, with HAS_Q
-    divergence_ptr,  # [B * D, S, N] fp32, out, with HAS_C
+    q_ptr,  # [slots, V] fp32, out, with KEEP_Q; may be qu
+    kl_t_ptr,  # [slots, S] fp32, out, with HAS_Q
+    kl_u_ptr,  # [slots, S] fp32, out, with HAS_Q and HAS_U
+    mass_ptr,  # [slots, S, N] fp32, out, with HAS_Q
+    divergence_ptr,  # [slots, S, N] fp32, out, with HAS_C
     first,
     slots,
     N,
@@ -64,8 +89,6 @@ def _mixture_forward_kernel(
     S,
     split,  # columns per split, a multiple of BLOCK_V
     mask_id,
-    z_eps,
-    t_eps,
     z_i,
     z_b,
     z_n,
@@ -76,15 +99,17 @@ def _mixture_forward_kernel(
     t_d,
     qt_i,
     qu_i,
-    Z_KIND: tl.constexpr,
-    T_KIND: tl.constexpr,
+    q_i,
     Z_ALIGN: tl.constexpr,
     T_ALIGN: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
     HAS_Q: tl.constexpr,  # the marginal divergences are asked for
     HAS_U: tl.constexpr,
     HAS_C: tl.constexpr,  # the component divergence is asked for
-    T_SOURCE: tl.constexpr,
+    STORED_T: tl.constexpr,
+    KEEP_Q: tl.constexpr,
+    KEEP_T: tl.constexpr,
     ONE_TILE: tl.constexpr,  # all components in one tile; else one block of columns per split
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -92,37 +117,41 @@ def _mixture_forward_kernel(
 ):
     slot = tl.program_id(0).to(tl.int64)
     s = tl.program_id(1)
-    position, active = position_at(slot, slot < slots, rows_ptr, count_ptr, first, HAS_ROWS)
+    place, position, active = position_at(
+        slot, slot < slots, rows_ptr, count_ptr, first, HAS_ROWS, HAS_COUNT
+    )
     if not active:
         return
-    b, _ = split_position(position, D)
-    place = position * S + s
+    b, d = split_position(position, D)
+    part_of = slot * S + s
     if HAS_Q:
         teacher_weight = tl.load(teacher_weight_ptr + b)
         if HAS_U:
             consistency_weight = tl.load(consistency_weight_ptr + b)
-
-    lse_t = 0.0
-    t_offset = slot
-    if T_SOURCE == 2:
-        lse_t = load_logsumexp(lse_t_ptr + position, active)
-        t_offset = row_offset(slot, position, 0, D, t_i, t_b, t_m, t_d, T_ALIGN)
+    one = tl.arange(0, 1).to(tl.int64)
+    if not STORED_T:
+        shift_t, log_total_t = load_sums(shift_t_ptr, total_t_ptr, place + one, one == 0)
+        t_offset = row_offset(slot, b, one, d, t_i, t_b, t_m, t_d, T_ALIGN)
     qt_row = qt_ptr + slot * qt_i
     qu_row = qu_ptr + slot * qu_i
+    q_row = q_ptr + slot * q_i
 
     n = tl.arange(0, BLOCK_N)
+    # A position without any class in any component counts for nothing, not for infinity.
+    dead = 1
+    for n0 in range(0, N, BLOCK_N):
+        some = tl.load(total_ptr + place * N + n0 + n, mask=n0 + n < N, other=0.0) != 0.0
+        dead = tl.where(tl.max(some.to(tl.int32), axis=0) == 1, 0, dead)
+    if ONE_TILE:
+        inside = n < N
+        shift, log_total = load_sums(shift_ptr, total_ptr, place * N + n, inside)
+        a = tl.load(log_weights_ptr + b * N + n, mask=inside, other=float("-inf"))
+        offset = row_offset(slot, b, n.to(tl.int64), d, z_i, z_b, z_n, z_d, Z_ALIGN)
+
     kl_t = tl.zeros([BLOCK_V], tl.float32)
     kl_u = tl.zeros([BLOCK_V], tl.float32)
     mass = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     divergence = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    dead = 1.0
-    if ONE_TILE:
-        inside = n < N
-        lse = load_logsumexp(lse_ptr + position * N + n, inside)
-        a = tl.load(log_weights_ptr + b * N + n, mask=inside, other=float("-inf"))
-        offset = row_offset(slot, position, n.to(tl.int64), D, z_i, z_b, z_n, z_d, Z_ALIGN)
-        dead = tl.where(tl.min(lse, axis=0) == float("inf"), 0.0, 1.0)
-
     start = s * split
     stop = tl.minimum(start + split, V)
     full = start + (stop - start) // BLOCK_V * BLOCK_V
@@ -131,249 +160,163 @@ def _mixture_forward_kernel(
             full if TAIL else start, stop if TAIL else full, BLOCK_V, num_stages=STAGES
         ):
             cols = begin + tl.arange(0, BLOCK_V)
-            qt = distribution_tile(
-                qt_row, t_ptr, ty_ptr, t_offset, lse_t, cols, V, mask_id, t_eps,
-                T_SOURCE, T_KIND, TAIL,
-            )  # fmt: skip
+            if STORED_T:
+                qt = row_tile(qt_row, cols, V, TAIL)
+            else:
+                t = logits_tile(t_ptr, t_offset, one == 0, cols, V, mask_id, TAIL)
+                qt = tl.sum(tl.exp(t - shift_t[:, None] - log_total_t[:, None]), axis=0)
+                qt = tl.where(dead == 1, 0.0, qt)
+                if KEEP_T:
+                    tl.store(qt_row + cols, qt, mask=cols < V)
             log_qt = tl.log(qt)
-            q = qt
             if HAS_Q:
                 q = teacher_weight * qt
                 if HAS_U:
-                    qu = distribution_tile(
-                        qu_row, t_ptr, ty_ptr, t_offset, lse_t, cols, V, mask_id, t_eps,
-                        1, T_KIND, TAIL,
-                    )  # fmt: skip
+                    qu = row_tile(qu_row, cols, V, TAIL)
                     q += consistency_weight * qu
+                if KEEP_Q:
+                    tl.store(q_row + cols, q, mask=cols < V)
 
             if ONE_TILE:
-                z = logits_tile(
-                    z_ptr, zy_ptr, offset, inside, cols, V, mask_id, z_eps, Z_KIND, TAIL
-                )
-                log_prob = z - lse[:, None]
+                z = logits_tile(z_ptr, offset, inside, cols, V, mask_id, TAIL)
+                log_prob = z - shift[:, None] - log_total[:, None]
                 if HAS_Q:
-                    weighted = log_prob + a[:, None]
-                    peak = tl.max(weighted, axis=0)
-                    peak = tl.where(peak == float("-inf"), 0.0, peak)
-                    part = tl.exp(weighted - peak[None, :])
-                    total = tl.sum(part, axis=0)
+                    part, total, peak = responsibility_tile(log_prob, a)
+                    mass += part * (q / tl.where(total == 0.0, 1.0, total))[None, :]
                     m = peak + tl.log(total)
-                    # The largest part is 1, so a total below 1 is 0: no component has the class.
-                    mass += part * (q / tl.maximum(total, 1.0))[None, :]
-                    kl_t += tl.where(qt > 0.0, qt * (log_qt - m), 0.0)
+                    kl_t += _divergence(qt, log_qt, m)
                     if HAS_U:
-                        kl_u += tl.where(qu > 0.0, qu * (tl.log(qu) - m), 0.0)
+                        kl_u += _divergence(qu, tl.log(qu), m)
                 if HAS_C:
-                    gap = qt[None, :] * (log_qt[None, :] - log_prob)
-                    divergence += tl.where((qt > 0.0)[None, :] & inside[:, None], gap, 0.0)
+                    gap = _divergence(qt[None, :], log_qt[None, :], log_prob)
+                    divergence += tl.where(inside[:, None], gap, 0.0)
             else:
                 # Two runs over the components: m first, then what needs it.
-                peak = tl.full([BLOCK_V], -3.0e38, tl.float32)
+                peak = tl.full([BLOCK_V], LOWEST, tl.float32)
                 total = tl.zeros([BLOCK_V], tl.float32)
-                lowest = float("inf")
                 if HAS_Q:
                     for n0 in range(0, N, BLOCK_N):
                         c = n0 + n.to(tl.int64)
                         inside = c < N
-                        lse = load_logsumexp(lse_ptr + position * N + c, inside)
+                        shift, log_total = load_sums(shift_ptr, total_ptr, place * N + c, inside)
                         a = tl.load(log_weights_ptr + b * N + c, mask=inside, other=float("-inf"))
-                        offset = row_offset(slot, position, c, D, z_i, z_b, z_n, z_d, Z_ALIGN)
-                        z = logits_tile(
-                            z_ptr, zy_ptr, offset, inside, cols, V, mask_id, z_eps, Z_KIND, TAIL
-                        )
-                        weighted = z - lse[:, None] + a[:, None]
-                        top = tl.maximum(peak, tl.max(weighted, axis=0))
-                        total = total * tl.exp(peak - top)
-                        total += tl.sum(tl.exp(weighted - top[None, :]), axis=0)
-                        peak = top
-                m = tl.where(total > 0.0, peak + tl.log(total), float("-inf"))
-                finite = tl.where(total > 0.0, m, 0.0)
-                if HAS_Q:
-                    kl_t += tl.where(qt > 0.0, qt * (log_qt - m), 0.0)
+                        offset = row_offset(slot, b, c, d, z_i, z_b, z_n, z_d, Z_ALIGN)
+                        z = logits_tile(z_ptr, offset, inside, cols, V, mask_id, TAIL)
+                        log_prob = z - shift[:, None] - log_total[:, None]
+                        peak, total = add_components(peak, total, log_prob + a[:, None])
+                    m = peak + tl.log(total)
+                    kl_t += _divergence(qt, log_qt, m)
                     if HAS_U:
-                        kl_u += tl.where(qu > 0.0, qu * (tl.log(qu) - m), 0.0)
+                        kl_u += _divergence(qu, tl.log(qu), m)
                 for n0 in range(0, N, BLOCK_N):
                     c = n0 + n.to(tl.int64)
                     inside = c < N
-                    lse = load_logsumexp(lse_ptr + position * N + c, inside)
-                    lowest = tl.minimum(lowest, tl.min(lse, axis=0))
+                    shift, log_total = load_sums(shift_ptr, total_ptr, place * N + c, inside)
                     a = tl.load(log_weights_ptr + b * N + c, mask=inside, other=float("-inf"))
-                    offset = row_offset(slot, position, c, D, z_i, z_b, z_n, z_d, Z_ALIGN)
-                    z = logits_tile(
-                        z_ptr, zy_ptr, offset, inside, cols, V, mask_id, z_eps, Z_KIND, TAIL
-                    )
-                    log_prob = z - lse[:, None]
+                    offset = row_offset(slot, b, c, d, z_i, z_b, z_n, z_d, Z_ALIGN)
+                    z = logits_tile(z_ptr, offset, inside, cols, V, mask_id, TAIL)
+                    log_prob = z - shift[:, None] - log_total[:, None]
                     if HAS_Q:
-                        part = tl.exp(log_prob + a[:, None] - finite[None, :])
-                        sums = tl.sum(part * q[None, :], axis=1)
-                        tl.store(mass_ptr + place * N + c, sums, mask=inside)
+                        part = tl.exp(log_prob + a[:, None] - peak[None, :])
+                        sums = part * (q / tl.where(total == 0.0, 1.0, total))[None, :]
+                        tl.store(mass_ptr + part_of * N + c, tl.sum(sums, axis=1), mask=inside)
                     if HAS_C:
-                        gap = qt[None, :] * (log_qt[None, :] - log_prob)
-                        gap = tl.where((qt > 0.0)[None, :] & inside[:, None], gap, 0.0)
-                        sums = tl.sum(gap, axis=1)
-                        tl.store(divergence_ptr + place * N + c, sums, mask=inside)
-                dead = tl.where(lowest == float("inf"), 0.0, 1.0)
+                        gap = _divergence(qt[None, :], log_qt[None, :], log_prob)
+                        gap = tl.where(inside[:, None] & (dead == 0), gap, 0.0)
+                        tl.store(divergence_ptr + part_of * N + c, tl.sum(gap, axis=1), mask=inside)
 
-    # A position without any class in any component counts for nothing, not for infinity.
     if HAS_Q:
-        tl.store(kl_t_ptr + place, tl.where(dead == 0.0, 0.0, tl.sum(kl_t, axis=0)))
+        tl.store(kl_t_ptr + part_of, tl.where(dead == 1, 0.0, tl.sum(kl_t, axis=0)))
         if HAS_U:
-            tl.store(kl_u_ptr + place, tl.where(dead == 0.0, 0.0, tl.sum(kl_u, axis=0)))
+            tl.store(kl_u_ptr + part_of, tl.where(dead == 1, 0.0, tl.sum(kl_u, axis=0)))
     if ONE_TILE:
         if HAS_Q:
-            tl.store(mass_ptr + place * N + n, tl.sum(mass, axis=1), mask=n < N)
+            tl.store(mass_ptr + part_of * N + n, tl.sum(mass, axis=1), mask=n < N)
         if HAS_C:
-            sums = tl.where(dead == 0.0, 0.0, tl.sum(divergence, axis=1))
-            tl.store(divergence_ptr + place * N + n, sums, mask=n < N)
-
-
-# Values of `T_SOURCE`: where the teacher's distribution comes from.
-STORED, TEACHER = 1, 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Tile sizes of the mixture kernels for one problem."""
-
-    one_tile: bool
-    block_n: int
-    block_v: int
-    split: int
-    splits: int
-    warps: int
-
-
-def mixture_tiles(
-    components: int, vocabulary: int, elements: int, warps: int, tuned: LaunchParameters
-) -> Tiles:
-    """All components in a tile up to `component_tile`; beyond, one block of columns per split."""
-    one_tile = components <= tuned.component_tile
-    block_n = power_of_two(min(components, tuned.component_tile))
-    block_v = max(1, min(power_of_two(vocabulary), elements // block_n))
-    split = max(tuned.split_columns, block_v) if one_tile else block_v
-    splits = triton.cdiv(vocabulary, split)
-    if one_tile:  # even splits
-        split = triton.cdiv(triton.cdiv(vocabulary, splits), block_v) * block_v
-        splits = triton.cdiv(vocabulary, split)
-    # A warp should have at least 128 elements: small tiles of single components need few.
-    most = max(1, block_n * block_v // 128)
-    return Tiles(one_tile, block_n, block_v, split, splits, min(warps, power_of_two(most)))
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardSums:
-    """What mixture forward leaves; parts of S splits, unwritten at positions not visited."""
-
-    kl_teacher: Tensor  # [B * D, S] fp32
-    kl_consistency: Tensor  # [B * D, S] fp32
-    mass: Tensor  # [B * D, S, N] fp32
-    divergence: Tensor  # [B * D, S, N] fp32
-    tiles: Tiles
-
-
-def new_forward_sums(
-    positions: int,
-    components: int,
-    vocabulary: int,
-    logistic: bool,
-    device: torch.device,
-    *,
-    has_q: bool,
-    has_u: bool,
-    has_c: bool,
-) -> ForwardSums:
-    """Buffers for `mixture_forward` over `positions` = B·D positions; empty where not asked for."""
-    tuned = launch_parameters(device)
-    warps = tuned.logistic_warps if logistic else tuned.forward_warps
-    elements = tuned.logistic_elements if logistic else tuned.forward_elements
-    tiles = mixture_tiles(components, vocabulary, elements, warps, tuned)
-
-    def buffer(wanted: bool, *shape: int) -> Tensor:
-        return torch.empty(shape if wanted else (0,), dtype=torch.float32, device=device)
-
-    size = (positions, tiles.splits)
-    return ForwardSums(
-        buffer(has_q, *size),
-        buffer(has_q and has_u, *size),
-        buffer(has_q, *size, components),
-        buffer(has_c, *size, components),
-        tiles,
-    )
+            sums = tl.where(dead == 1, 0.0, tl.sum(divergence, axis=1))
+            tl.store(divergence_ptr + part_of * N + n, sums, mask=n < N)
 
 
 def mixture_forward(
-    student: Operand,
-    teacher: Operand,
-    visit: Visit,
-    positions: int,
-    mask_id: int | None,
+    student,
+    teacher,
+    visit,
+    mixture,
+    statistics,
     *,
-    lse: Tensor,
-    lse_teacher: Tensor,
-    log_weights: Tensor,
-    teacher_weight: Tensor,
-    consistency_weight: Tensor,
-    sums: ForwardSums,
-    has_q: bool,
-    has_c: bool,
-    q_teacher: Tensor | None = None,
-    q_consistency: Tensor | None = None,
+    q_teacher: Tensor | None,
+    stored_teacher: bool,
+    q_consistency: Tensor | None,
+    q: Tensor | None,
 ) -> None:
-    """Fill `sums` at the visited positions.
+    """Fill mass, divergences and KLs of `statistics` at the visited slots, and the rows of `q`.
 
-    `positions` is D. `q_teacher` and `q_consistency` are (slots, >= V) fp32, as `marginal` leaves
-    them; without `q_teacher` the teacher has one component. Weights are (B,) fp32, `log_weights`
-    (B, N) fp32.
+    q_teacher, q_consistency and q are (slots, >= V) fp32 rows of the visit. With `stored_teacher`
+    q_teacher is read, else it is written where it is given, and the teacher has one component.
     """
-    if visit.slots == 0 or not (has_q or has_c):
+    if visit.slots == 0:
         return
-    tiles = sums.tiles
-    tuned = launch_parameters(student.x.device)
-    rows, count, first, has_rows = visit.arguments(lse)
-    _mixture_forward_kernel[(visit.slots, tiles.splits)](
-        student.x,
-        student.y,
-        teacher.x,
-        teacher.y,
-        lse,
-        lse_teacher,
-        log_weights,
-        teacher_weight,
-        consistency_weight,
-        rows,
-        count,
-        lse if q_teacher is None else q_teacher,
-        lse if q_consistency is None else q_consistency,
-        sums.kl_teacher,
-        sums.kl_consistency,
-        sums.mass,
-        sums.divergence,
-        first,
+    like = statistics.student.total
+    tuned = launch_parameters("mixture_forward", like.device)
+    components = student.components
+    tiles = mixture_tiles(student, tuned)
+    size = (visit.slots, tiles.splits)
+
+    def parts(*shape: int) -> Tensor:
+        # Zeros: slots that are not active leave nothing in them.
+        return torch.zeros(shape, dtype=torch.float32, device=like.device)
+
+    kl_teacher, kl_consistency = parts(*size), parts(*size)
+    mass = parts(*size, components) if mixture.marginal else like
+    divergence = parts(*size, components) if mixture.component else like
+    _mixture_forward_kernel[size](
+        student.logits,
+        teacher.logits,
+        statistics.student.shift,
+        statistics.student.total,
+        statistics.teacher.shift,
+        statistics.teacher.total,
+        mixture.log_weights,
+        mixture.teacher_weight,
+        mixture.consistency_weight,
+        *visit_arguments(visit, like)[:2],
+        like if q_teacher is None else q_teacher,
+        like if q_consistency is None else q_consistency,
+        like if q is None else q,
+        kl_teacher,
+        kl_consistency,
+        mass,
+        divergence,
+        visit.first,
         visit.slots,
-        student.components,
-        positions,
+        components,
+        visit.positions,
         student.vocabulary,
         tiles.splits,
         tiles.split,
-        -1 if mask_id is None else mask_id,
-        student.eps,
-        teacher.eps,
+        -1 if mixture.mask_id is None else mixture.mask_id,
         *student.strides,
         *teacher.strides,
-        0 if q_teacher is None else q_teacher.stride(0),
-        0 if q_consistency is None else q_consistency.stride(0),
-        Z_KIND=student.kind,
-        T_KIND=teacher.kind,
+        *(0 if rows is None else rows.stride(0) for rows in (q_teacher, q_consistency, q)),
         Z_ALIGN=load_align(student, tiles.block_n),
         T_ALIGN=load_align(teacher, tiles.block_n),
-        HAS_ROWS=has_rows,
-        HAS_Q=has_q,
+        **visit_flags(visit),
+        HAS_Q=mixture.marginal,
         HAS_U=q_consistency is not None,
-        HAS_C=has_c,
-        T_SOURCE=TEACHER if q_teacher is None else STORED,
+        HAS_C=mixture.component,
+        STORED_T=stored_teacher,
+        KEEP_Q=q is not None,
+        KEEP_T=q_teacher is not None and not stored_teacher,
         ONE_TILE=tiles.one_tile,
         BLOCK_N=tiles.block_n,
         BLOCK_V=tiles.block_v,
-        STAGES=tuned.forward_stages,
+        STAGES=tuned.stages,
         num_warps=tiles.warps,
     )
+    part = visit.part
+    if mixture.marginal:
+        statistics.mass[part] = mass.sum(1)
+        statistics.teacher_kl[part] = kl_teacher.sum(1)
+        statistics.consistency_kl[part] = kl_consistency.sum(1)
+    if mixture.component:
+        statistics.divergence[part] = divergence.sum(1)

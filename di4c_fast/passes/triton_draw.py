@@ -1,0 +1,39 @@
+"""`draw` as launches of the row-draw kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..draw.law import SAMPLE_BLOCK
+from ..kernels.triton.row_draw import MAX_VOCABULARY, row_draw
+from . import torch_draw
+from .base import Drawn, DrawOptions, Operand, Visit
+
+
+def draw(x: Operand, y: Operand | None, visit: Visit, keys: Tensor, options: DrawOptions) -> Drawn:
+    """One draw for each row of the visited slots; y are unconditional logits of guidance."""
+    if x.vocabulary > MAX_VOCABULARY:  # more than the registers of one program hold
+        return torch_draw.draw(x, y, visit, keys, options)
+    device = x.logits.device
+    seeded = DrawOptions(
+        options.mask_id,
+        _integer(options.seed, device),
+        _integer(options.step, device),
+        options.temperature,
+        options.guidance,
+        options.wanted,
+    )
+    token, argmax, values = row_draw(x, y, visit, keys.contiguous(), seeded, SAMPLE_BLOCK)
+    return Drawn(token, argmax=argmax, **values)
+
+
+def _integer(value: int | Tensor, device: torch.device) -> Tensor:
+    """A seed or step as () int64 on the device, without a sync; ints are taken modulo 2^64."""
+    if isinstance(value, Tensor):
+        if value.device == device:
+            return value
+        value = int(value)  # a tensor on the CPU
+    value = (value + (1 << 63)) % (1 << 64) - (1 << 63)
+    # Filled in by a kernel: a copy from pageable memory would wait for the device.
+    return torch.full((), value, dtype=torch.int64, device=device)

@@ -1,0 +1,467 @@
+"""Optimiser steps: accumulate, clip, step, schedule, average, save, resume, for any loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ..checks import check_bool, check_number, describe, without_autocast
+from ..rng import check_generator
+from .checkpoint import (
+    PathLike,
+    check_place,
+    decode,
+    differences,
+    encode,
+    hold,
+    read_checkpoint,
+    same_structure,
+    write_checkpoint,
+)
+from .ema import EMA
+
+__all__ = ["Trainer"]
+
+Metrics = dict[str, Tensor]
+Backward = Callable[[Tensor], None]
+_LISTED = 5  # differences shown in a message
+_COUNTERS = ("iterations", "examples", "pending")
+
+
+class Trainer:
+    """Trains a module: one optimiser step for every `accumulate` calls of `take`.
+
+    `Distiller` is this with the loss of Di4C; `take` serves a loss of one's own.
+
+    Args:
+        module: an `nn.Module`.
+        optimizer: over parameters of the module, all or some.
+        ema: moving average of the module, updated after every optimiser step; None for none.
+        scheduler: a `torch.optim.lr_scheduler.LRScheduler` of the optimiser, stepped after
+            every optimiser step. (`ReduceLROnPlateau` wants a metric: step it yourself.)
+        clip_norm: gradients are scaled to at most this norm by
+            `torch.nn.utils.clip_grad_norm_`; None leaves them.
+        accumulate: batches per optimiser step. The gradient is the mean of the batches'
+            gradients: that of one batch of all their examples, up to rounding, if the batches
+            are of one size. Otherwise every batch counts the same, whatever its size.
+        skip_nonfinite: leave weights and optimiser state as they are when the norm of the
+            gradient is infinite or NaN. The learning rate's schedule and the average go on as
+            after any step, and `metrics["skipped"]` counts it. On a GPU that costs no sync for
+            an optimiser made with `fused=True` (Adam, AdamW, SGD, Adagrad), which skips on the
+            device, and one sync per optimiser step for others. False takes every step.
+        generator: source of the draws that the loss makes; checkpoints keep its state.
+
+    Mixed precision: call inside `torch.autocast`; backward and optimiser run outside it.
+    bf16 needs no loss scaling; scaling for fp16 is not built in.
+
+    Attributes:
+        iterations: optimiser steps taken, those skipped included.
+        examples: how many examples they and the batches since have had.
+        pending: batches whose gradients wait for the next optimiser step.
+        skipped: float32 tensor on the module's device, how many steps were skipped.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    format = "di4c_fast.Trainer/1"
+    role = "module"  # what messages and checkpoints call it
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ema: EMA | None = None,
+        scheduler: LRScheduler | None = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        skip_nonfinite: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        check_kind(module, nn.Module, self.role)
+        check_kind(optimizer, torch.optim.Optimizer, "optimizer")
+        self._check_optimizer(module, optimizer)
+        if ema is not None:
+            if not isinstance(ema, EMA):
+                raise TypeError(f"ema must be an EMA or None, got {describe(ema)}")
+            if ema.module is not module:
+                raise ValueError(f"ema must average the {self.role}, got an EMA of another module")
+        _check_scheduler(scheduler, optimizer)
+        if clip_norm is not None:
+            check_number(clip_norm, "clip_norm")
+            if clip_norm <= 0.0:
+                raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int):
+            raise TypeError(f"accumulate must be an int, got {describe(accumulate)}")
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        check_bool(skip_nonfinite, "skip_nonfinite")
+        check_generator(generator)
+        self.module, self.optimizer = module, optimizer
+        self.ema, self.scheduler = ema, scheduler
+        self.clip_norm, self.accumulate = clip_norm, accumulate
+        self.skip_nonfinite, self.generator = skip_nonfinite, generator
+        self.iterations = self.examples = self.pending = 0
+        self.skipped = torch.zeros((), device=self._parameters()[0].device)
+
+    def _check_optimizer(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for name, part in module.named_modules():
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+                raise ValueError(
+                    f"{self.role} must have dense gradients, got {name!r}, an embedding with "
+                    "sparse=True"
+                )
+        known = {id(p) for p in module.parameters()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        foreign = sum(id(p) not in known for p in parameters)
+        if foreign:
+            raise ValueError(
+                f"optimizer must hold parameters of the {self.role} only, got {foreign} of "
+                f"{len(parameters)} that are not"
+            )
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    # Steps
+
+    def take(self, batch: Callable[[Backward], tuple[Metrics, int]]) -> Metrics:
+        """Gradients of one batch; the optimiser steps with every `accumulate`-th.
+
+        Args:
+            batch: called with a function that takes a part of the loss, a scalar with a graph,
+                backward; it hands over every part and returns what it measured and how many
+                examples there were.
+
+        Returns:
+            What `batch` returned and, where the optimiser stepped, "grad_norm" (before clipping)
+            and "skipped" (steps skipped so far), scalars on the device, without a sync.
+
+        Raises:
+            RuntimeError: inside `ema.applied()`, where the module holds the average.
+            Any exception, of the loss, the optimiser, the schedule or the average, drops the
+            gradients that were waiting: `pending` is 0 then.
+        """
+        self._refuse_average("step")
+        if self.pending == 0:
+            self.module.zero_grad(set_to_none=True)
+        try:
+            metrics, examples = batch(self._backward)
+            self.pending += 1
+            self.examples += examples
+            if self.pending == self.accumulate:
+                with without_autocast(self.skipped.device):
+                    metrics |= self._optimise()
+                self.pending = 0
+        except BaseException:
+            # A part may have gone backward already; half a batch must not be stepped with.
+            self.module.zero_grad(set_to_none=True)
+            self.pending = 0
+            raise
+        return metrics
+
+    def _refuse_average(self, name: str) -> None:
+        if self.ema is not None and self.ema.is_applied:
+            raise RuntimeError(f"{name}() inside EMA.applied(): the {self.role} holds the average")
+
+    def _backward(self, part: Tensor) -> None:
+        # The share as upstream gradient: dividing the part would add a node to the graph.
+        part.backward(part.new_full((), 1.0 / self.accumulate))
+
+    def _fused(self) -> bool:
+        """Whether the optimiser takes a flag that tells it on the device to skip the step."""
+        groups = self.optimizer.param_groups
+        supported = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        if not supported or not all(group.get("fused") for group in groups):
+            return False
+        # SGD makes its momentum in the first step that has a gradient, from memory that a step
+        # skipped on the device would leave as it was.
+        return not any(
+            group.get("momentum")
+            and parameter.grad is not None
+            and self.optimizer.state.get(parameter, {}).get("momentum_buffer") is None
+            for group in groups
+            for parameter in group["params"]
+        )
+
+    def _optimise(self) -> Metrics:
+        if self.clip_norm is None:
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients).to(self.skipped)
+        else:
+            norm = nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm).to(self.skipped)
+        stepped = True
+        if not self.skip_nonfinite:
+            self.optimizer.step()
+        else:
+            bad = (~norm.isfinite()).float()
+            self.skipped += bad
+            if self._fused():
+                # What torch's GradScaler gives to fused optimisers: they skip on the device.
+                self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
+                try:
+                    self.optimizer.step()
+                finally:
+                    del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
+            else:
+                stepped = not bool(bad)
+                if stepped:
+                    self.optimizer.step()
+        self.iterations += 1  # also where the schedule has ended or the average fails
+        if self.scheduler is not None:
+            with warnings.catch_warnings():
+                if not stepped:  # torch takes a schedule that runs ahead for a mistake
+                    warnings.simplefilter("ignore", UserWarning)
+                self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update()
+        return {"grad_norm": norm.detach(), "skipped": self.skipped.clone()}
+
+    # Checkpoints
+
+    def save(self, path: PathLike, *, extra: Any = None) -> None:
+        """Write everything that training needs to go on exactly as if it had not stopped.
+
+        The file is safetensors: "student/<name>" and "ema/<name>" for the weights and their
+        average, "optimizer/...", "scheduler/...", "gradient/<name>" for gradients that wait in
+        the middle of an accumulation, and the states of the generator and of torch's default
+        generators (dropout). The rest is JSON in its metadata. It appears in one step, so that
+        an interruption leaves the former file whole. On a GPU this waits for the device.
+
+        As long as this object lives, no other process can save under that path: a file beside
+        it, `<path>.lock`, names the process that does.
+
+        Args:
+            path: in a folder that exists; a file of that name is replaced.
+            extra: anything that survives JSON, for the caller (the place in the data, say);
+                `load` gives it back.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            TypeError: a state that holds something other than tensors and plain values.
+            RuntimeError: another process saves there; or inside `ema.applied()`.
+        """
+        self._refuse_average("save")
+        self._hold = hold(check_place(path))
+        tensors: dict[str, Tensor] = {}
+        states = {name: encode(state, name, tensors) for name, state in self._states().items()}
+        if self.pending:
+            for name, parameter in self.module.named_parameters():
+                if parameter.grad is not None:
+                    tensors[f"gradient/{name}"] = parameter.grad
+        values = {
+            "identity": self._identity(),
+            "parameters": self._optimized_names(),
+            "states": states,
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "extra": extra,
+        }
+        write_checkpoint(path, self.format, tensors, values)
+
+    def load(self, path: PathLike) -> Any:
+        """Go on from a checkpoint: afterwards this object equals the one that wrote it.
+
+        The optimiser's settings (learning rate and so on) and the schedule's are those of the
+        checkpoint; the states of torch's default generators are set as well. Resuming is exact
+        on the same kind of device and versions of software.
+
+        Returns:
+            The `extra` given to `save`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that is torn, damaged or of something else; other weights (names,
+                shapes, dtypes), another optimiser, scheduler, average, process, recipe or
+                generator; a state that does not fit. Nothing has been changed then.
+            RuntimeError: inside `ema.applied()`.
+        """
+        self._refuse_average("load")
+        tensors, values = read_checkpoint(path, self.format)
+        gradients = {
+            name.removeprefix("gradient/"): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("gradient/")
+        }
+        try:
+            states = {name: decode(state, tensors) for name, state in values["states"].items()}
+            found = self._misfits(values, states, gradients)
+            extra = values["extra"]
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is damaged: its record lacks {error}") from error
+        if found:
+            more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+            raise ValueError(f"{path} belongs to another run: {'; '.join(found[:_LISTED])}{more}")
+
+        self._load_optimizer(states["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(states["scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(states["ema"])
+        live = self.module.state_dict()  # with the versions that modules give their states
+        live.update(states[self.role])
+        self.module.load_state_dict(live)
+        with torch.no_grad():
+            self.skipped.copy_(states["skipped"])
+        self.module.zero_grad(set_to_none=True)
+        for name, parameter in self.module.named_parameters():
+            if name in gradients:
+                # A copy: the file's tensors may be shared with other states.
+                parameter.grad = gradients[name].to(parameter.device, copy=True)
+        for name in _COUNTERS:
+            setattr(self, name, values["counters"][name])
+        for name, generator in self._generators().items():
+            if name in states["random"]:
+                generator.set_state(states["random"][name])
+        return extra
+
+    def _misfits(
+        self, values: Mapping[str, Any], states: Mapping[str, Any], gradients: Mapping[str, Tensor]
+    ) -> list[str]:
+        """What keeps this object from going on with a checkpoint; nothing is changed."""
+        found = differences(values["identity"], self._identity())
+        found += _unlike(states[self.role], self.module.state_dict(), f"{self.role}.")
+        if values["parameters"] != self._optimized_names():
+            found.append("the optimizer has other parameters, or in another order")
+        schedule = None if self.scheduler is None else self.scheduler.state_dict()
+        if not same_structure(states["scheduler"], schedule):
+            found.append("the scheduler consists of other parts")
+        counters = {name: values["counters"][name] for name in _COUNTERS}
+        average = states["ema"]
+        if self.ema is not None and average is not None:
+            found += _unlike(average["shadow"], self.ema.shadow, "average.")
+            counters["ema.updates"] = average["updates"]
+        for name, count in counters.items():
+            if type(count) is not int or count < 0:
+                found.append(f"{name} is {count!r}, which is no count")
+        if not found and counters["pending"] >= self.accumulate:
+            found.append(f"pending is {counters['pending']} of accumulate = {self.accumulate}")
+        waiting = dict(self.module.named_parameters()) if counters["pending"] else {}
+        wanted = {name: waiting[name] for name in gradients if name in waiting}
+        found += _unlike(gradients, wanted, "gradient.")
+        found += _unlike({"": states["skipped"]}, {"": self.skipped}, "skipped")
+        states["random"]["cpu"]
+        for name, generator in self._generators().items():
+            try:  # one of its kind, which is thrown away
+                torch.Generator(generator.device).set_state(states["random"].get(name))
+            except (RuntimeError, TypeError):
+                if name != "cuda" or name in states["random"]:
+                    found.append(f"random.{name} is no state of a generator on {generator.device}")
+        return found or self._optimizer_misfits(states["optimizer"])
+
+    def _optimizer_misfits(self, state: Mapping[str, Any]) -> list[str]:
+        groups = self.optimizer.state_dict()["param_groups"]
+        if [g["params"] for g in state["param_groups"]] != [g["params"] for g in groups]:
+            return ["the optimizer has other groups"]
+        found = [
+            f"the optimizer's group {i} has no {key}"
+            for i, (there, here) in enumerate(zip(state["param_groups"], groups, strict=True))
+            for key in here.keys() - there.keys()
+        ]
+        if not type(self.optimizer).__module__.startswith("torch.optim"):
+            return found  # others may keep state of any shape
+        parameters = self._parameters()
+        keys: dict[int, Any] = {}  # of the first parameter that has state, by group
+        group_of = {index: i for i, group in enumerate(groups) for index in group["params"]}
+        for index, entries in state["state"].items():
+            shape = parameters[index].shape
+            if entries.keys() != keys.setdefault(group_of[index], entries.keys()):
+                found.append(f"the optimizer's state {index} has other parts than the first")
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and value.numel() != 1 and not _fits(value, shape):
+                    found.append(
+                        f"the optimizer's {key} {index} has shape {tuple(value.shape)}, which "
+                        f"does not fit a parameter of {tuple(shape)}"
+                    )
+        return found
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(dict(state))
+        # torch casts floating state to the dtype of its parameter; some optimisers keep fp32.
+        parameters = self._parameters()
+        for index, entries in state["state"].items():
+            live = self.optimizer.state[parameters[index]]
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and live[key].dtype != value.dtype:
+                    live[key] = value.to(live[key].device)
+
+    def _states(self) -> dict[str, Any]:
+        return {
+            self.role: self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "random": {name: one.get_state() for name, one in self._generators().items()},
+            "skipped": self.skipped,
+        }
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        device, found = self.skipped.device, {"cpu": torch.default_generator}
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            found["cuda"] = torch.cuda.default_generators[index]
+        if self.generator is not None:
+            found["generator"] = self.generator
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must have in common, as plain values."""
+        ema = self.ema
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "fused": self._fused(),
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "ema": None if ema is None else {"decay": ema.decay, "warmup": ema.warmup},
+            **{name: getattr(self, name) for name in ("clip_norm", "accumulate", "skip_nonfinite")},
+            "generator": None if self.generator is None else self.generator.device.type,
+        }
+
+    def _optimized_names(self) -> list[list[str]]:
+        """The parameters of every group of the optimiser, by name."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+
+
+def check_kind(value: Any, kind: type, name: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {describe(value)}")
+
+
+def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    if scheduler is None:
+        return
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"scheduler must be an LRScheduler or None, got {describe(scheduler)}")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("scheduler must step without a metric, got a ReduceLROnPlateau")
+    if scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler must be that of optimizer, got one of another optimizer")
+
+
+def _unlike(there: Mapping[str, Any], here: Mapping[str, Any], what: str) -> list[str]:
+    """'student.bias is (3,) float32 there and absent here', for every tensor that differs."""
+
+    def kind(weights: Mapping[str, Any], name: str) -> str:
+        value = weights.get(name)
+        if not isinstance(value, Tensor):
+            return "absent" if name not in weights else "no tensor"
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+
+    return [
+        f"{what}{name} is {kind(there, name)} there and {kind(here, name)} here"
+        for name in dict.fromkeys([*here, *there])
+        if kind(there, name) != kind(here, name)
+    ]
+
+
+def _fits(value: Tensor, shape: Iterable[int]) -> bool:
+    """Whether a moment is one number for each number of a parameter, or for a row of them."""
+    sizes = list(shape)
+    return value.ndim == len(sizes) and all(
+        s in (1, n) for s, n in zip(value.shape, sizes, strict=True)
+    )

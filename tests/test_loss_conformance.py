@@ -1,0 +1,447 @@
+"""Every backend of the loss, held to the float64 reference by what eager PyTorch reaches.
+
+Eager is `naive_loss`: log_softmax and autograd over the logits that the head stands for. A new
+backend joins by its name in `loss_heads.FAST`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from loss_cases import loss_and_gradients, make_problem, run_loss
+from loss_heads import EVERY, FAST, FULL, HEADS, Tanh, assert_within_bound, head_tensors
+from torch import Tensor
+
+import di4c_fast
+from di4c_fast import Head, LinearHead, LogisticHead, TensorHead
+
+HOST = FAST[::2]  # where the interpreter would take minutes: torch and cpu
+NEG_INF = float("-inf")
+# fp32 against a truth in fp64 where no eager twin is at hand: a few roundings of numbers of size
+# 10, and what their differences make of it.
+CLOSE = {"rtol": 2e-5, "atol": 5e-6}
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("control_variate", [True, False])
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_is_within_the_bound(kind, backend, control_variate):
+    problem = make_problem(1, components=5, vocabulary=8, **FULL, control_variate=control_variate)
+    assert_within_bound(problem, backend, kind)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["tensor", "linear", "linear, bias per position", "logistic"])
+def test_half_precision_is_within_the_bound(kind, dtype, backend):
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates where it should round to bf16")
+    assert_within_bound(make_problem(2, components=5, vocabulary=8, **FULL), backend, kind, dtype)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    ("components", "teacher_components", "vocabulary"),
+    [(1, None, 11), (5, 1, 1030), (5, 3, 11), (1, 3, 1030), (33, None, 19), (40, 35, 130)],
+)
+def test_sizes_are_within_the_bound(components, teacher_components, vocabulary, backend):
+    problem = make_problem(
+        3,
+        components=components,
+        draws=components,
+        vocabulary=vocabulary,
+        teacher_components=teacher_components,
+        **FULL,
+    )
+    assert_within_bound(problem, backend)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"draws": None},
+    {"weighted": True},
+    {"mask_id": 0},
+    {"mask_id": 10, "revealed": True},
+    {"padded": True},
+    {"component_weight": 1.0, "teacher_weight": 0.0, "consistency_weight": 0.0},
+    {"data_weight": 0.0, "teacher_weight": 2.0},
+    {"data_weight": 0.0, "teacher_weight": 0.0, "consistency_weight": 0.3},
+    {"teacher_weight": 0.0, "consistency_weight": 0.0},
+    {"component_weight": torch.tensor([0.0, 2.0]), "data_weight": torch.tensor([0.3, 0.0])},
+    {"positions": 1, "batch": 1},
+]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_settings_are_within_the_bound(settings, reduction, backend):
+    assert_within_bound(make_problem(4, vocabulary=11, **settings), backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kind", ["linear", "linear, bias per position", "logistic", "user"])
+@pytest.mark.parametrize("budget_bytes", [1, 20_000])
+def test_several_chunks_are_within_the_bound(kind, budget_bytes, backend):
+    # 64 rows are the least at a time: 16 positions of 4 components, of 60. With 1 byte nothing is
+    # kept between the sweeps, with 20,000 a part.
+    problem = make_problem(5, batch=3, components=4, positions=20, vocabulary=8, **FULL)
+    assert_within_bound(problem, backend, kind, budget_bytes=budget_bytes)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("gap", [60.0, 95.0, 101.0, 150.0, 1000.0])
+@pytest.mark.parametrize("whole", [False, True], ids=["one component", "all components"])
+def test_probabilities_that_underflow_are_within_the_bound(gap, whole, backend):
+    # Around 87 nats below the peak probabilities are denormal, beyond 103 they are zero.
+    problem = make_problem(7, components=3, vocabulary=8, component_weight=0.5, weighted=True)
+    logits = problem["student"].clone()
+    if whole:
+        logits[..., :3] -= gap
+    else:
+        logits[:, 1, :, :3] -= gap
+    assert_within_bound(problem, backend, tensors={"logits": logits})
+    without = problem | {"component_weight": 0.0}
+    assert_within_bound(without, backend, tensors={"logits": logits})
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("offset", [30.0, 1e3, -1e4, 1e5])
+def test_large_offsets_of_the_logits_are_within_the_bound(offset, backend):
+    problem = make_problem(8, components=3, vocabulary=8, **FULL)
+    rounded = (problem["student"] + offset).float().double()
+    assert_within_bound(problem, backend, tensors={"logits": rounded})
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("offset", [-200.0, 200.0])
+def test_large_offsets_of_targets_change_neither_draws_nor_loss(offset, backend):
+    # Beyond the range of exp, on either side: such logits have to be shifted first.
+    problem = make_problem(8, components=3, vocabulary=8, dtype=torch.float32, **FULL)
+    problem["consistency_x"] = None
+
+    def value(shift: float) -> Tensor:
+        moved = {name: problem[name] + shift for name in ("teacher", "consistency")}
+        generator = torch.Generator().manual_seed(0)
+        return run_loss(problem | moved, generator=generator, backend=backend)
+
+    # Adding 200 rounds logits to 2^-17.
+    torch.testing.assert_close(value(offset), value(0.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_converged_student_is_within_the_bound(dtype, backend):
+    # Near the optimum gradients are small differences of large numbers.
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates where it should round to bf16")
+    problem = make_problem(9, components=3, teacher_components=3, vocabulary=40, data_weight=0.0)
+    problem["consistency_weight"] = 0.0
+    g = torch.Generator().manual_seed(0)
+    noise = 1e-3 * torch.randn(problem["teacher"].shape, generator=g, dtype=torch.float64)
+    rounded = (problem["teacher"] + noise).to(dtype).double()
+    assert_within_bound(problem, backend, dtype=dtype, tensors={"logits": rounded})
+
+
+def single(problem: dict[str, Any]) -> dict[str, Any]:
+    return {
+        n: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for n, v in problem.items()
+    }
+
+
+def assert_equals_reference(problem, backend, wanted=("student", "log_weights"), **tolerance):
+    """Loss and gradients in fp32 against those of the reference in fp64."""
+    expected = loss_and_gradients(problem, wanted, backend="reference", reduction="none")
+    actual = loss_and_gradients(single(problem), wanted, backend=backend, reduction="none")
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name].double(), value, **(tolerance or CLOSE), msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return actual
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_columns_of_minus_infinity_have_zero_gradient_and_the_value_of_the_reference(backend):
+    problem = make_problem(10, components=4, vocabulary=9, **FULL)
+    student = problem["student"].clone()
+    student[:, 1, :, 5] = NEG_INF  # one component
+    student[..., 6] = NEG_INF  # all of them, and neither teacher nor targets want it
+    student[:, 2, 1] = NEG_INF  # a row without a class
+    for name in ("teacher", "consistency"):
+        problem[name][..., 6] = NEG_INF
+    problem["teacher"][..., 5] = NEG_INF
+    for name in ("x0", "consistency_x", "xu"):
+        problem[name] = torch.where(problem[name] == 6, 7, problem[name])
+    problem |= {"student": student, "component_weight": 0.0}
+    actual = assert_equals_reference(problem, backend)
+    assert all(torch.isfinite(value).all() for value in actual.values())
+    assert torch.count_nonzero(actual["student"][student == NEG_INF]) == 0
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("control_variate", [True, False])
+def test_impossible_targets_and_dead_positions_are_those_of_the_reference(backend, control_variate):
+    problem = make_problem(11, components=3, vocabulary=9, component_weight=0.5, weighted=True)
+    student = problem["student"].clone()
+    student[0, :, 1, problem["x0"][0, 1]] = NEG_INF  # no component can produce it
+    student[0, 0, 2, problem["x0"][0, 2]] = NEG_INF  # one cannot
+    student[1, :, 3] = NEG_INF  # a position without any class
+    problem |= {"student": student, "control_variate": control_variate}
+    problem["teacher"][student[:, 0] == NEG_INF] = NEG_INF
+    problem["consistency"] = problem["consistency"].masked_fill(
+        (student == NEG_INF).any(1, keepdim=True), NEG_INF
+    )
+    assert_equals_reference(problem, backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_teacher_rows_without_a_class_have_the_gradient_of_the_reference(backend):
+    problem = make_problem(12, teacher_components=3, component_weight=0.7, **{"weighted": True})
+    problem["teacher"][0, 1, 2] = NEG_INF  # one of three
+    problem["teacher"][1, :, 1] = NEG_INF  # all of them
+    problem["consistency"][1, 0, 3] = NEG_INF
+    assert_equals_reference(problem, backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_one_hot_teachers_and_components_of_weight_zero(backend):
+    problem = make_problem(13, components=3, component_weight=0.5, weighted=True)
+    one_hot = torch.full_like(problem["teacher"], NEG_INF)
+    problem["teacher"] = one_hot.scatter(-1, problem["x0"].unsqueeze(-1), 0.0)
+    problem["log_weights"][0, 1] = NEG_INF
+    expected = assert_equals_reference(problem, backend)
+    assert torch.count_nonzero(expected["student"][0, 1]) == 0
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("name", ["student", "teacher", "consistency"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_in_give_nan_out(backend, name, value):
+    problem = make_problem(14, components=3, dtype=torch.float32, component_weight=0.5)
+    for place in ((0, 1, 2), (0, 1, 2, 3)):
+        broken = problem[name].clone()
+        row = broken if name == "teacher" else broken[:, 0]
+        if len(place) == 3:
+            row[place] = value
+        else:
+            row[place[0], place[1]] = value
+        result = run_loss(problem | {name: broken}, backend=backend, reduction="none")
+        assert torch.isnan(result[0]), place
+        assert torch.isfinite(result[1])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("function", [di4c_fast.mixture_log_prob, di4c_fast.correlation])
+@pytest.mark.parametrize("kind", HEADS)
+def test_token_rows_of_every_head_are_those_of_the_reference(kind, function, backend):
+    problem = make_problem(15, batch=3, components=4, vocabulary=8, **FULL)
+    tensors = head_tensors(kind, (3, 4, 5), 8)
+    upstream = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).clone().requires_grad_() for t in tensors.values()]
+        log_weights = problem["log_weights"].to(dtype).clone().requires_grad_()
+        value = function(
+            HEADS[kind](*leaves),
+            problem["consistency_x"],
+            xt=problem["xt"],
+            mask_id=3,
+            valid=problem["valid"],
+            log_weights=log_weights,
+            backend=backend,
+        )
+        value.backward(upstream.to(dtype))
+        return [value.detach(), log_weights.grad, *(leaf.grad for leaf in leaves)]
+
+    expected = run("reference", torch.float64)
+    for actual, truth in zip(run(backend, torch.float32), expected, strict=True):
+        torch.testing.assert_close(actual.double(), truth, **CLOSE)
+    if backend == "torch":
+        for actual, truth in zip(run(backend, torch.float64), expected, strict=True):
+            torch.testing.assert_close(actual, truth, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", HOST)
+def test_long_joint_likelihoods_keep_their_accuracy(backend):
+    # A sum of 1024 terms in fp32 would round at 2^-24 of some thousand nats; weights that do not
+    # sum to 1 would show in the gradient.
+    g = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 4, 1024, 5, generator=g)
+    x = torch.randint(5, (1, 1024), generator=g)
+
+    def run(backend: str, logits: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = logits.clone().requires_grad_()
+        value = di4c_fast.mixture_log_prob(leaf, x, backend=backend)
+        value.sum().backward()
+        return value.detach().double(), leaf.grad.double()
+
+    value, gradient = run(backend, logits)
+    true_value, true_gradient = run("reference", logits.double())
+    eager = logits.clone().requires_grad_()
+    picked = eager.log_softmax(-1).gather(-1, x[:, None, :, None].expand(-1, 4, -1, -1))
+    (picked.sum((2, 3)) - torch.log(torch.tensor(4.0))).logsumexp(1).sum().backward()
+    eager_error = (eager.grad.double() - true_gradient).norm() / true_gradient.norm()
+    error = (gradient - true_gradient).norm() / true_gradient.norm()
+    assert error <= eager_error / 2
+    torch.testing.assert_close(value, true_value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kind", ["linear", "logistic", "user"])
+def test_teacher_and_consistency_may_be_heads(kind, backend):
+    problem = make_problem(16, batch=3, components=4, vocabulary=8, **FULL)
+    for name, leading in (("teacher", (3, 2, 5)), ("consistency", (3, 2, 5))):
+        tensors = head_tensors(kind, leading, 8)
+        problem[name] = HEADS[kind](*(t.float() for t in tensors.values()))
+    problem = single(problem)
+    for drawn in (problem, problem | {"consistency_x": None}):
+        results = [
+            loss_and_gradients(drawn, backend=b, generator=torch.Generator().manual_seed(1))
+            for b in (backend, "reference")
+        ]
+        for name, value in results[0].items():
+            torch.testing.assert_close(value, results[1][name], **CLOSE)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("needed", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("bias_rows", [False, True])
+def test_each_gradient_of_a_linear_head_alone_is_that_of_all_together(needed, bias_rows, backend):
+    problem = single(make_problem(17, vocabulary=8, **FULL))
+    kind = "linear, bias per position" if bias_rows else "linear, bias"
+    tensors = {n: t.float() for n, t in head_tensors(kind, (2, 3, 5), 8).items()}
+
+    def run(*names: str) -> dict[str, Tensor | None]:
+        leaves = {n: t.clone().requires_grad_(n in names) for n, t in tensors.items()}
+        run_loss(problem | {"student": LinearHead(**leaves)}, backend=backend).backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    alone, together = run(needed), run(*tensors)
+    torch.testing.assert_close(alone[needed], together[needed], rtol=1e-6, atol=1e-7)
+    assert [name for name, gradient in alone.items() if gradient is not None] == [needed]
+
+
+@pytest.mark.parametrize("backend", HOST)
+def test_weight_gradient_of_many_chunks_in_half_precision_is_summed_in_float32(backend):
+    # A sum in half precision over 48 chunks would lose what is below 1/256 of it.
+    dtype = torch.bfloat16
+    problem = single(make_problem(18, batch=2, positions=512, vocabulary=8, draws=None))
+    tensors = head_tensors("linear", (2, 3, 512), 8)
+    rounded = {n: t.to(dtype) for n, t in tensors.items()}
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        leaves = {n: t.to(dtype).requires_grad_() for n, t in rounded.items()}
+        head = LinearHead(**leaves, budget_bytes=1)
+        run_loss(problem | {"student": head}, backend=backend).backward()
+        return leaves["weight"].grad.double()
+
+    truth = gradient(torch.float64, "reference")
+    error = (gradient(dtype, backend) - truth).norm() / truth.norm()
+    assert error < 1.5e-2  # logits, hidden gradient and result are rounded to 2^-9 each
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_strides_do_not_matter(backend):
+    problem = single(make_problem(19, batch=2, components=3, vocabulary=8, **FULL))
+    expected = loss_and_gradients(problem, backend="reference")
+    padded = torch.zeros(2, 3, 5, 16)
+    padded[..., :8] = problem["student"]
+    transposed = problem["student"].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    columns = problem["student"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    for student in (padded[..., :8], transposed, columns):
+        leaf = student.detach().requires_grad_()
+        value = run_loss(problem | {"student": leaf}, backend=backend)
+        value.backward()
+        torch.testing.assert_close(value.detach(), expected["loss"], **CLOSE)
+        torch.testing.assert_close(leaf.grad, expected["student"], **CLOSE)
+    row = problem["student"][:1, :1]
+    leaf = row.clone().requires_grad_()
+    value = run_loss(problem | {"student": leaf.expand(2, 3, -1, -1)}, backend=backend)
+    value.backward()
+    twin = row.clone().requires_grad_()
+    run_loss(problem | {"student": twin.expand(2, 3, -1, -1)}, backend="reference").backward()
+    torch.testing.assert_close(leaf.grad, twin.grad, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_strided_logistic_heads(backend):
+    g = torch.Generator().manual_seed(0)
+    problem = single(make_problem(20, batch=2, components=3, vocabulary=8, draws=None))
+    base = torch.randn(2, 5, 3, 2, generator=g)
+
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaf = base.to(dtype).clone().requires_grad_()
+        mu, log_scale = leaf.unbind(-1)
+        head = LogisticHead(mu.transpose(1, 2), 1 + log_scale.transpose(1, 2), 8)
+        value = run_loss(problem | {"student": head}, backend=backend)
+        value.backward()
+        return [value.detach().double(), leaf.grad.double()]
+
+    for actual, expected in zip(
+        run(backend, torch.float32), run("reference", torch.float64), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("function", [di4c_fast.mixture_log_prob, di4c_fast.correlation])
+def test_no_rows_at_all(backend, function):
+    logits = torch.randn(2, 3, 5, 7, requires_grad=True)
+    log_weights = torch.randn(2, 3, requires_grad=True)
+    x = torch.zeros(2, 0, 5, dtype=torch.int64)
+    value = function(logits, x, log_weights=log_weights, backend=backend)
+    assert value.shape == (2, 0)
+    value.sum().backward()
+    assert torch.count_nonzero(logits.grad) == 0
+    assert torch.count_nonzero(log_weights.grad) == 0
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("clamp", ["left", "min"])
+@pytest.mark.parametrize("mu", [-27.0, 0.3, 27.0])
+def test_exact_bins_are_finite_and_accurate_far_from_their_mean(backend, clamp, mu):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(8, (1, 3), generator=g)
+    base = mu + torch.rand(1, 2, 3, generator=g)
+
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [base.to(dtype).clone().requires_grad_(), torch.ones(1, 2, 3, dtype=dtype)]
+        leaves[1].requires_grad_()
+        head = LogisticHead(*leaves, 8, eps=0.0, clamp=clamp)
+        value = di4c_fast.mixture_log_prob(head, x, backend=backend)
+        value.sum().backward()
+        return [value.detach().double(), *(leaf.grad.double() for leaf in leaves)]
+
+    ours, truth = run(backend, torch.float32), run("reference", torch.float64)
+    eager = run("reference", torch.float32)
+    for actual, expected, other in zip(ours, truth, eager, strict=True):
+        assert torch.isfinite(actual).all()
+        # Logits near 60 round to 4e-6; their differences decide the gradient.
+        bound = 2 * (other - expected).abs().max() + 2e-5 * expected.abs().max() + 5e-6
+        assert (actual - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_head_of_ones_own_streams_a_few_rows_at_a_time(backend):
+    g = torch.Generator().manual_seed(0)
+    tensors = {n: t.float() for n, t in head_tensors("user", (2, 4, 40), 8).items()}
+    head = Tanh(**{n: t.requires_grad_() for n, t in tensors.items()})
+    head.budget_bytes = 1
+    teacher = torch.randn(2, 40, 8, generator=g)
+    x0 = torch.randint(8, (2, 40), generator=g)
+    run_loss({"student": head, "teacher": teacher, "x0": x0}, backend=backend).backward()
+    rows = 2 * 4 * 40
+    assert max(head.asked) <= 64  # of 320: a matrix product of fewer is not worth its call
+    assert rows <= sum(head.asked) <= 3 * rows  # each sweep, and the gradient's own
+
+
+def test_built_in_heads_are_final():
+    for kind in (TensorHead, LinearHead, LogisticHead):
+        with pytest.raises(
+            TypeError, match=r"Mine cannot subclass .*Head, .*subclass di4c_fast.Head"
+        ):
+            type("Mine", (kind,), {})
+    assert issubclass(type("Mine", (Head,), {}), Head)

@@ -1,0 +1,162 @@
+"""The op of the loss: torch.compile, opcheck, gradients in place, where it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loss_cases import loss_and_gradients, make_problem, run_loss
+from loss_heads import FAST, FULL, HEADS, head_tensors
+from torch import Tensor
+
+import di4c_fast
+from di4c_fast import LinearHead, TensorHead
+from di4c_fast.loss import op
+
+KINDS = ["tensor", "linear, bias per position", "logistic"]
+
+
+def single_problem(seed: int, **settings):
+    return make_problem(seed, dtype=torch.float32, vocabulary=8, **FULL, **settings)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_compiled_training_step_gives_the_same_numbers(kind, drawn, backend):
+    problem = single_problem(80)
+    if drawn:
+        problem["consistency_x"] = None
+    tensors = [t.float() for t in head_tensors(kind, (2, 3, 5), 8).values()]
+
+    def step(*values: Tensor) -> Tensor:
+        call = problem | {"student": HEADS[kind](*values)}
+        return run_loss(call, backend=backend)
+
+    torch.compiler.reset()  # every case compiles the same code object anew
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        torch.manual_seed(0)
+        loss = function(*leaves)
+        loss.backward()
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [False, True])
+def test_op_passes_opcheck(kind, rows, backend, monkeypatch):
+    problem = single_problem(81)
+    leaves = [t.float().requires_grad_() for t in head_tensors(kind, (2, 3, 5), 8).values()]
+    calls = []
+    original = op.mixture
+
+    def record(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(op, "mixture", record)
+    if rows:
+        di4c_fast.correlation(HEADS[kind](*leaves), problem["x0"], backend=backend)
+    else:
+        run_loss(problem | {"student": HEADS[kind](*leaves)}, backend=backend)
+    monkeypatch.undo()
+    ((tensors, *rest),) = calls
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(original, ([t.detach() for t in tensors], *rest), test_utils=checks)
+    torch.library.opcheck(original, (tensors, *rest), test_utils=checks)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("settings", [{}, {"components": 40}, {"padded": False, "mask_id": None}])
+def test_gradient_in_place_takes_the_memory_of_the_logits(backend, settings):
+    options = {**FULL, **settings}
+    if options["mask_id"] is None:
+        options["revealed"] = False
+    problem = make_problem(29, dtype=torch.float32, vocabulary=8, **options)
+    expected = loss_and_gradients(problem, backend=backend)["student"]
+    leaf = problem.pop("student").clone().requires_grad_()
+    logits = leaf * 1.0
+    before, version = logits.data_ptr(), logits._version
+    seen: list[int] = []
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    head = TensorHead(logits, in_place_gradient=True)
+    loss = run_loss(problem | {"student": head}, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    torch.testing.assert_close(gradient, expected)
+    assert seen == [before]
+    assert logits._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_expanded_logits_are_not_overwritten(backend):
+    problem = single_problem(33, components=2, batch=1)
+    leaf = problem.pop("student")[:, :1].clone().requires_grad_()
+    logits = (leaf * 1.0).expand(-1, 2, -1, -1)
+    results = []
+    for in_place in (False, True):
+        head = TensorHead(logits, in_place_gradient=in_place)
+        loss = run_loss(problem | {"student": head}, backend=backend)
+        results.append(torch.autograd.grad(loss, leaf, retain_graph=True)[0])
+    assert torch.equal(*results)
+
+
+def test_gradient_in_place_of_logits_that_another_argument_shares_is_refused():
+    problem = single_problem(34, components=2, batch=1)
+    logits = torch.randn(1, 3, 5, 8)
+    shared = {"student": TensorHead(logits[:, :2].contiguous(), in_place_gradient=True)}
+    shared["teacher"] = shared["student"].logits()[:, 0]
+    with pytest.raises(ValueError, match="in_place_gradient=True would overwrite teacher"):
+        run_loss(problem | shared | {"log_weights": None})
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_gradient_keeps_the_padding_of_the_rows(backend):
+    problem = single_problem(25)
+    buffer = torch.zeros(2, 3, 5, 12)
+    buffer[..., :8] = problem["student"]
+    leaf = buffer[..., :8].detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(run_loss(problem | {"student": leaf}, backend=backend), leaf)
+    assert gradient.stride() == buffer.stride()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_double_precision_is_computed_in_double_precision(backend):
+    problem = make_problem(31, vocabulary=8, **FULL)
+    expected = loss_and_gradients(problem, backend="reference")
+    for name, value in loss_and_gradients(problem, backend=backend).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_same_bits_for_one_and_for_two_threads(backend):
+    problem = single_problem(35, positions=40, components=4)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(loss_and_gradients(problem, backend=backend))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_tensors_of_a_sharded_parameter_are_named(backend):
+    problem = single_problem(36)
+    head = LinearHead(torch.randn(2, 3, 5, 6), torch.randn(8, 6))
+    head = head.with_tensors((head.hidden[..., :0], head.weight[:, :0], None))
+    with pytest.raises(ValueError, match="a tensor behind student is empty"):
+        run_loss(problem | {"student": head}, backend=backend)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match='backend="triton" cannot run: the tensors are on the'):
+        run_loss(single_problem(90), backend="triton")

@@ -1,0 +1,244 @@
+"""Wrong arguments of the samplers are named, with what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from naming import stable_id
+from sampler_cases import FUNCTIONS, MASK, PROCESS, SAMPLERS, VOCAB
+
+from di4c_fast.processes import MaskedProcess
+from di4c_fast.samplers.analytic import geometric_noise, log_linear_noise
+from di4c_fast.samplers.uniform import cosine_signal, log_linear_signal
+
+T, V = TypeError, ValueError
+LABEL = torch.zeros(2, dtype=torch.int64)
+ids = lambda *values: torch.tensor(values)  # noqa: E731
+
+# Of every sampler that takes the argument; shape (2, 5), V = 11, mask 10.
+SHARED = [
+    ({"shape": (2,)}, T, r"shape must be \(B, D\)"),
+    ({"shape": 3}, T, r"shape must be \(B, D\)"),
+    ({"shape": "ab"}, T, r"shape must be \(B, D\)"),
+    ({"shape": (1, 2, 3)}, T, r"shape must be \(B, D\)"),
+    ({"shape": (2, 0)}, V, r"shape\[1\] must be at least 1, got 0"),
+    ({"shape": (2, 1.5)}, T, r"shape\[1\] must be an int, got float 1.5"),
+    ({"steps": 0}, V, "steps must be at least 1, got 0"),
+    ({"steps": 2.0}, T, "steps must be an int, got float 2.0"),
+    ({"steps": True}, T, "steps must be an int, got bool True"),
+    ({"mask_id": -1}, V, "mask_id must be at least 0, got -1"),
+    ({"mask_id": None}, T, "mask_id must be an int, got NoneType None"),
+    ({"mask_id": 11}, V, r"mask_id must be in \[0, V\) = \[0, 11\) of model.*, got 11"),
+    ({"mask_id": 12, "vocab_size": 11}, V, r"mask_id must be in \[0, vocab_size\) = \[0, 11\)"),
+    ({"vocab_size": 1}, V, "vocab_size must be at least 2, got 1"),
+    ({"vocab_size": 12}, V, "model must return logits over V = 12 classes, got shape"),
+    ({"latent_dim": -1}, V, "latent_dim must be at least 0, got -1"),
+    ({"latent": torch.zeros(2, 1)}, V, "latent needs latent_dim >= 1, got 0"),
+    ({"latent": torch.zeros(2, 1).long(), "latent_dim": 1}, T, "latent must be floating point"),
+    ({"latent": torch.zeros(3, 1), "latent_dim": 1}, V, r"latent must have .* = \(2, 1\) or \(S"),
+    ({"prompt": torch.zeros(2, 6).long()}, V, "longer than the sequence, D = 5, got 6"),
+    ({"prompt": torch.zeros(3, 2).long()}, V, r"prompt must have shape \(B, P\) or \(P,\)"),
+    ({"prompt": torch.zeros(2, 2)}, T, "prompt must have dtype torch.int64"),
+    ({"prompt": [1, 2]}, T, "prompt must be a Tensor, got list"),
+    ({"prompt": ids(0, -1)}, V, r"prompt must hold token ids in \[0, .*\), got -1"),
+    ({"prompt": ids(0, 12)}, V, r"prompt must hold token ids in \[0, .*, got 12"),
+    ({"prompt": ids(0, 12), "vocab_size": 11}, V, r"prompt must hold .* in \[0, 11\), got 12"),
+    ({"t_min": 0.0}, V, r"t_min must be in \(0, 1\), got 0.0"),
+    ({"t_min": 1.0}, V, r"t_min must be in \(0, 1\), got 1.0"),
+    ({"t_min": math.nan}, V, "t_min must be finite"),
+    ({"t_min": "a"}, T, "t_min must be a number"),
+    ({"temperature": -1.0}, V, "temperature must be finite and at least 0, got -1.0"),
+    ({"temperature": math.nan}, V, "temperature must be finite"),
+    ({"top_k": 0}, V, "top_k must be at least 1, got 0"),
+    ({"top_k": 1.5}, T, "top_k must be an int or None"),
+    ({"top_p": 0.0}, V, r"top_p must be in \(0, 1\], got 0.0"),
+    ({"top_p": 1.5}, V, r"top_p must be in \(0, 1\], got 1.5"),
+    ({"active_only": "a"}, T, "active_only must be True or False, got str 'a'"),
+    ({"active_only": 0}, T, "active_only must be True or False, got int 0"),
+    ({"exclude_mask": None}, T, "exclude_mask must be True or False"),
+    ({"seed": -1}, V, r"seed must be in \[0, 2\^63\), got -1"),
+    ({"seed": 1.5}, T, "seed must be an int or None"),
+    ({"seed": 1, "generator": torch.Generator()}, V, "seed and generator exclude each other"),
+    ({"generator": 1}, T, "generator must be a torch.Generator or None"),
+    ({"first_sequence": -1}, V, "first_sequence must be at least 0, got -1"),
+    ({"device": "nowhere"}, V, "device must be one that torch can use.*'nowhere'"),
+    ({"device": 3.5}, V, "device must be one that torch can use here, got 3.5"),
+    ({"callback": "bar"}, T, "callback must be callable"),
+    ({"history": True}, T, "history must be a list to fill or None"),
+    ({"history": ()}, T, "history must be a list to fill or None"),
+    ({"context": {"a": torch.zeros(3)}}, V, r"context\['a'\] must have B = 2"),
+    ({"context": [torch.zeros(2)]}, T, "context must be a mapping of tensors"),
+    ({"project_fn": 3}, T, "project_fn must be callable"),
+    ({"project_fn": lambda x: x[:, :2]}, V, "project_fn must return tokens of shape"),
+    ({"project_fn": lambda x: x.float()}, T, "output of project_fn must have dtype"),
+    ({"project_fn": lambda x: x - 20}, V, r"project_fn must hold token ids in \[0, V\), got -10"),
+    ({"project_fn": lambda x: x + 1, "vocab_size": 11}, V, r"token ids in \[0, 11\), got 11"),
+    ({"project_fn": lambda x: torch.where(x == MASK, x, 11)}, V, r"token ids in \[0, 11\), got"),
+    ({"model": None}, T, "model must be callable, got NoneType"),
+    ({"model": 3}, T, "model must be callable, got int"),
+    ({"model": lambda x, t: torch.zeros(2, 5)}, V, "model must return logits of shape"),
+    ({"model": lambda x, t: torch.zeros(1, 4, 11)}, V, r"shape \(R, D, V\) .* got \(1, 4, 11\)"),
+    ({"model": lambda x, t: x}, T, "the output of model must be floating point"),
+    ({"model": lambda x, t: None}, T, "the output of model must be a Tensor of logits"),
+    ({"model": lambda x, t: torch.zeros(*x.shape, 1), "mask_id": 0}, V, "at least 2 classes"),
+]  # fmt: skip
+
+OWN = {
+    "masked": [],
+    "analytic": [
+        ({"noise": "cosine"}, V, "noise must be one of 'log_linear', 'geometric'"),
+        ({"noise": 3}, T, "noise must be callable, got int"),
+        ({"noise": lambda t: 1.0}, V, "noise must be finite, not negative and increasing"),
+        ({"noise": lambda t: math.inf}, V, "noise must be finite"),
+        ({"condition": "time"}, V, "condition must be one of 't', 'sigma'"),
+        ({"denoise": 1}, T, "denoise must be True or False"),
+    ],
+    "uniform": [
+        ({"vocab_size": None}, T, "vocab_size must be an int, got NoneType"),
+        ({"signal": "linear"}, V, "signal must be one of 'log_linear', 'cosine'"),
+        ({"signal": 1}, T, "signal must be callable, got int"),
+        ({"signal": lambda t: t}, V, r"signal must be in \[0, 1\] and decreasing in t"),
+        ({"signal": lambda t: 1 - t, "condition": "sigma"}, V, "positive at t = 1"),
+        ({"condition": "time"}, V, "condition must be one of 't', 'sigma', 'alpha'"),
+        ({"last_step": "argmax"}, V, "last_step must be one of 'ancestral', 'greedy'"),
+        ({"start": torch.zeros(2, 2).long()}, V, r"start must have shape \(B, D\)"),
+        ({"start": torch.zeros(2, 5)}, T, "start must have dtype torch.int64"),
+        ({"start": torch.full((2, 5), 11)}, V, r"start must hold token ids in \[0, 11\)"),
+        ({"start": 3}, T, "start must be a Tensor"),
+    ],
+    "gaussian": [
+        ({"process": MaskedProcess(3)}, T, "process must be a GaussianProcess"),
+        ({"teacher": 3}, T, "teacher must be callable"),
+        ({"teacher_steps": 1}, V, "teacher_steps = 1 needs a teacher, got None"),
+        ({"teacher_steps": 3}, V, "teacher_steps must be at most steps = 2, got 3"),
+        ({"teacher_steps": -1}, V, "teacher_steps must be at least 0, got -1"),
+        ({"teacher": lambda x, t: torch.zeros(2, 5, 12), "teacher_steps": 2}, V,
+         "teacher must return logits over V = 11 classes"),
+        ({"model": lambda x, t: torch.zeros(2, 5, 12)}, V, "model must return logits over V = 11"),
+        ({"last_latents": 0}, V, "last_latents must be at least 1"),
+        ({"last_latents": 2}, V, "last_latents = 2 needs latent_dim >= 1, got 0"),
+        ({"last_latents": 2, "latent_dim": 1, "latent": torch.zeros(2, 1)}, V,
+         "last_latents = 2 needs fresh λ"),
+        ({"last_latents": 2, "latent_dim": 1, "teacher": print, "teacher_steps": 1}, V,
+         "needs the student in the last step, got teacher_steps = 1"),
+        ({"last_latents": 2, "latent_dim": 1, "last": "draw"}, V, "needs last = 'argmax', got 'd"),
+        ({"last": "mean"}, V, "last must be one of 'argmax', 'draw', got 'mean'"),
+        ({"initial": "normal"}, V, "initial must be one of 'target', 'uniform'"),
+        ({"initial": torch.zeros(2, 5)}, T, "initial must have dtype torch.int64"),
+        ({"initial": torch.zeros(1, 5).long()}, V, r"initial must have shape \(B, D\)"),
+        ({"initial": torch.full((2, 5), 11)}, V, r"initial must hold token ids in \[0, 11\)"),
+        ({"initial": torch.zeros(2, 5).long(), "device": "meta"}, V,
+         "initial must be on the device of the samples"),
+    ],
+    "maskgit": [
+        ({"schedule": "cubic"}, V, "schedule must be one of 'arccos'"),
+        ({"schedule": 3}, T, "schedule must be a name or a sequence of counts"),
+        ({"schedule": [1, 2, 3]}, V, "schedule must hold steps = 2 counts, got 3"),
+        ({"schedule": [1, 2.0]}, T, r"schedule\[1\] must be an int"),
+        ({"schedule": [-1, 2]}, V, r"schedule\[0\] must not be negative, got -1"),
+        ({"schedule": [1, 3]}, V, "schedule must hold counts that reveal .* 5 of them, got 4 in"),
+        ({"schedule": [1, 1], "prompt": ids(0, 1)}, V, "schedule must .* 3 of them, got 2 in all"),
+        ({"schedule_style": "jax"}, V, "schedule_style must be one of 'di4c'"),
+        ({"guidance": "high"}, T, "guidance must be a number"),
+        ({"guidance": math.nan}, V, "guidance must be finite"),
+        ({"guidance": 1.0}, V, "guidance needs unconditional"),
+        ({"guidance_schedule": "cosine"}, V, "guidance_schedule must be one of"),
+        ({"guidance_model": 3}, T, "guidance_model must be callable"),
+        ({"guidance": 1.0, "guidance_model": lambda x, t: torch.zeros(2, 5, 4)}, V,
+         "guidance_model must return logits over V = 11"),
+        ({"unconditional": [LABEL]}, T, "unconditional must be a mapping"),
+        ({"unconditional": {"a": LABEL[:1]}}, V, r"unconditional\['a'\] must have B = 2"),
+        ({"context": {"a": LABEL}, "unconditional": {"b": LABEL}}, V,
+         r"unconditional must have the keywords of context, \['a'\], got \['b'\]"),
+        ({"context": {"a": LABEL}, "unconditional": {"a": LABEL.float()}}, V,
+         r"unconditional\['a'\] must have the shape and dtype of context\['a'\]"),
+        ({"context": {"a": LABEL}, "unconditional": {"a": LABEL.view(2, 1)}}, V,
+         r"unconditional\['a'\] must have the shape and dtype of context\['a'\]"),
+        ({"randomize": "quadratic"}, V, "randomize must be one of 'linear'"),
+        ({"gumbel_temperature": -1.0}, V, "gumbel_temperature must be finite and at"),
+        ({"gumbel_temperature": None}, T, "gumbel_temperature must be a number"),
+        ({"resample": 1}, T, "resample must be True or False"),
+        # Ids between V and a mask outside the vocabulary are no tokens.
+        ({"mask_id": 13, "exclude_mask": False, "prompt": ids(13, 12)}, V, r"\[0, V\) .* got 12"),
+        ({"mask_id": 13, "exclude_mask": False, "prompt": ids(13, 12), "vocab_size": 11}, V,
+         r"prompt must hold token ids in \[0, 11\), got 12"),
+    ],
+    "confidence": [
+        ({"steps": None}, V, "steps must be an int without a threshold or a factor"),
+        ({"steps": 3, "block_length": 3}, V, "multiple of the number of blocks, 2, got 3"),
+        ({"block_length": 0}, V, "block_length must be at least 1, got 0"),
+        ({"block_length": 2.5}, T, "block_length must be an int"),
+        ({"rule": "confidence"}, V, "rule must be one of 'low_confidence', 'random'"),
+        ({"schedule": "cosine"}, V, "schedule must be one of 'even', 'ancestral'"),
+        ({"threshold": "a", "steps": None}, T, "threshold must be a number"),
+        ({"threshold": -1, "steps": None}, V, r"threshold must be in \[0, 1\] with rule='low"),
+        ({"threshold": 90, "rule": "topk_margin"}, V, r"threshold must be in \[0, 1\] .* got 90"),
+        ({"threshold": 0.5, "steps": 6, "block_length": 3}, V, "steps caps a threshold"),
+        ({"factor": -1.0, "steps": None}, V, "factor must be finite and at least 0"),
+        ({"factor": 1.0}, V, "steps must be None with a factor, got 2"),
+        ({"factor": 1.0, "threshold": 0.5}, V, "threshold and factor exclude each other"),
+        ({"threshold": 0.5, "rule": "random"}, V, "threshold needs a rule with confiden"),
+        ({"factor": 0.5, "rule": "origin"}, V, "factor needs a rule with confidences"),
+        ({"confidence_temperature": -1.0}, V, "confidence_temperature must be finite"),
+        ({"confidence_temperature": 1.0, "rule": "origin"}, V, "needs confidences"),
+        ({"guidance_scale": -0.5}, V, "guidance_scale must be finite and at least 0"),
+        ({"shift": 1}, T, "shift must be True or False"),
+        ({"exclude_mask": False, "rule": "origin"}, V, "exclude_mask=False needs a rule"),
+        ({"banned_ids": 3}, T, "banned_ids must be a sequence of ints"),
+        ({"banned_ids": [1, -2]}, V, r"banned_ids\[1\] must be at least 0, got -2"),
+        ({"banned_ids": [11]}, V, r"banned_ids .* \[0, 11\) of model, got 11"),
+        ({"deferred_ids": "ab"}, T, "deferred_ids must be a sequence of ints"),
+        ({"deferred_ids": [10]}, V, "deferred_ids must not hold the mask, 10"),
+        ({"deferred_ids": [11], "vocab_size": 11}, V, r"deferred_ids must be in \[0, vocab_size\)"),
+        ({"deferred_ids": [1], "rule": "entropy"}, V, "deferred_ids needs rule="),
+        ({"eos_id": -1}, V, "eos_id must be at least 0, got -1"),
+        ({"eos_id": 11}, V, r"eos_id must be in \[0, V\) = \[0, 11\) of model, got 11"),
+        ({"confidence_dtype": torch.int64}, V, "confidence_dtype must be None or one of"),
+    ],
+}  # fmt: skip
+CASES = [
+    (name, *case)
+    for name in FUNCTIONS
+    for case in [
+        *(case for case in SHARED if SAMPLERS[name].takes(*set(case[0]) - {"initial"})),
+        *OWN[name],
+    ]
+]
+MINIMAL = {"mask_id": MASK, "steps": 2, "vocab_size": VOCAB, "process": PROCESS}
+
+
+@pytest.mark.parametrize(("name", "changes", "error", "message"), CASES, ids=stable_id)
+def test_what_is_wrong_is_named(name, changes, error, message):
+    called = []
+
+    def model(tokens, t, *latent, **context):
+        called.append(tokens)
+        return torch.zeros(*tokens.shape, VOCAB)
+
+    sampler = SAMPLERS[name]
+    needed = [key for key in ("mask_id", "steps", "process") if sampler.takes(key)]
+    if name == "uniform":
+        needed.append("vocab_size")
+    arguments = {key: MINIMAL[key] for key in needed} | {"model": model, "shape": (2, 5)}
+    arguments |= changes
+    with pytest.raises(error, match=message):
+        sampler.function(arguments.pop("model"), arguments.pop("shape"), **arguments)
+    # Before any work, unless only the model can tell.
+    assert not called or any(word in message for word in ("model", "V", "project_fn", "token ids"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: log_linear_noise(0.0), r"eps must be in \(0, 1\), got 0.0"),
+        (lambda: geometric_noise(0.0, 1.0), "0 < sigma_min < sigma_max"),
+        (lambda: geometric_noise(2.0, 1.0), "0 < sigma_min < sigma_max"),
+        (lambda: log_linear_signal(1.0), r"eps must be in \(0, 1\), got 1.0"),
+        (lambda: cosine_signal(1.0), r"eps must be in \(0, 1\), got 1.0"),
+    ],
+)
+def test_schedules_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
