@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from di4c_fast._spare import release
 
 ROOT = Path(__file__).resolve().parent.parent

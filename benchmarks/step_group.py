@@ -13,7 +13,7 @@ from torch import Tensor
 
 import di4c_fast
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training.step import DistillConfig, DistillOutput, distill_step
+from di4c_fast.training import DistillConfig, DistillOutput, distill_step
 
 from . import baselines
 from .cases import make_case

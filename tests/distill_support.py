@@ -11,7 +11,7 @@ from di4c_fast.draw.api import sample
 from di4c_fast.heads import LinearHead
 from di4c_fast.models.latent import LatentShift
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training.step import DistillConfig, distill_step
+from di4c_fast.training import DistillConfig, distill_step
 
 B, D, VOCAB, MASK = 4, 5, 6, 5
 PROCESS = MaskedProcess(MASK)

@@ -9,9 +9,8 @@ import torch
 from distill_support import CONFIG, MASK, PROCESS, B, D, Recorder, rng
 from torch import Tensor
 
+from di4c_fast.training import EMA, Distiller
 from di4c_fast.training.checkpoint import encode
-from di4c_fast.training.distiller import Distiller
-from di4c_fast.training.step import EMA
 
 BATCHES = torch.randint(MASK, (16, B, D), generator=torch.Generator().manual_seed(7))
 

@@ -24,7 +24,7 @@ from distill_support import (
 from torch import nn
 
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training.step import DistillConfig, distill_step
+from di4c_fast.training import DistillConfig, distill_step
 
 # The model calls
 

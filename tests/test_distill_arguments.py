@@ -8,7 +8,7 @@ import pytest
 import torch
 from distill_support import CONFIG, HIGH, MASK, PROCESS, VOCAB, X0, B, D, Recorder
 
-from di4c_fast.training.step import DistillConfig, distill_step
+from di4c_fast.training import DistillConfig, distill_step
 
 
 @pytest.mark.parametrize(

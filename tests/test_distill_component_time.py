@@ -24,7 +24,7 @@ from distill_support import (
 from torch import Tensor
 
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training.step import DistillConfig, distill_step
+from di4c_fast.training import DistillConfig, distill_step
 
 N, K = 3, 2
 

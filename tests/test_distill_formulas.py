@@ -24,7 +24,7 @@ from distill_support import (
 from torch import Tensor
 
 import di4c_fast.training.step as distill_module
-from di4c_fast.training.step import DistillConfig, data_weights, distill_step
+from di4c_fast.training import DistillConfig, data_weights, distill_step
 
 # The same arithmetic in float64 in another order; losses of some ten nats, whose parts cancel in
 # gradients. A wrong factor or a term left out is above 1e-3.

@@ -24,8 +24,7 @@ from torch import nn
 
 from di4c_fast.loss.problem import LossTerms
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training.distiller import Distiller
-from di4c_fast.training.step import EMA, DistillConfig, data_weights, distill_step
+from di4c_fast.training import EMA, DistillConfig, Distiller, data_weights, distill_step
 
 T = torch.tensor(MIXED)
 

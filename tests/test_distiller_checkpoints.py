@@ -61,7 +61,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, schedule, s
     run(first, 0, stop)
     file = tmp_path / "run.safetensors"
     first.save(file, extra={"batch": stop})
-    assert os.listdir(tmp_path) == ["run.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["run.safetensors", "run.safetensors.lock"]
     del first
     torch.manual_seed(99)
     resumed = make(optimizer, schedule, seed=5)
@@ -217,7 +217,7 @@ def test_an_interruption_while_writing_leaves_the_former_file(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         distiller.save(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == before
-    assert os.listdir(tmp_path) == ["a"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "a.lock"]
 
 
 def test_a_folder_that_does_not_exist_is_not_made_up(tmp_path):

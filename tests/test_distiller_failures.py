@@ -9,8 +9,7 @@ import torch
 from distill_support import CONFIG, MASK, PROCESS, X0, Recorder, rng
 from torch import nn
 
-from di4c_fast.training.distiller import Distiller
-from di4c_fast.training.step import EMA
+from di4c_fast.training import EMA, Distiller
 
 
 def make(optimizer, accumulate: int = 1, schedule=None, average: bool = False) -> Distiller:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from di4c_fast.processes import MaskedProcess
+from di4c_fast.training import DistillConfig
 from di4c_fast.training.checkpoint import read_checkpoint, write_checkpoint
-from di4c_fast.training.step import DistillConfig
 
 
 def refused(distiller, file, message, error=ValueError) -> None:
@@ -132,9 +132,9 @@ def frozen_out(parameters):
     [
         (
             {"student": Wider()},
-            r"holds another student: position is \(5, 8\) float64 there and \(6, 8\) float64 here;"
-            r" .*extra.weight is absent there and \(1, 1\) float64 here;"
-            r".*mix.bias is \(8,\) float64 there and absent here",
+            r"another run: student.position is \(5, 8\) float64 there and \(6, 8\) float64"
+            r" here; .*student.extra.weight is absent there and \(1, 1\) float64 here;"
+            r".*student.mix.bias is \(8,\) float64 there and absent here",
         ),
         (
             {"student": Recorder(True).float()},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from di4c_fast.training.ema import EMA
+from di4c_fast.training import EMA
 
 
 def averaged_module() -> nn.Module:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from di4c_fast.heads import LogisticHead, TensorHead
 from di4c_fast.processes import GaussianProcess, Process, gaussian
 from di4c_fast.testing import P_VALUE, assert_counts_match, assert_draws_match
-from di4c_fast.training.step import DistillConfig, distill_step
+from di4c_fast.training import DistillConfig, distill_step
 
 
 def test_gaussian_process_is_a_process():

@@ -14,7 +14,7 @@ from di4c_fast.integrations.huggingface import MaskedLM, has_linear_head
 from di4c_fast.processes import MaskedProcess
 from di4c_fast.samplers import sample_masked
 from di4c_fast.samplers.confidence import sample_confidence
-from di4c_fast.training.step import DistillConfig, distill_step
+from di4c_fast.training import DistillConfig, distill_step
 
 TOKENS = torch.randint(5, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
 MASKED = TOKENS.masked_fill(torch.arange(7) % 2 == 0, MASK)

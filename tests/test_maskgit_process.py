@@ -14,7 +14,7 @@ from di4c_fast.heads import LinearHead, TensorHead
 from di4c_fast.processes import MaskGITProcess, Process, maskgit
 from di4c_fast.processes.reveal import SCHEDULES, masked_share
 from di4c_fast.testing import P_VALUE, assert_counts_match
-from di4c_fast.training.step import DistillConfig, distill_step
+from di4c_fast.training import DistillConfig, distill_step
 
 MASK = 4
 VOCAB = 5

@@ -12,8 +12,7 @@ from di4c_fast.heads import LinearHead, TensorHead
 from di4c_fast.models.wrappers import with_latent_shift, with_latent_token
 from di4c_fast.processes import MaskedProcess
 from di4c_fast.samplers import sample_masked
-from di4c_fast.training.distiller import Distiller
-from di4c_fast.training.step import EMA, DistillConfig, distill_step
+from di4c_fast.training import EMA, DistillConfig, Distiller, distill_step
 
 V, M, D, C = 9, 8, 6, 8
 TOKENS = torch.randint(M, (4, D), generator=torch.Generator().manual_seed(0))

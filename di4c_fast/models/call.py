@@ -1,4 +1,4 @@
-"""Calling models: signature, evaluation mode, conditioning tensors, the shape of what comes back."""
+"""Calling models: signature, evaluation mode, conditioning, the shape of what comes back."""
 
 from __future__ import annotations
 

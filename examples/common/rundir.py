@@ -1,27 +1,28 @@
 """The directory of a run: what it belongs to, and its files, written whole or not at all.
 
-`run.json` holds the recipe and the names of the files written so far. Checkpoints and
-samples are safetensors files with a checksum in their metadata. A file is written to a temporary
-name, flushed and renamed, so that an interruption at any point leaves the old file or the new one.
+`run.json` holds the recipe and the names of the files written so far; one process at a time holds
+it. Checkpoints and samples are checkpoint files of the library, which an interruption at any point
+leaves as they were or complete.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
+
+from di4c_fast.training.checkpoint import hold, read_checkpoint, replacing, write_checkpoint
 
 from .options import Recipe
 
-FORMAT = 1
+FORMAT = 2
+STORED = "di4c_fast.examples/2"
+
+Result = TypeVar("Result")
 
 
 class RunError(Exception):
@@ -47,20 +48,29 @@ class RunDirectory:
         self._files: list[str] = []
         record = self.path / "run.json"
         if record.exists():
+            self._claim(record)
             self._resume(record)
             return
         if self.path.exists():
             if not self.path.is_dir():
                 raise RunError(f"{self.path} must be a directory, it is a file")
             # A run interrupted before its first line was written leaves a temporary file only.
-            foreign = [p.name for p in self.path.iterdir() if not p.name.endswith(".tmp")]
+            ours = (".tmp", ".lock")
+            foreign = [p.name for p in self.path.iterdir() if not p.name.endswith(ours)]
             if foreign:
                 raise RunError(
                     f"{self.path} holds files ({', '.join(sorted(foreign)[:3])}) but no run.json, "
                     "so it is not a run of this example; choose another --run-dir"
                 )
         self.path.mkdir(parents=True, exist_ok=True)
+        self._claim(record)
         self._write_record()
+
+    def _claim(self, record: pathlib.Path) -> None:
+        try:
+            self._hold = hold(record)  # until this object is gone, or the process
+        except RuntimeError as error:
+            raise RunError(str(error)) from error
 
     def _resume(self, record: pathlib.Path) -> None:
         try:
@@ -87,69 +97,53 @@ class RunDirectory:
         record = {**self._identity, "files": self._files}
         write_file(self.path / "run.json", (json.dumps(record, indent=1) + "\n").encode())
 
-    def save(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write `<name>.safetensors`, `name` being folder/file; metadata must survive JSON."""
-        tensors = {key: value.detach().contiguous() for key, value in tensors.items()}
-        text = json.dumps(metadata, sort_keys=True)
-        checksum = _checksum(tensors, text)
-        data = save(tensors, metadata={"values": text, "sha256": checksum})
+    def file(self, name: str) -> pathlib.Path:
+        """`<name>.safetensors`, `name` being folder/file; the folder is made."""
         file = self.path / f"{name}.safetensors"
         file.parent.mkdir(exist_ok=True)
-        write_file(file, data)
-        if f"{name}.safetensors" not in self._files:
-            self._files.append(f"{name}.safetensors")
+        return file
+
+    def written(self, file: pathlib.Path, write: Callable[[], None]) -> None:
+        """Let `write` write a file, and record that the run has it."""
+        write()
+        name = str(file.relative_to(self.path))
+        if name not in self._files:
+            self._files.append(name)
             self._write_record()
 
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What `save` wrote, or None if this run has not written it.
-
-        Raises:
-            RunError: the file is torn or its content does not match its checksum.
-        """
-        file = self.path / f"{name}.safetensors"
+    def reading(self, file: pathlib.Path, read: Callable[[], Result]) -> Result:
+        """What `read` gives; a file that it cannot use ends the run with advice."""
         # A file that is not on the record was renamed just before an interruption: it is whole.
+        try:
+            return read()
+        except ValueError as error:
+            raise RunError(
+                f"{error}; put {file.name} back, or remove {self.path} to start again"
+            ) from error
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Write tensors, and values that survive JSON, under a name as for `file`."""
+        file = self.file(name)
+        self.written(file, lambda: write_checkpoint(file, STORED, tensors, dict(values)))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `save` wrote, or None if this run has not written it."""
+        file = self.file(name)
         if not file.exists():
             return None
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                stored = opened.metadata() or {}
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            whole = stored["sha256"] == _checksum(tensors, stored["values"])
-            values = json.loads(stored["values"])
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise RunError(f"{file} is damaged ({error}); {_advice(self.path)}") from error
-        if not whole:
-            raise RunError(f"{file} is damaged (its checksum does not match); {_advice(self.path)}")
-        return tensors, values
+        return self.reading(file, lambda: read_checkpoint(file, STORED))
 
 
 def write_file(path: pathlib.Path, data: bytes) -> None:
     """Replace the file in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     """Write the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(values, indent=1) + "\n").encode())
-
-
-def _advice(path: pathlib.Path) -> str:
-    return f"put it back, or remove {path} to start again"
-
-
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from di4c_fast.heads import as_head
-from di4c_fast.training.step import distill_step
+from di4c_fast.training import Distiller, Trainer
 
 from ..common.rundir import RunDirectory
-from ..common.training import masked_cross_entropy, stratified_latents, train
+from ..common.training import masked_cross_entropy, stratified_latents, take_loss, train
 from .config import POSITIONS, Config
 from .data import Digits
 from .systems import system_of
-
-TEACHER_DECAY, STUDENT_DECAY = 0.995, 0.99
 
 
 def train_teacher(
@@ -25,14 +25,17 @@ def train_teacher(
     system = system_of(config)
     model = system.teacher()
 
-    def batch_loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator) -> Tensor:
         x0, labels = draw_batch(digits, config.teacher_batch, generator)
         t = system.times(len(x0), generator)
         xt = system.process.corrupt(x0, t, generator=generator)
         head = as_head(model(xt, t, **system.context(labels, generator)))
         return masked_cross_entropy(head.logits(), x0, system.counted(xt), system.columns)
 
-    return train("teacher", model, batch_loss, run, config, seed, TEACHER_DECAY, checkpoint_every)
+    def step(trainer: Trainer) -> dict[str, Tensor]:
+        return take_loss(trainer, loss)
+
+    return train("teacher", model, run, config, seed, checkpoint_every, step)
 
 
 def distill_student(
@@ -47,22 +50,19 @@ def distill_student(
     torch.manual_seed(seed + 1)
     system = system_of(config)
     model = system.student(teacher)
-    recipe = system.recipe()
+    own_pass = system.process.component_time is not None
 
-    def batch_loss(generator: torch.Generator) -> Tensor:
+    def step(distiller: Trainer) -> dict[str, Tensor]:
+        assert isinstance(distiller, Distiller)
+        generator = distiller.generator
+        assert generator is not None
         x0, labels = draw_batch(digits, config.student_batch, generator)
 
         def latents(rows: int) -> Tensor:
             return stratified_latents(len(x0), rows, config.latent_dim, generator)
 
-        own_pass = system.process.component_time is not None
-        step = distill_step(
-            model,
-            teacher,
+        return distiller.step(
             x0,
-            process=system.process,
-            config=recipe,
-            generator=generator,
             t=system.student_times(len(x0), generator),
             latent=latents(config.components),
             latent_u=latents(config.draws),
@@ -70,9 +70,12 @@ def distill_student(
             context=system.context(labels, generator),
             return_terms=False,
         )
-        return step.loss / POSITIONS
 
-    return train("student", model, batch_loss, run, config, seed, STUDENT_DECAY, checkpoint_every)
+    make = functools.partial(
+        Distiller, teacher=teacher, process=system.process, config=system.recipe()
+    )
+    # The loss is reported per pixel.
+    return train("student", model, run, config, seed, checkpoint_every, step, make, scale=POSITIONS)
 
 
 def draw_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

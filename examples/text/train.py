@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training.step import DistillConfig, distill_step
+from di4c_fast.training import DistillConfig, Trainer, distill_step
 
 from ..common.rundir import RunDirectory
-from ..common.training import masked_cross_entropy, stratified_latents, train
+from ..common.training import masked_cross_entropy, stratified_latents, take_loss, train
 from .blocks import BlockModel, cut
 from .config import Config
 from .data import Text, draw_windows
 from .model import TextDenoiser, student_from_teacher
-
-TEACHER_DECAY, STUDENT_DECAY = 0.995, 0.99
 
 
 def draw_batch(text: Text, size: int, length: int, generator: torch.Generator) -> Tensor:
@@ -39,13 +37,16 @@ def train_teacher(
     model = TextDenoiser(len(text.alphabet), config)
     process = process_of(text, config)
 
-    def batch_loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator) -> Tensor:
         x0 = draw_batch(text, config.teacher_batch, config.length, generator)
         t = process.sample_times(len(x0), stratified=True, generator=generator)
         xt = process.corrupt(x0, t, generator=generator)
         return masked_cross_entropy(model(xt, t), x0, xt == process.mask_id, process.mask_id)
 
-    return train("teacher", model, batch_loss, run, config, seed, TEACHER_DECAY, checkpoint_every)
+    def step(trainer: Trainer) -> dict[str, Tensor]:
+        return take_loss(trainer, loss)
+
+    return train("teacher", model, run, config, seed, checkpoint_every, step)
 
 
 def distill_student(
@@ -78,12 +79,12 @@ def distill_student(
     def latents(count: int, generator: torch.Generator) -> Tensor:
         return stratified_latents(rows * blocks, count, latent_dim, generator)
 
-    def batch_loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator) -> Tensor:
         x0 = draw_batch(text, rows, config.length, generator)
         t = process.sample_times(rows, stratified=True, generator=generator)
         t = t.pow(config.time_power).clamp(min=process.t_min)
         shift = int(torch.randint(config.block, (1,), generator=generator))
-        step = distill_step(
+        output = distill_step(
             BlockModel(model, rows, blocks, shift),
             BlockModel(teacher, rows, blocks, shift),
             cut(x0, blocks, shift),
@@ -94,6 +95,9 @@ def distill_student(
             latent=latents(config.components, generator),
             latent_u=latents(config.draws, generator),
         )
-        return step.loss / config.block
+        return output.loss / config.block
 
-    return train("student", model, batch_loss, run, config, seed, STUDENT_DECAY, checkpoint_every)
+    def step(trainer: Trainer) -> dict[str, Tensor]:
+        return take_loss(trainer, loss)
+
+    return train("student", model, run, config, seed, checkpoint_every, step)

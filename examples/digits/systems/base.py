@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from di4c_fast.processes import Process
-from di4c_fast.training.step import DistillConfig
+from di4c_fast.training import DistillConfig
 
 from ..config import Config
 from ..data import Digits

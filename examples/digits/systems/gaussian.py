@@ -12,7 +12,7 @@ from di4c_fast.heads import LogisticHead
 from di4c_fast.models.latent import LatentShift, sinusoid
 from di4c_fast.processes import GaussianProcess
 from di4c_fast.samplers import sample_gaussian
-from di4c_fast.training.step import DistillConfig
+from di4c_fast.training import DistillConfig
 
 from ..config import GaussianConfig
 from ..model import PATCH_PIXELS, PATCHES, Block, patch_order, start_from

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training.step import DistillConfig
+from di4c_fast.training import DistillConfig
 
 from ...common import sampling
 from ..config import Config

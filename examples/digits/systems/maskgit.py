@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from di4c_fast.processes import MaskGITProcess
 from di4c_fast.samplers import sample_maskgit
-from di4c_fast.training.step import DistillConfig
+from di4c_fast.training import DistillConfig
 
 from ..config import MaskGITConfig
 from ..data import Digits
