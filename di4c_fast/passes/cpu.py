@@ -18,6 +18,9 @@ from torch import Tensor
 
 from ..kernels.cpu.build import BuildError, find_library
 from .base import Factors, Mixture, Operand, RowSums, Statistics, Visit
+from .torch_draw import draw
+
+__all__ = ["backward", "chunk_bytes", "draw", "forward", "temporary_bytes", "unavailable"]
 
 WRITES_ZEROS = False  # `backward` visits active slots only
 SETS = ("plain", "avx2", "avx512")  # DI4C_FAST_CPU names the highest that may run

@@ -23,13 +23,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FLAGS = (
+FLAGS = shlex.split(
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno "
     "-fno-trapping-math -ffp-contract=fast -Wall -Wno-psabi -Wno-unused-function "
     "-Wno-maybe-uninitialized"
-).split()
-AVX2 = "-mavx2 -mfma -mf16c".split()
-AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split()]
+)
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
 SECONDS = 300  # after which a compiler counts as stuck
 
 
@@ -100,10 +100,10 @@ def _commands(
     compiler: list[str], scratch: Path, result: Path
 ) -> tuple[list[tuple[Path, list[str]]], list[str]]:
     """The objects with the commands that compile them, and the command that links them."""
-    sets = {"plain": []}
+    sets: dict[str, list[str]] = {"plain": []}
     if platform.machine().lower() in ("x86_64", "amd64"):
         sets |= {"avx2": AVX2, "avx512": AVX512}
-    units = [("library", "library.cpp", [])]
+    units: list[tuple[str, str, list[str]]] = [("library", "library.cpp", [])]
     units += [(name, "isa.cpp", [*f, f"-DDI4C_ISA=di4c_{name}"]) for name, f in sets.items()]
     extra = _extra_flags()
     objects = []
