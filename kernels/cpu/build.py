@@ -87,7 +87,7 @@ def build(folder: Path, key: str | None = None, compiler: list[str] | None = Non
         OSError: the folder cannot be written.
     """
     compiler = compiler or find_compiler()
-    key = key or _key(None)
+    key, folder = key or _key(None), folder.resolve()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
         result = Path(scratch) / "library.so"
         _run(*_commands(compiler, Path(scratch), result), Path(scratch))
