@@ -17,14 +17,21 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu.build import BuildError, find_library
-from .base import Factors, Mixture, Operand, RowSums, Statistics, Visit
-from .torch_draw import draw
-
-__all__ = ["backward", "chunk_bytes", "draw", "forward", "temporary_bytes", "unavailable"]
+from .base import (
+    Drawn,
+    DrawOptions,
+    Factors,
+    Mixture,
+    Operand,
+    RowSums,
+    Statistics,
+    Visit,
+)
 
 WRITES_ZEROS = False  # `backward` visits active slots only
 SETS = ("plain", "avx2", "avx512")  # DI4C_FAST_CPU names the highest that may run
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WANTED = ("argmax", "entropy", "margin", "raw_prob")  # bits of Wanted in draw.h
 _FAILURES = {1: "no memory", 2: "torch_parallel_for failed", 3: "abi.h and cpu.py differ"}
 
 
@@ -76,6 +83,35 @@ def backward(
     """See `base`."""
     words = _Words().mixture_pass(z, t, u, gradient, visit, mixture, statistics, factors)
     _run("di4c_backward", words, visit)
+
+
+def draw(x: Operand, y: Operand | None, visit: Visit, keys: Tensor, options: DrawOptions) -> Drawn:
+    """See `base`."""
+    rows = visit.slots * x.components
+
+    def by_row(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float32).expand(rows)
+
+    statistics = ("entropy", "margin", "raw_prob")
+    wanted = {n: torch.empty(rows) if n in options.wanted else None for n in statistics}
+    token, argmax = torch.empty(2, rows, dtype=torch.int64)
+    shift, total, log_weight = torch.empty(3, rows)
+    words = _Words().operand(x).operand(y).visit(visit)
+    words.numbers(x.vocabulary, -1 if options.mask_id is None else options.mask_id)
+    words.numbers(_signed(options.seed), _signed(options.step))
+    words.numbers(sum(1 << i for i, name in enumerate(_WANTED) if name in options.wanted))
+    words.pointers(keys, dtype=torch.int64)
+    words.pointers(by_row(options.temperature), by_row(options.guidance))
+    words.pointers(token, argmax, dtype=torch.int64)
+    words.outputs(shift, total, log_weight).pointers(*wanted.values())
+    _run("di4c_draw", words, visit)
+    found = argmax if "argmax" in options.wanted else None
+    return Drawn(token, shift, total, log_weight, found, **wanted)
+
+
+def _signed(value: int | Tensor) -> int:
+    """The 64 bits of an integer as int64 has them."""
+    return (int(value) + 2**63) % 2**64 - 2**63
 
 
 class _Words:
@@ -178,7 +214,7 @@ def _library() -> tuple[ctypes.CDLL | None, str | None, int]:
         parallel_for = ctypes.cast(_torch_library().torch_parallel_for, ctypes.c_void_p)
     except (BuildError, OSError, AttributeError) as error:
         return None, f"the C++ passes cannot be built or loaded: {error}", 0
-    for name in ("di4c_forward", "di4c_backward"):
+    for name in ("di4c_forward", "di4c_backward", "di4c_draw"):
         getattr(library, name).argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_int64]
     library.di4c_map.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return library, None, library.di4c_start(parallel_for, SETS.index(highest))

@@ -62,3 +62,14 @@ struct MixturePass {
   Statistics statistics;
   Factors factors;
 };
+
+struct DrawPass {  // one draw for each of the R rows, by slot, then by component
+  Operand x, y;    // y: unconditional logits of guidance
+  Visit visit;
+  int64_t vocabulary, mask_id, seed, step;
+  int64_t wanted;  // Wanted of draw.h
+  const int64_t* keys;
+  const float *temperature, *guidance;
+  int64_t *token, *argmax;
+  float *shift, *total, *log_weight, *entropy, *margin, *raw_prob;
+};

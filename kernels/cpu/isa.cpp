@@ -1,4 +1,5 @@
 // The passes for one instruction set; compiled once for each, with DI4C_ISA as its name.
+#include "draw.h"
 #include "isa.h"
 #include "mixture.h"
 
@@ -21,4 +22,4 @@ void map(i64 which, const float* x, float* y, i64 n) {
 }  // namespace
 
 extern const Functions DI4C_ISA;
-const Functions DI4C_ISA = {forward_slot, backward_slot, mixture_scratch, map};
+const Functions DI4C_ISA = {forward_slot, backward_slot, draw_slot, mixture_scratch, map};

@@ -90,6 +90,13 @@ DI4C_EXPORT int32_t di4c_backward(const MixturePass* a, int64_t words) {
              functions->mixture_scratch(a, false), a->visit.threads);
 }
 
+DI4C_EXPORT int32_t di4c_draw(const DrawPass* a, int64_t words) {
+  if (words * 8 != sizeof(*a)) return DIFFERS;
+  int64_t scratch = a->y.data ? 4 * (a->vocabulary + 256) : 64;
+  return run(functions->draw, a, a->visit.slots, a->x.components * a->vocabulary, scratch,
+             a->visit.threads);
+}
+
 // y = exp(x) or, with which = 1, log(x) of n numbers.
 DI4C_EXPORT void di4c_map(int64_t which, const float* x, float* y, int64_t n) {
   functions->map(which, x, y, n);
