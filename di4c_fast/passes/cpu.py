@@ -1,0 +1,227 @@
+"""The passes in C++: one visit of a position while its logits are in the cache of a core.
+
+fp32, bf16 and fp16 logits on a CPU; the work dtype is fp32. The sources are in `kernels/cpu`. Every
+field of the structs in `kernels/cpu/abi.h` has 8 bytes, so a struct is handed over as a list of
+integers: addresses, sizes, strides and flags in the order of its fields.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..kernels.cpu.build import BuildError, find_library
+from .base import (
+    Drawn,
+    DrawOptions,
+    Factors,
+    Mixture,
+    Operand,
+    RowSums,
+    Statistics,
+    Visit,
+)
+
+WRITES_ZEROS = False  # `backward` visits active slots only
+SETS = ("plain", "avx2", "avx512")  # DI4C_FAST_CPU names the highest that may run
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WANTED = ("argmax", "entropy", "margin", "raw_prob")  # bits of Wanted in draw.h
+_FAILURES = {1: "no memory", 2: "torch_parallel_for failed", 3: "abi.h and cpu.py differ"}
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why these passes cannot run on `device`; None: they can."""
+    if device.type != "cpu":
+        return f"the C++ passes run on the CPU, the tensors are on {device.type}"
+    return _library()[1]
+
+
+def instruction_set() -> str:
+    """The one that runs: "plain", "avx2" or "avx512"."""
+    return SETS[_library()[2]]
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Of computed logits: they should be in the caches when the passes read them."""
+    return 8 << 20
+
+
+def temporary_bytes(components: int, row_bytes: int) -> int:
+    """What a slot takes beside its operands: nothing that grows with the chunk."""
+    return 0
+
+
+def forward(
+    z: Operand,
+    t: Operand | None,
+    u: Operand | None,
+    visit: Visit,
+    mixture: Mixture,
+    statistics: Statistics,
+) -> None:
+    """See `base`."""
+    words = _Words().mixture_pass(z, t, u, None, visit, mixture, statistics, None)
+    _run("di4c_forward", words, visit)
+
+
+def backward(
+    z: Operand,
+    t: Operand | None,
+    u: Operand | None,
+    visit: Visit,
+    mixture: Mixture,
+    statistics: Statistics,
+    factors: Factors,
+    gradient: Operand,
+) -> None:
+    """See `base`."""
+    words = _Words().mixture_pass(z, t, u, gradient, visit, mixture, statistics, factors)
+    _run("di4c_backward", words, visit)
+
+
+def draw(x: Operand, y: Operand | None, visit: Visit, keys: Tensor, options: DrawOptions) -> Drawn:
+    """See `base`."""
+    rows = visit.slots * x.components
+
+    def by_row(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float32).expand(rows)
+
+    statistics = ("entropy", "margin", "raw_prob")
+    wanted = {n: torch.empty(rows) if n in options.wanted else None for n in statistics}
+    token, argmax = torch.empty(2, rows, dtype=torch.int64)
+    shift, total, log_weight = torch.empty(3, rows)
+    words = _Words().operand(x).operand(y).visit(visit)
+    words.numbers(x.vocabulary, -1 if options.mask_id is None else options.mask_id)
+    words.numbers(_signed(options.seed), _signed(options.step))
+    words.numbers(sum(1 << i for i, name in enumerate(_WANTED) if name in options.wanted))
+    words.pointers(keys, dtype=torch.int64)
+    words.pointers(by_row(options.temperature), by_row(options.guidance))
+    words.pointers(token, argmax, dtype=torch.int64)
+    words.outputs(shift, total, log_weight).pointers(*wanted.values())
+    _run("di4c_draw", words, visit)
+    found = argmax if "argmax" in options.wanted else None
+    return Drawn(token, shift, total, log_weight, found, **wanted)
+
+
+def _signed(value: int | Tensor) -> int:
+    """The 64 bits of an integer as int64 has them."""
+    return (int(value) + 2**63) % 2**64 - 2**63
+
+
+class _Words:
+    """The fields of a struct of `abi.h`, and the tensors they point to."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+        self._alive: list[Tensor] = []
+
+    def numbers(self, *values: int) -> _Words:
+        self.values += [int(value) for value in values]
+        return self
+
+    def pointers(self, *tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> _Words:
+        """Addresses of contiguous tensors, 0 for None; inputs of other strides are copied."""
+        for tensor in tensors:
+            if tensor is not None:
+                assert tensor.dtype == dtype, (tensor.dtype, dtype)
+                tensor = tensor.contiguous()
+                self._alive.append(tensor)
+            self.values.append(0 if tensor is None else tensor.data_ptr())
+        return self
+
+    def outputs(self, *tensors: Tensor) -> _Words:
+        """Addresses of contiguous fp32 tensors that are written."""
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        return self.pointers(*tensors)
+
+    def operand(self, x: Operand | None) -> _Words:
+        if x is None:
+            return self.numbers(*[0] * 7)
+        assert x.logits.shape[-1] <= 1 or x.logits.stride(-1) == 1
+        self._alive.append(x.logits)
+        dtype = _DTYPES[x.logits.dtype]
+        return self.numbers(x.logits.data_ptr(), *x.strides, x.components, dtype)
+
+    def visit(self, visit: Visit) -> _Words:
+        assert visit.count is None, "every visited slot is active"
+        self.pointers(visit.rows, dtype=torch.int64)
+        return self.numbers(visit.first, visit.slots, visit.positions, torch.get_num_threads())
+
+    def sums(self, sums: RowSums | None) -> _Words:
+        return self.numbers(0, 0) if sums is None else self.outputs(sums.shift, sums.total)
+
+    def kept(self, rows: Tensor) -> _Words:
+        assert rows.stride(1) == 1
+        return self.numbers(rows.data_ptr(), rows.shape[0], rows.stride(0))
+
+    def mixture_pass(
+        self,
+        z: Operand,
+        t: Operand | None,
+        u: Operand | None,
+        gradient: Operand | None,
+        visit: Visit,
+        mixture: Mixture,
+        statistics: Statistics,
+        factors: Factors | None,
+    ) -> _Words:
+        for operand in (z, t, u, gradient):
+            self.operand(operand)
+        self.visit(visit)
+        m, s = mixture, statistics
+        self.numbers(z.vocabulary, -1 if m.mask_id is None else m.mask_id)
+        self.pointers(m.xu, dtype=torch.int64)
+        self.pointers(m.log_weights, m.teacher_weight, m.consistency_weight)
+        self.numbers(m.marginal, m.component, s.sums_known)
+        self.pointers(s.tokens, dtype=torch.int64).numbers(s.tokens.shape[1])
+        self.sums(s.student).sums(s.teacher).sums(s.consistency)
+        self.outputs(s.log_prob, s.mass, s.teacher_kl, s.consistency_kl, s.divergence)
+        self.kept(s.q).kept(s.q_teacher)
+        f = factors
+        if f is None:
+            return self.numbers(0, 0, 0, 0)
+        return self.pointers(f.probability, f.marginal, f.component, f.kappa)
+
+
+def _run(name: str, words: _Words, visit: Visit) -> None:
+    if visit.slots == 0:
+        return
+    library, reason, _ = _library()
+    assert library is not None, reason
+    count = len(words.values)
+    failure = getattr(library, name)((ctypes.c_int64 * count)(*words.values), count)
+    if failure:
+        error = MemoryError if failure == 1 else RuntimeError
+        raise error(f"{name}: {_FAILURES[failure]}")
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL | None, str | None, int]:
+    """The library or why there is none, and the index of the instruction set that runs."""
+    if sys.platform == "win32" or sys.maxsize < 2**32:
+        return None, "the C++ passes need Linux or macOS on a 64-bit CPU", 0
+    highest = os.environ.get("DI4C_FAST_CPU", SETS[-1])
+    if highest not in SETS:
+        return None, f"DI4C_FAST_CPU must be one of {', '.join(SETS)}, got {highest!r}", 0
+    try:
+        library = ctypes.CDLL(str(find_library()))
+        parallel_for = ctypes.cast(_torch_library().torch_parallel_for, ctypes.c_void_p)
+    except (BuildError, OSError, AttributeError) as error:
+        return None, f"the C++ passes cannot be built or loaded: {error}", 0
+    for name in ("di4c_forward", "di4c_backward", "di4c_draw"):
+        getattr(library, name).argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_int64]
+    library.di4c_map.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    return library, None, library.di4c_start(parallel_for, SETS.index(highest))
+
+
+def _torch_library() -> ctypes.CDLL:
+    """Where `torch_parallel_for` is: torch's stable C interface, since version 2.10."""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+    return ctypes.CDLL(str(path) if path.exists() else None)  # None: what is loaded already

@@ -1,0 +1,1 @@
+"""The C++ passes: their sources, and how they are built and loaded (`build`)."""

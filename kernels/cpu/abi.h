@@ -1,0 +1,75 @@
+// The plain C interface of the passes: what di4c_fast/passes/cpu.py fills in. The words are those
+// of di4c_fast/passes/base.py. Arrays are contiguous but for the rows of operands; statistics are
+// fp32, addressed by slot first + i for i < slots; sizes and strides count elements.
+#pragma once
+
+#include <cstdint>
+
+struct Operand {  // rows of logits, or of their gradient; data is null where there is none
+  char* data;
+  int64_t stride_i, stride_b, stride_c, stride_d;
+  int64_t components;
+  int64_t dtype;  // Dtype of vec.h
+};
+
+struct Visit {
+  const int64_t* rows;  // flat position of every slot; null: slot s is position s
+  int64_t first, slots, positions;
+  int64_t threads;
+};
+
+struct Sums {  // [A, C]
+  float *shift, *total;
+};
+
+struct Kept {  // rows of q, those of slots 0 .. count - 1
+  float* data;
+  int64_t count, stride;
+};
+
+struct Mixture {
+  int64_t vocabulary;
+  int64_t mask_id;            // -1: none
+  const int64_t* xu;          // [B, K, D] or null
+  const float* log_weights;   // [B, N]
+  const float *teacher_weight, *consistency_weight;  // [B]
+  int64_t marginal, component;
+  int64_t sums_known;
+};
+
+struct Statistics {
+  const int64_t* tokens;  // [B, J, D]
+  int64_t targets;        // J
+  Sums student, teacher, consistency;
+  float* log_prob;                        // [A, J, N]
+  float* mass;                            // [A, N]
+  float *teacher_kl, *consistency_kl;     // [A]
+  float* divergence;                      // [A, N]
+  Kept q, q_teacher;
+};
+
+struct Factors {
+  const float* probability;  // [A, N]
+  const float* marginal;     // [A]
+  const float* component;    // [A, N]
+  const float* kappa;        // [A, J, N]
+};
+
+struct MixturePass {
+  Operand z, t, u, gradient;
+  Visit visit;
+  Mixture mixture;
+  Statistics statistics;
+  Factors factors;
+};
+
+struct DrawPass {  // one draw for each of the R rows, by slot, then by component
+  Operand x, y;    // y: unconditional logits of guidance
+  Visit visit;
+  int64_t vocabulary, mask_id, seed, step;
+  int64_t wanted;  // Wanted of draw.h
+  const int64_t* keys;
+  const float *temperature, *guidance;
+  int64_t *token, *argmax;
+  float *shift, *total, *log_weight, *entropy, *margin, *raw_prob;
+};

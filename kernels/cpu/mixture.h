@@ -1,0 +1,343 @@
+// One position of the loss, all components at once: `forward` fills its statistics, `backward`
+// writes dL/dz. Shapes: N student components, V columns; a block is a range of columns.
+//
+//   mix_v = sum_n s_n e_nv,  e_nv = exp(z_nv - shift_n),  s_n = exp(a_n) / total_n,  m = log mix
+//   KL(q || m) = sum_v q_v log(q_v / mix_v)      R_n = s_n sum_v (q_v / mix_v) e_nv
+//   dz_nv = e_nv (probability_n / total_n - marginal q_v / mix_v s_n) - component_n q_T,v + kappa
+//
+// A ratio q / mix carries no cancellation. Columns where mix underflows although q is not 0 are
+// computed from logarithms instead, W of them at a time.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+constexpr i64 STORED_BYTES = 1 << 20;  // exponentials of a slot that are kept between its steps
+constexpr i64 BLOCK_BYTES = 1 << 16;   // exponentials of one block of columns
+
+i64 block_columns(i64 components) {
+  i64 columns = BLOCK_BYTES / 4 / components / 64 * 64;
+  return columns < 64 ? 64 : columns > 1024 ? 1024 : columns;
+}
+
+bool wants_targets(const MixturePass& a) {
+  return a.t.data && (a.mixture.marginal || a.mixture.component);
+}
+
+bool stores_exponentials(const MixturePass& a) {
+  return wants_targets(a) && 4 * a.z.components * padded_columns(a.mixture.vocabulary) <= STORED_BYTES;
+}
+
+// What a slot needs besides its arguments, carved out of the scratch memory of a thread.
+struct Slot {
+  const MixturePass& a;
+  i64 i, s, b, d;  // slot of the visit, of all, its example and position
+  i64 N, V, columns, stride;
+  float *shift, *total, *log_total, *log_weight, *weight, *parts;  // [N]; parts [N, W]
+  double* mass;                                                   // [N]
+  float *q_teacher, *q_draws, *row;                               // [V]
+  float *mix, *q;                                                 // [columns]
+  float* e;  // [N, stride]: of all columns or of one block
+
+  Slot(const MixturePass& a, i64 i, char* scratch, bool whole)
+      : a(a), i(i), s(a.visit.first + i), N(a.z.components), V(a.mixture.vocabulary) {
+    i64 index = a.visit.rows ? a.visit.rows[s] : s;
+    b = index / a.visit.positions, d = index % a.visit.positions;
+    columns = block_columns(N);
+    stride = padded_columns(whole ? V : columns);
+    Arena arena{scratch};
+    shift = arena.floats(N), total = arena.floats(N), log_total = arena.floats(N);
+    log_weight = arena.floats(N), weight = arena.floats(N), parts = arena.floats(N * W);
+    mass = (double*)arena.floats(2 * N);
+    mix = arena.floats(columns), q = arena.floats(columns);
+    i64 width = a.gradient.data ? columns : V;  // backward forms q block by block
+    q_teacher = arena.floats(width), q_draws = arena.floats(width), row = arena.floats(width);
+    e = arena.floats(N * stride);
+    bytes = arena.next - scratch;
+  }
+  i64 bytes;  // of scratch
+
+  static i64 scratch_bytes(const MixturePass& a, bool whole) {
+    return Slot(a, 0, (char*)64, whole).bytes;
+  }
+
+  const char* z(i64 n) const { return row_of(a.z, i, b, n, d); }
+
+  // The constants of the components, once shift and total are there; whether any has a class.
+  bool prepare() {
+    bool alive = false;
+    for (i64 n = 0; n < N; ++n) {
+      log_weight[n] = a.mixture.log_weights[b * N + n];
+      bool empty = total[n] == 0.0f;
+      log_total[n] = empty ? 0.0f : logf(total[n]);
+      weight[n] = empty ? 0.0f : expf(log_weight[n]) / total[n];
+      alive |= !empty;
+    }
+    return alive;
+  }
+
+  // Logits of columns v .. v + W - 1, -inf beyond the last.
+  vf logits(i64 n, i64 v) const {
+    vf x;
+    with_dtype(a.z.dtype, [&](auto type) {
+      using T = decltype(type);
+      auto p = elements<T>(z(n)) + v;
+      x = V - v >= W ? T::load(p) : load_tail<T>(p, (int)(V - v), -INF);
+    });
+    return x;
+  }
+
+  // r_n of W columns into `parts`, from logarithms, and m; 0 and -inf where there is no class.
+  vf log_marginal(i64 v) {
+    vf best = all(-INF), sum{};
+    for (i64 n = 0; n < N; ++n) {
+      vf x = ((logits(n, v) - shift[n]) - log_total[n]) + log_weight[n];
+      store(parts + n * W, x);
+      best = vmax(x, best);
+    }
+    best = select(best > -INF, best, vf{});
+    for (i64 n = 0; n < N; ++n) {
+      vf x = vexp(load(parts + n * W) - best);
+      store(parts + n * W, x);
+      sum += x;
+    }
+    vf inverse = select(sum == 0.0f, vf{}, 1.0f / sum);
+    for (i64 n = 0; n < N; ++n) store(parts + n * W, load(parts + n * W) * inverse);
+    return best + vlog(sum);
+  }
+
+  // Exponentials of a block of all components: rows of `e` from the first column on.
+  float* exponentials(i64 begin, i64 end) {
+    for (i64 n = 0; n < N; ++n)
+      exp_row<true>(z(n), a.z.dtype, begin, end, a.mixture.mask_id, shift[n], e + n * stride);
+    return e;
+  }
+
+  void mixture_of(const float* e, i64 count) {
+    i64 v = 0;
+    for (; v + 4 * W <= count; v += 4 * W) weighted_sum<4>(e + v, stride, N, weight, mix + v);
+    for (; v < count; v += W) weighted_sum<1>(e + v, stride, N, weight, mix + v);
+  }
+
+  // q_T and q_u of a block; with `known` their sums are there already.
+  void targets(i64 begin, i64 end, bool teacher_known, bool draws_known) {
+    const Statistics& st = a.statistics;
+    mean_softmax(a.t, st.teacher, teacher_known, nullptr, begin, end, q_teacher);
+    const i64* xu = a.mixture.xu;
+    if (xu) xu += b * a.u.components * a.visit.positions + d;
+    mean_softmax(a.u, st.consistency, draws_known, xu, begin, end, q_draws);
+  }
+
+  void mean_softmax(const Operand& o, Sums sums, bool known, const i64* xu, i64 begin, i64 end,
+                    float* q) {
+    i64 C = o.components, count = end - begin, mask = a.mixture.mask_id, D = a.visit.positions;
+    bool first = true;
+    for (i64 c = 0; o.data && c < C; ++c) {
+      float &shift = sums.shift[s * C + c], &total = sums.total[s * C + c];
+      if (xu && xu[c * D] != mask) {
+        if (!known) shift = total = 0.0f;
+        continue;
+      }
+      const char* p = row_of(o, i, b, c, d);
+      if (!known) shift = row_shift(p, o.dtype, V, mask);
+      float* out = first ? q : row;
+      double mass = exp_row<true>(p, o.dtype, begin, end, mask, shift, out);
+      if (!known) total = (float)mass;
+      vf factor = all(total == 0.0f ? 0.0f : 1.0f / (total * (float)C));
+      if (first)
+        for (i64 v = 0; v < count; v += W) store(q + v, load(q + v) * factor);
+      else
+        for (i64 v = 0; v < count; v += W) store(q + v, load(q + v) + load(row + v) * factor);
+      first = false;
+    }
+    if (first)
+      for (i64 v = 0; v < count; v += W) store(q + v, vf{});
+    for (i64 c = 0; xu && o.data && c < C; ++c) {
+      i64 token = xu[c * D];
+      if (token != mask && token >= begin && token < end) q[token - begin] += 1.0f / (float)C;
+    }
+  }
+};
+
+void forward_slot(const void* pass, i64 i, char* scratch) {
+  const MixturePass& a = *(const MixturePass*)pass;
+  const Mixture& m = a.mixture;
+  const Statistics& st = a.statistics;
+  bool targets = wants_targets(a), whole = stores_exponentials(a);
+  Slot slot(a, i, scratch, whole);
+  i64 N = slot.N, V = slot.V, s = slot.s, J = st.targets;
+
+  for (i64 n = 0; n < N; ++n) {
+    const char* z = slot.z(n);
+    float shift = slot.shift[n] = row_shift(z, a.z.dtype, V, m.mask_id);
+    i64 ahead = n + 1 < N ? slot.z(n + 1) - z : 0;
+    slot.total[n] = (float)(whole ? exp_row<true>(z, a.z.dtype, 0, V, m.mask_id, shift,
+                                                  slot.e + n * slot.stride, ahead)
+                                  : exp_row<false>(z, a.z.dtype, 0, V, m.mask_id, shift, nullptr));
+    st.student.shift[s * N + n] = shift;
+    st.student.total[s * N + n] = slot.total[n];
+  }
+  bool alive = slot.prepare();
+  for (i64 j = 0; j < J; ++j) {
+    i64 x = st.tokens[(slot.b * J + j) * a.visit.positions + slot.d];
+    for (i64 n = 0; n < N; ++n) {
+      float l = (element(slot.z(n), a.z.dtype, x) - slot.shift[n]) - slot.log_total[n];
+      st.log_prob[(s * J + j) * N + n] = x == m.mask_id || slot.total[n] == 0.0f ? -INF : l;
+    }
+  }
+  if (!targets) return;
+
+  slot.targets(0, V, false, m.sums_known);
+  if (!alive)  // it counts as if q were 0
+    for (i64 v = 0; v < V; v += W) store(slot.q_teacher + v, vf{}), store(slot.q_draws + v, vf{});
+  vf teacher_weight = all(m.teacher_weight[slot.b]);
+  vf consistency_weight = all(m.consistency_weight[slot.b]);
+  float* q_kept = s < st.q.count ? st.q.data + s * st.q.stride : nullptr;
+  if (s < st.q_teacher.count)
+    memcpy(st.q_teacher.data + s * st.q_teacher.stride, slot.q_teacher, V * sizeof(float));
+  double teacher_kl = 0, consistency_kl = 0;
+  double* divergence = slot.mass;  // one of the two at a time
+  for (i64 n = 0; n < N; ++n) slot.mass[n] = 0;
+
+  for (i64 begin = 0; m.marginal && begin < V; begin += slot.columns) {
+    i64 end = begin + slot.columns < V ? begin + slot.columns : V, count = end - begin;
+    const float* e = whole ? slot.e + begin : slot.exponentials(begin, end);
+    slot.mixture_of(e, count);
+    vf kl_t{}, kl_u{};
+    for (i64 v = 0; v < count; v += W) {
+      if (v % (16 * W) == 0) {  // sums of few terms first: their rounding errors add up less
+        teacher_kl += sum(kl_t), consistency_kl += sum(kl_u);
+        kl_t = kl_u = vf{};
+      }
+      vf mix = load(slot.mix + v);
+      vf q_t = load(slot.q_teacher + begin + v), q_u = load(slot.q_draws + begin + v);
+      vf q = teacher_weight * q_t + consistency_weight * q_u;
+      store(slot.q + v, q);
+      vi needed = (q_t != 0.0f) | (q_u != 0.0f);
+      if (__builtin_expect(any(needed & (mix < TINY)), 0)) {
+        vf log_mix = slot.log_marginal(begin + v);
+        kl_t += select(q_t != 0.0f, q_t * (vlog(q_t) - log_mix), vf{});
+        kl_u += select(q_u != 0.0f, q_u * (vlog(q_u) - log_mix), vf{});
+        for (i64 n = 0; n < N; ++n)
+          slot.mass[n] += sum(select(q != 0.0f, q * load(slot.parts + n * W), vf{}));
+        store(slot.mix + v, vf{});
+        continue;
+      }
+      vf inverse = select(needed, 1.0f / mix, vf{});
+      kl_t += select(q_t != 0.0f, q_t * vlog(q_t * inverse), vf{});
+      kl_u += select(q_u != 0.0f, q_u * vlog(q_u * inverse), vf{});
+      store(slot.mix + v, q * inverse);
+    }
+    teacher_kl += sum(kl_t), consistency_kl += sum(kl_u);
+    for (i64 n = 0; n < N; ++n)
+      slot.mass[n] += slot.weight[n] * dot(slot.mix, e + n * slot.stride, count);
+    if (q_kept) memcpy(q_kept + begin, slot.q, count * sizeof(float));
+  }
+  if (m.marginal) {
+    st.teacher_kl[s] = (float)teacher_kl, st.consistency_kl[s] = (float)consistency_kl;
+    for (i64 n = 0; n < N; ++n) st.mass[s * N + n] = (float)slot.mass[n];
+  }
+  if (!m.component) return;
+
+  for (i64 n = 0; n < N; ++n) divergence[n] = 0;
+  for (i64 begin = 0; begin < V; begin += slot.columns) {
+    i64 end = begin + slot.columns < V ? begin + slot.columns : V;
+    for (i64 v = begin; v < end; v += W) store(slot.q + v - begin, vlog(load(slot.q_teacher + v)));
+    for (i64 n = 0; n < N; ++n) {
+      vf kl{}, run{};
+      for (i64 v = begin; v < end; v += W) {
+        vf q_t = load(slot.q_teacher + v);
+        vf l = (slot.logits(n, v) - slot.shift[n]) - slot.log_total[n];
+        run += select(q_t != 0.0f, q_t * (load(slot.q + v - begin) - l), vf{});
+        if ((v - begin) % (16 * W) == 0) kl += run, run = vf{};
+      }
+      divergence[n] += sum(kl + run);
+    }
+  }
+  for (i64 n = 0; n < N; ++n) st.divergence[s * N + n] = (float)divergence[n];
+}
+
+void backward_slot(const void* pass, i64 i, char* scratch) {
+  const MixturePass& a = *(const MixturePass*)pass;
+  const Mixture& m = a.mixture;
+  const Statistics& st = a.statistics;
+  const Factors& f = a.factors;
+  Slot slot(a, i, scratch, false);
+  i64 N = slot.N, V = slot.V, s = slot.s, J = st.targets;
+  for (i64 n = 0; n < N; ++n) {
+    slot.shift[n] = st.student.shift[s * N + n];
+    slot.total[n] = st.student.total[s * N + n];
+  }
+  bool alive = slot.prepare();  // without any class it counts as if q were 0
+  bool marginal = alive && m.marginal && f.marginal[s] != 0.0f, component = false;
+  for (i64 n = 0; alive && m.component && n < N; ++n) component |= f.component[s * N + n] != 0.0f;
+  bool kept = (!marginal || s < st.q.count) && (!component || s < st.q_teacher.count);
+  vf teacher_weight = all(m.teacher_weight[slot.b]);
+  vf consistency_weight = all(m.consistency_weight[slot.b]);
+
+  for (i64 begin = 0; begin < V; begin += slot.columns) {
+    i64 end = begin + slot.columns < V ? begin + slot.columns : V, count = end - begin;
+    float* e = slot.exponentials(begin, end);
+    const float *q = slot.q, *q_teacher = slot.q_teacher;
+    if ((marginal || component) && kept) {
+      if (marginal) copy_padded(st.q.data + s * st.q.stride + begin, count, slot.q);
+      if (component)
+        copy_padded(st.q_teacher.data + s * st.q_teacher.stride + begin, count, slot.q_teacher);
+    } else if (marginal || component) {
+      slot.targets(begin, end, true, true);
+      for (i64 v = 0; v < count; v += W)
+        store(slot.q + v, teacher_weight * load(slot.q_teacher + v) +
+                              consistency_weight * load(slot.q_draws + v));
+    }
+
+    i64 underflows = 0;
+    if (marginal) {
+      slot.mixture_of(e, count);
+      vf factor = all(f.marginal[s]);
+      for (i64 v = 0; v < count; v += W) {
+        vf x = load(q + v), mix = load(slot.mix + v);
+        vi needed = x != 0.0f, underflow = needed & (mix < TINY);
+        underflows += any(underflow);
+        store(slot.mix + v, select(needed & ~underflow, factor * x / mix, vf{}));
+      }
+    }
+    for (i64 n = 0; n < N; ++n) {
+      float total = slot.total[n];
+      vf p = all(total == 0.0f ? 0.0f : f.probability[s * N + n] / total), w = all(slot.weight[n]);
+      float* row = e + n * slot.stride;
+      if (marginal)
+        for (i64 v = 0; v < count; v += W)
+          store(row + v, load(row + v) * (p - load(slot.mix + v) * w));
+      else
+        for (i64 v = 0; v < count; v += W) store(row + v, load(row + v) * p);
+      if (!component || f.component[s * N + n] == 0.0f) continue;
+      vf c = all(f.component[s * N + n]);
+      for (i64 v = 0; v < count; v += W) store(row + v, load(row + v) - c * load(q_teacher + v));
+    }
+    // What the select above left out, from logarithms: -marginal q r.
+    for (i64 v = 0; underflows && v < count; v += W) {
+      vf x = load(q + v);
+      vi left = (x != 0.0f) & (load(slot.mix + v) == 0.0f);
+      if (!any(left)) continue;
+      slot.log_marginal(begin + v);
+      for (i64 n = 0; n < N; ++n) {
+        vf term = f.marginal[s] * x * load(slot.parts + n * W);
+        float* p = e + n * slot.stride + v;
+        store(p, load(p) - select(left, term, vf{}));
+      }
+    }
+    for (i64 j = 0; j < J; ++j) {
+      i64 x = st.tokens[(slot.b * J + j) * a.visit.positions + slot.d] - begin;
+      if (x >= 0 && x < count)
+        for (i64 n = 0; n < N; ++n) e[n * slot.stride + x] += f.kappa[(s * J + j) * N + n];
+    }
+    for (i64 n = 0; n < N; ++n) {
+      float* row = e + n * slot.stride;
+      if (m.mask_id >= begin && m.mask_id < end) row[m.mask_id - begin] = 0.0f;
+      write_row(row, row_of(a.gradient, i, slot.b, n, slot.d), a.gradient.dtype, begin, count);
+    }
+  }
+}
+
+}  // namespace
