@@ -56,8 +56,8 @@ def names() -> tuple[str, ...]:
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs for `backend=name` on this device, in this work dtype.
 
-    "auto" is triton on a GPU, cpu on a CPU, and torch where those cannot run; on a GPU a warning
-    says so, once for each reason.
+    "auto" is triton on a GPU, cpu on a CPU, and torch where those cannot run; a warning says so,
+    once for each reason.
 
     Raises:
         RuntimeError: the backend that is asked for by name cannot run on the device.
@@ -68,8 +68,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if reason is not None:
         if name != "auto":
             raise RuntimeError(f'backend="{name}" cannot run: {reason}')
-        if device.type == "cuda":
-            _warn_fallback(reason)
+        _warn_fallback(reason)
         return "torch"
     return chosen if dtype != torch.float64 or _known[chosen].float64 else "torch"
 

@@ -19,16 +19,14 @@ pytest.importorskip("triton")
 # Target and shapes; together they contain every kernel of the package.
 PARTS = [
     ("sm_90", ["language", "many components", "pixel min", "draw language", "draw image all"]),
-    ("sm_80", ["image", "pixel", "draw pixel min"]),
+    ("sm_80", ["image", "pixel", "draw pixel all"]),
     ("sm_100", ["language linear", "draw language linear"]),
     ("gfx942", ["language", "draw guided"]),
 ]
 KERNELS = {
+    "bins",
+    "bins_gradient",
     "block_sums",
-    "draw",
-    "finish",
-    "joint_part",
-    "logistic_backward",
     "marginal",
     "mixture_backward",
     "mixture_forward",

@@ -20,8 +20,10 @@ INF = math.inf
 LOG_FIELDS = ("log_prob", "logsumexp", "max_log_prob", "entropy", "margin", "prob", "raw_prob")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocabulary", [2, 128, 129, 1000])
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"),
+    [(2, torch.float64), (128, torch.float16), (129, torch.bfloat16), (1000, torch.float32)],
+)
 def test_every_combination_of_options_agrees_with_the_reference(vocabulary, dtype):
     logits = normal(2, 15, vocabulary).to(dtype)
     unconditional = normal(2, 15, vocabulary, seed=1).to(dtype)

@@ -238,7 +238,9 @@ def loss_case(kind: str, seed: int, small: bool) -> Case:
         shared["consistency_x"] = xu
         if "xt" in shared and d.chance(0.5):
             shared["xu"] = torch.where(d.true(0.5, *xu.shape), mask_id, xu)
-    for name, usual in zip(("data", "teacher", "consistency", "component"), (1, 1, 1, 0), strict=True):
+    for name, usual in zip(
+        ("data", "teacher", "consistency", "component"), (1, 1, 1, 0), strict=True
+    ):
         value = d.pick(float(usual), float(usual), 0.0, 0.3, 2.0)
         shared[f"{name}_weight"] = value * d.true(0.7, batch).double() if d.chance(0.2) else value
     shared["control_variate"] = d.chance(0.8)
