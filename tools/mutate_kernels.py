@@ -90,7 +90,7 @@ MUTATIONS = [
         "zeros not written",
         "kernels/triton/mixture_backward.py",
         "                tl.store(grad_ptr + g_offset[:, None] + cols[None, :], zero, mask=keep)",
-        "                tl.store(grad_ptr + g_offset[:, None] + cols[None, :], zero, mask=keep & (n < 0)[:, None])",
+        "                tl.store(grad_ptr + g_offset[:, None] + cols[None, :], zero, mask=keep & (V < 0))",
         "test_loss.py",
         "triton",
     ),
