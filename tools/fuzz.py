@@ -250,7 +250,7 @@ def loss_case(kind: str, seed: int, small: bool) -> Case:
 def run_loss(kind: str, case: Case, backend: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Values, terms and gradients; with `dtype` everything is computed in it."""
 
-    def head(name: str) -> tuple[Tensor | Head | None, dict[str, Tensor]]:
+    def head(name: str) -> tuple[Any, dict[str, Tensor]]:
         recipe = case.get(name)
         if recipe is None:
             return None, {}
@@ -260,7 +260,7 @@ def run_loss(kind: str, case: Case, backend: str, dtype: torch.dtype | None) -> 
         return make_head(recipe, leaves, case["classes"]), leaves
 
     work = dtype or torch.promote_types(case["dtype"], torch.float32)
-    shared = {
+    shared: Case = {
         n: v.to(work) if isinstance(v, Tensor) and v.is_floating_point() else v
         for n, v in case["shared"].items()
     }
@@ -273,7 +273,7 @@ def run_loss(kind: str, case: Case, backend: str, dtype: torch.dtype | None) -> 
     if kind == "loss":
         value, terms = loss(
             student,
-            head("teacher")[0],  # type: ignore[arg-type]
+            head("teacher")[0],
             case["x0"],
             consistency=head("consistency")[0],
             reduction=case["reduction"],
@@ -395,7 +395,7 @@ def check_sample(kind: str, seed: int, backend: str, small: bool) -> None:
     logits, arguments = sample_case(seed, small)
     arguments["want"] = "all"
     ours = sample(logits, backend=backend, **arguments)
-    truth = sample(logits, backend="reference", **arguments)
+    truth: Any = sample(logits, backend="reference", **arguments)
     # Guidance and temperature multiply the logits and with them their rounding.
     size = largest(truth.log_prob, truth.max_log_prob) * (8 if "guidance" in arguments else 1)
     wrong = ~same_rows(ours, truth, size)
@@ -498,7 +498,7 @@ def difference(kind: str, seed: int, backend: str) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, help="default: all that run here")
     parser.add_argument("--kind", choices=CHECKS, help="default: all")
     parser.add_argument("--cases", type=int, default=1000, help="of each kind on each backend")
