@@ -352,7 +352,7 @@ class NoComponentTime:
         (
             {"process": NoComponentTime()},
             TypeError,
-            "process must be a Process such as MaskedProcess, got NoComponentTime",
+            "process must be a Process, got NoComponentTime",
         ),
         (
             {"process": PROCESS, "latent_min": torch.rand(B, N, 1)},

@@ -124,13 +124,13 @@ def test_an_average_refuses_what_would_corrupt_it():
     with pytest.raises(ValueError, match="must have the key 'shadow'"):
         ema.load_state_dict({k: v for k, v in state.items() if k != "shadow"})
     shadow = {k: v for k, v in state["shadow"].items() if k != "0.bias"}
-    with pytest.raises(ValueError, match=r"missing \['0.bias'\]"):
+    with pytest.raises(ValueError, match=r"0.bias is absent there and \(2,\) here"):
         ema.load_state_dict({**state, "shadow": shadow})
-    with pytest.raises(ValueError, match=r"must have shape \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"0.bias is \(3,\) there and \(2,\) here"):
         ema.load_state_dict({**state, "shadow": {**state["shadow"], "0.bias": torch.zeros(3)}})
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1.0"):
         EMA(averaged_module(), 1.0)
-    with pytest.raises(TypeError, match=r"module must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"module must be a Module, got list"):
         EMA([torch.zeros(2)])
 
 
@@ -172,10 +172,10 @@ def test_a_module_that_has_changed_its_parts_is_named():
     ema = EMA(module)
     module.append(nn.Linear(1, 1))
     for call in (ema.update, ema.applied().__enter__):
-        with pytest.raises(RuntimeError, match=r"'1\.bias' has come or gone"):
+        with pytest.raises(RuntimeError, match=r"1.bias is absent there and \(1,\) here"):
             call()
     del module[1]
     module[0].scale = torch.ones(1)
-    with pytest.raises(RuntimeError, match=r"'0\.scale' has shape \(1,\), it had \(2,\)"):
+    with pytest.raises(RuntimeError, match=r"0.scale is \(2,\) there and \(1,\) here"):
         ema.update()
     assert ema.updates == 0
