@@ -57,7 +57,11 @@ def logits_of(*sizes):
         ({"config": {}}, TypeError, "config must be a DistillConfig, got dict {}"),
         ({"generator": 0}, TypeError, "generator must be a torch.Generator or None"),
         ({"t": torch.ones(3)}, ValueError, r"t must have shape \(B,\) = \(4,\), got \(3,\)"),
-        ({"t": torch.tensor([0.5, math.nan, 1, 1])}, ValueError, r"t must .* got nan at index \(1,\)"),
+        (
+            {"t": torch.tensor([0.5, math.nan, 1, 1])},
+            ValueError,
+            r"t must .* got nan at index \(1,\)",
+        ),
         ({"t": torch.tensor([0.5, 0.5, 0, 1])}, ValueError, r"t must .* got 0.0 at index \(2,\)"),
         ({"t": torch.ones(B).long()}, TypeError, "t must be floating point"),
         (

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 
 from .options import Recipe
-from .rundir import RunError
+from .rundir import RunError, write_file
 
 SomeRecipe = TypeVar("SomeRecipe", bound=Recipe)
 
@@ -117,3 +118,23 @@ def run_command(threads: int, run: Callable[[], None]) -> int:
         print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def write_all(
+    folders: Iterable[pathlib.Path | None],
+    results: dict[str, Any],
+    picture: str,
+    draw_picture: Callable[[pathlib.Path], None],
+    **texts: str,
+) -> None:
+    """Results, picture and texts (by name, without .txt) into the folders that are not None."""
+    for folder in folders:
+        if folder is None:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        for name, text in texts.items():
+            write_file(folder / f"{name}.txt", text.encode())
+        draw_picture(folder / picture)
+        names = ("results.json", picture, *(f"{name}.txt" for name in texts))
+        print(f"\nwritten: {', '.join(str(folder / name) for name in names)}")

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -89,6 +89,31 @@ class Comparison:
     seconds: dict[str, float]
     peak_bytes: dict[str, int | None]
     relative_difference: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, rounded to what they can carry."""
+        seconds = {name: round(value, 5) for name, value in self.seconds.items()}
+        difference = float(f"{self.relative_difference:.1e}")
+        return {**dataclasses.asdict(self), "seconds": seconds, "relative_difference": difference}
+
+
+def table(comparisons: list[Comparison]) -> str:
+    """A line per shape: times, peaks and their ratios."""
+    lines = [
+        "di4c_fast.loss, forward and backward: backend torch against the dense reference",
+        f"{'(B, N, D, V)':>20} {'ms':>10} {'ref. ms':>10} {'ratio':>7} {'MiB':>9} {'ref. MiB':>9} "
+        f"{'ratio':>7}",
+    ]
+    for one in comparisons:
+        ours, dense = (one.seconds[backend] for backend in BACKENDS)
+        line = f"{one.sizes!s:>20} {ours * 1e3:>10.1f} {dense * 1e3:>10.1f} {dense / ours:>7.1f}"
+        peaks = [one.peak_bytes[backend] for backend in BACKENDS]
+        if None in peaks:
+            lines.append(line + " (peak memory cannot be read on this system)")
+        else:
+            ours, dense = (max(peak or 0, 1) / 2**20 for peak in peaks)
+            lines.append(f"{line} {ours:>9.1f} {dense:>9.1f} {dense / ours:>7.1f}")
+    return "\n".join(lines)
 
 
 def compare(batch: int, components: int, levels: int) -> list[Comparison]:
