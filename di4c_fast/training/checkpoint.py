@@ -40,13 +40,12 @@ PathLike = str | os.PathLike[str]
 class Hold:
     """This process's claim to write a file; another's is an error that names this process.
 
-    It ends with the last reference to it, or with the process, however that ends, or with
-    `release()`. Where the system has no locks of files (Windows, some network file systems)
-    nothing is claimed.
+    It ends with the last reference to it, or with the process, however that ends. Where the
+    system has no locks of files (Windows, some network file systems) nothing is claimed.
     """
 
     def __init__(self, path: str):
-        self.release = weakref.finalize(self, _unlock, path, _lock(path), os.getpid())
+        weakref.finalize(self, _unlock, path, _lock(path), os.getpid())
         for left in glob.glob(glob.escape(path) + ".*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -195,16 +194,13 @@ def read_checkpoint(path: PathLike, format_name: str) -> tuple[dict[str, Tensor]
         if _sum_of_text(metadata["values"]) != metadata["sum"]:
             raise ValueError("its sum is another")
         record = json.loads(metadata["values"])
-        sums, aliases, values = record["sums"], record["aliases"], record["values"]
-        damaged = sorted(sums.keys() ^ tensors.keys()) or [
-            name for name, value in tensors.items() if _sum_of(value) != sums[name]
-        ]
-        tensors |= {name: tensors[first] for name, first in aliases.items()}
+        there = {name: _sum_of(value) for name, value in tensors.items()}
+        for line in differences(record["sums"], there):
+            raise ValueError(f"not what was written: the sum of {line}")
+        tensors |= {name: tensors[first] for name, first in record["aliases"].items()}
+        return tensors, record["values"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: its header cannot be read ({error!r})") from error
-    if damaged:
-        raise ValueError(f"{path} is damaged: {damaged[0]!r} is not what was written")
-    return tensors, values
+        raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -214,18 +210,15 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     first_of: dict[tuple[Any, ...], str] = {}
     memories: set[int] = set()
     for name, value in tensors.items():
-        value = value.detach()
         same = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        if value.numel() and same in first_of:
-            aliases[name] = first_of[same]
+        first = first_of.setdefault(same, name) if value.numel() else name
+        if first != name:
+            aliases[name] = first
             continue
-        first_of[same] = name
-        own = value.cpu().contiguous()
+        own = value.detach().cpu().contiguous()
         memory = own.untyped_storage().data_ptr()
-        if memory in memories:
-            own = own.clone()
+        stored[name] = own.clone() if memory in memories else own
         memories.add(memory)
-        stored[name] = own
     return stored, aliases
 
 
@@ -253,8 +246,8 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, (list, tuple)):
-        items = [encode(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "list": items}
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [encode(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
     if isinstance(value, Mapping):
         pairs = [
             [encode(key, f"{name}/key", tensors), encode(item, f"{name}/{key}", tensors)]
@@ -274,15 +267,10 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    make = {"list": list, "tuple": tuple, "dict": dict, "counter": collections.Counter}[kind]
     if kind in ("list", "tuple"):
-        items = [decode(item, tensors) for item in content]
-        return tuple(items) if kind == "tuple" else items
-    pairs = {decode(key, tensors): decode(item, tensors) for key, item in content}
-    if kind == "counter":
-        return collections.Counter(pairs)
-    if kind == "dict":
-        return pairs
-    raise KeyError(kind)
+        return make(decode(item, tensors) for item in content)
+    return make({decode(key, tensors): decode(item, tensors) for key, item in content})
 
 
 def outline(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """The loss against its dense reference: time in one process, peak memory in a child of its own.
 
-`python -m examples.digits.speed torch|reference` is the child: it prints the peak memory, in bytes
+`python -m examples.digits.speed auto|reference` is the child: it prints the peak memory, in bytes
 above the inputs, for each shape as a JSON list.
 """
 
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import di4c_fast
 
-Backend = Literal["torch", "reference"]
-BACKENDS: tuple[Backend, ...] = ("torch", "reference")
+Backend = Literal["auto", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference")
 MASKED_SHARE = 0.6
 
 
@@ -100,7 +100,7 @@ class Comparison:
 def table(comparisons: list[Comparison]) -> str:
     """A line per shape: times, peaks and their ratios."""
     lines = [
-        "di4c_fast.loss, forward and backward: backend torch against the dense reference",
+        "di4c_fast.loss, forward and backward: the default backend against the dense reference",
         f"{'(B, N, D, V)':>20} {'ms':>10} {'ref. ms':>10} {'ratio':>7} {'MiB':>9} {'ref. MiB':>9} "
         f"{'ratio':>7}",
     ]
@@ -142,7 +142,7 @@ def compare(batch: int, components: int, levels: int) -> list[Comparison]:
                     (shape.batch, shape.components, shape.positions, shape.vocabulary),
                     {backend: statistics.median(times[backend]) for backend in BACKENDS},
                     {backend: peaks[backend][index] for backend in BACKENDS},
-                    abs(values["torch"] - values["reference"]) / scale,
+                    abs(values["auto"] - values["reference"]) / scale,
                 )
             )
     return results
