@@ -198,7 +198,13 @@ def set_counter(name, value):
         (set_counter("examples", 1.5), "examples is 1.5, which is no count here"),
         (
             first_moment(lambda t, name: t.update({name: torch.zeros(7)})),
-            r"the optimizer's exp_avg 0 has shape \(7,\), which does not fit a parameter of \(5, 8",
+            r"optimizer's exp_avg 0 is \(7,\) float32, which does not fit a parameter of \(5, 8",
+        ),
+        (
+            rewritten(
+                lambda t, v: v["states"]["optimizer"]["dict"][0][1]["dict"][1][1]["dict"].pop()
+            ),
+            "the optimizer's exp_avg_sq 1 is a value, which does not fit a parameter of",
         ),
         (
             rewritten(lambda t, v: t.update({"random/cpu": torch.zeros(3, dtype=torch.uint8)})),

@@ -145,7 +145,7 @@ def distill_step(
     order = torch.argsort(low.int(), stable=True)
     high = len(x0) - int(low.sum())
     permuted = 0 < high < len(x0) and not bool((order[1:] > order[:-1]).all())
-    examples = _Examples(x0, t, u, xt, latent, latent_u, latent_teacher, valid, context)
+    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u)
     if permuted:
         order = order.to(x0.device, non_blocking=True)
         examples = examples.select(order)
@@ -172,13 +172,13 @@ class _Examples:
 
     x0: Tensor
     t: Tensor
-    u: Tensor
     xt: Tensor
     latent: Tensor
-    latent_u: Tensor
     latent_teacher: Tensor | None
     valid: Tensor | None
     context: Context
+    u: Tensor
+    latent_u: Tensor
 
     def select(self, index: Tensor | slice) -> _Examples:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -318,42 +318,26 @@ class _Step:
         head = call_model(model, name, tokens, t, latent, context, vocab_size)
         return head.unflatten(batch, rows)
 
-    def predict(
-        self,
-        xt: Tensor,
-        t: Tensor,
-        latent: Tensor,
-        latent_teacher: Tensor | None,
-        context: Context,
-    ) -> tuple[Head, Head]:
-        """The student's head, with a graph, and the teacher's, without one."""
+    def predict(self, at: _Examples) -> tuple[Head, Head]:
+        """The student's head at x_t, with a graph, and the teacher's, without one."""
         with torch.no_grad(), evaluation_mode(self.student, self.teacher):
-            targets = self.call("teacher", xt, t, latent_teacher, context)
+            targets = self.call("teacher", at.xt, at.t, at.latent_teacher, at.context)
         # Some versions of PyTorch reuse the casts that autocast made without a graph.
         torch.clear_autocast_cache()
         classes = targets.shape[-1]
-        return self.call("student", xt, t, latent, context, classes), targets
+        return self.call("student", at.xt, at.t, at.latent, at.context, classes), targets
 
-    def loss(
-        self,
-        student: Head,
-        teacher: Head,
-        x0: Tensor,
-        xt: Tensor,
-        valid: Tensor | None,
-        *,
-        xu: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
+    def loss(self, at: _Examples, student: Head, teacher: Head, **options: Any) -> Any:
         mask = self.process.loss_mask_id
+        if mask is not None:
+            options |= {"mask_id": mask, "xt": at.xt}
+        else:
+            options.pop("xu", None)
         return loss(
             student,
             teacher,
-            x0,
-            xt=None if mask is None else xt,
-            xu=None if mask is None else xu,
-            mask_id=mask,
-            valid=valid,
+            at.x0,
+            valid=at.valid,
             control_variate=self.config.control_variate,
             generator=self.generator,
             backend=self.config.backend,
@@ -362,14 +346,13 @@ class _Step:
 
     def run(self, examples: _Examples, high: int) -> tuple[Tensor, LossTerms | None, Tensor | None]:
         """The three model passes and the loss, the first `high` examples with consistency terms."""
-        one = examples
         # The student before the draws: with fewer classes it cannot be called with all tokens.
-        student, teacher = self.predict(one.xt, one.t, one.latent, one.latent_teacher, one.context)
-        share = 1.0 / len(one.x0)
-        if high in (0, len(one.x0)):
-            value, terms, xu = self.part(one, student, teacher, share, low=high == 0)
+        student, teacher = self.predict(examples)
+        share = 1.0 / len(examples.x0)
+        if high in (0, len(examples.x0)):
+            value, terms, xu = self.part(examples, student, teacher, share, low=high == 0)
             return value, terms, xu if high else None
-        front, rest = one.select(slice(high)), one.select(slice(high, None))
+        front, rest = examples.select(slice(high)), examples.select(slice(high, None))
         (student, low_student), (teacher, low_teacher) = student.split(high), teacher.split(high)
         value, terms, xu = self.part(front, student, teacher, share, low=False)
         low_value, low_terms, low_xu = self.part(rest, low_student, low_teacher, share, low=True)
@@ -378,40 +361,29 @@ class _Step:
         return value + low_value, terms, torch.cat([xu, low_xu])
 
     def part(
-        self, part: _Examples, student: Head, teacher: Head, share: float, *, low: bool
+        self, at: _Examples, student: Head, teacher: Head, share: float, *, low: bool
     ) -> tuple[Tensor, LossTerms | None, Tensor]:
         """The loss of examples that are all low or all not, their terms, and x_u.
 
         The mean over the batch sits in the weights, so that nothing is scaled afterwards.
         """
         config, draws = self.config, self.rows("latent_u")[1]
-        options: dict[str, Any] = {"consistency_weight": 0.0}
         if low:
-            xu = repeat(part.xt, "b d -> b k d", k=draws)
-            options["component_weight"] = config.component_weight * share
+            xu = repeat(at.xt, "b d -> b k d", k=draws)
+            weight = config.component_weight * share
+            options: dict[str, Any] = {"consistency_weight": 0.0, "component_weight": weight}
         else:
             with torch.no_grad(), evaluation_mode(self.student):
-                xu = self.process.teacher_step(
-                    part.xt,
-                    part.t,
-                    part.u,
-                    teacher,
-                    draws,
-                    valid=part.valid,
-                    generator=self.generator,
-                )
-                head = self.call(
-                    "student", xu, part.u, part.latent_u, part.context, student.shape[-1]
-                )
-            options = {"consistency": head, "consistency_weight": config.consistency_weight * share}
+                given: Any = {"valid": at.valid, "generator": self.generator}
+                xu = self.process.teacher_step(at.xt, at.t, at.u, teacher, draws, **given)
+                head = self.call("student", xu, at.u, at.latent_u, at.context, student.shape[-1])
+            weight = config.consistency_weight * share
+            options = {"xu": xu, "consistency": head, "consistency_weight": weight}
         result = self.loss(
+            at,
             student,
             teacher,
-            part.x0,
-            part.xt,
-            part.valid,
-            xu=None if low else xu,
-            data_weight=data_weights(part.t, config.data_schedule, config.data_weight * share),
+            data_weight=data_weights(at.t, config.data_schedule, config.data_weight * share),
             teacher_weight=config.teacher_weight * share,
             reduction="sum",
             return_terms=self.return_terms,
@@ -429,34 +401,24 @@ class _Step:
         context: Context,
     ) -> DistillOutput:
         """What there is, with the component term from calls of its own."""
-        (batch, rows, _), weight = latent.shape, self.config.component_weight
-        spread, device = self.config.component_spread, x0.device
-        t = torch.full((batch * rows,), self.process.component_time or 0.0, device=device)
-        if spread:
-            later = generator_uniform((2, len(t)), generator=self.generator, device=device)
-            t = (t + (later[0] < 0.5) * later[1] * spread).clamp(max=1.0)
-        x0, context = repeat(x0, "b d -> (b n) d", n=rows), repeat_context(context, rows)
+        (batch, rows, dim), config = latent.shape, self.config
+        made: Any = {"generator": self.generator, "device": x0.device}
+        t = x0.new_full((batch * rows,), self.process.component_time or 0.0, dtype=torch.float32)
+        if config.component_spread:
+            later = generator_uniform((2, len(t)), **made)
+            t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
+        x0 = repeat(x0, "b d -> (b n) d", n=rows)
         valid = None if valid is None else repeat(valid, "b d -> (b n) d", n=rows)
         xt = self.process.corrupt(x0, t, valid=valid, generator=self.generator)
-        latent_teacher = None
-        if self.config.teacher_components > 1:  # one per row
-            dim = self.config.latent_dim
-            latent_teacher = draw_latents(len(t), 1, dim, generator=self.generator, device=device)
+        one = config.teacher_components == 1
+        latent_teacher = None if one else draw_latents(len(t), 1, dim, **made)
         single = rearrange(latent, "b n l -> (b n) 1 l")
-        student, teacher = self.predict(xt, t, single, latent_teacher, context)
-        weighted = self.loss(
-            student,
-            teacher,
-            x0,
-            xt,
-            valid,
-            data_weight=0.0,
-            teacher_weight=0.0,
-            consistency_weight=0.0,
-            component_weight=weight / len(t),
-            reduction="none",
-        )
-        term = weighted.detach().view(batch, rows).sum(1) * (batch / weight)
+        context = repeat_context(context, rows)
+        at = _Examples(x0, t, xt, single, latent_teacher, valid, context, t, single)  # no step to u
+        weights: Any = dict.fromkeys(("data_weight", "teacher_weight", "consistency_weight"), 0.0)
+        weights["component_weight"] = config.component_weight / len(t)
+        weighted = self.loss(at, *self.predict(at), **weights, reduction="none")
+        term = weighted.detach().view(batch, rows).sum(1) * (batch / config.component_weight)
         return dataclasses.replace(
             output,
             loss=output.loss + self.hand_over(weighted.sum()),

@@ -283,11 +283,8 @@ class Trainer:
         """
         self._refuse_average("load")
         tensors, values = read_checkpoint(path, self.format)
-        gradients = {
-            name.removeprefix("gradient/"): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("gradient/")
-        }
+        prefix = "gradient/"
+        gradients = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
             states = {name: decode(state, tensors) for name, state in values["states"].items()}
             found = self._misfits(values, states, gradients)
@@ -367,24 +364,13 @@ class Trainer:
         keys: dict[int, Any] = {}  # of the first parameter that has state, by group
         for index, entries in state.items():
             shape = tuple(parameters[index].shape)
-            if entries.keys() != keys.setdefault(group_of[index], entries.keys()):
-                found.append(f"the optimizer's state {index} has other parts than the first")
-            for key, value in entries.items():
-                # A moment has one number, one for each number of its parameter, or for each row.
-                if (
-                    isinstance(value, Tensor)
-                    and value.numel() != 1
-                    and (
-                        value.ndim != len(shape)
-                        or any(
-                            size not in (1, n) for size, n in zip(value.shape, shape, strict=True)
-                        )
-                    )
-                ):
-                    found.append(
-                        f"the optimizer's {key} {index} has shape {tuple(value.shape)}, which "
-                        f"does not fit a parameter of {shape}"
-                    )
+            odd = [key for key, value in entries.items() if not _fits(value, shape)]
+            odd += entries.keys() ^ keys.setdefault(group_of[index], entries.keys())
+            found += [
+                f"the optimizer's {key} {index} is {outline(entries.get(key))}, which does not "
+                f"fit a parameter of {shape} or its group"
+                for key in odd
+            ]
         return found
 
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
@@ -432,6 +418,14 @@ class Trainer:
         """The parameters of every group of the optimiser, by name."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+
+
+def _fits(value: Any, shape: tuple[int, ...]) -> bool:
+    """A moment has one number, or one for each number of its parameter, or for each row."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return True
+    sizes = tuple(value.shape)
+    return len(sizes) == len(shape) and all(s in (1, n) for s, n in zip(sizes, shape, strict=True))
 
 
 def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
