@@ -13,7 +13,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from examples.common.model import start_from
 from examples.common.rundir import RunDirectory
 from examples.digits import data, speed, train
 from examples.digits.metrics import (
@@ -60,51 +59,6 @@ def test_quantised_digits_use_all_levels_and_17_levels_change_nothing():
         assert tokens.shape == (1797, 64)
         assert tokens.unique().tolist() == list(range(levels))
     assert np.array_equal(data.load(17).tokens.numpy(), pixels)
-
-
-def test_each_pixel_is_predicted_by_its_own_place_in_its_patch():
-    model = DigitsDenoiser(levels=2, width=8, layers=1)
-    with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.bias.copy_(torch.arange(4).repeat_interleave(3).float())
-    logits = model(torch.zeros(1, 64, dtype=torch.int64), torch.ones(1))
-    assert logits.shape == (1, 64, 3)
-    places = logits[0, :, 0].view(8, 8)
-    assert torch.equal(places, torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(4, 4))
-
-
-def test_a_pixel_is_read_at_its_own_place():
-    torch.manual_seed(0)
-    model = DigitsDenoiser(levels=2, width=8, layers=1)
-    with torch.no_grad():  # without attention a patch sees itself only
-        model.blocks[0].attention_out.weight.zero_()
-    blank = torch.zeros(1, 64, dtype=torch.int64)
-    changed = blank.clone()
-    changed[0, 8 * 3 + 5] = 1  # row 3, column 5: the patch of rows 2-3, columns 4-5
-    t = torch.ones(1)
-    moved = (model(blank, t) != model(changed, t)).any(-1).view(8, 8).nonzero().tolist()
-    assert moved == [[2, 4], [2, 5], [3, 4], [3, 5]]
-
-
-def test_the_student_is_the_teacher_apart_from_its_latent():
-    torch.manual_seed(0)
-    teacher = DigitsDenoiser(TINY.levels, TINY.width, TINY.layers)
-    student = start_from(teacher, DigitsDenoiser(TINY.levels, TINY.width, TINY.layers, 2))
-    tokens = torch.randint(4, (5, 64))
-    t, latent = torch.ones(5), torch.rand(5, 2)
-    with torch.no_grad():
-        different = student(tokens, t, latent)
-        assert student.latent is not None
-        student.latent.project.weight.zero_()
-        student.latent.project.bias.zero_()
-        same = student(tokens, t, latent)
-        expected = teacher(tokens, t)
-    assert torch.equal(same, expected)
-    assert not torch.allclose(different, expected)
-    with pytest.raises(ValueError, match="needs latents"):
-        student(tokens, t)
-    with pytest.raises(ValueError, match="takes no latents"):
-        teacher(tokens, t, latent)
 
 
 def test_cross_entropy_counts_masked_positions_only_and_never_the_mask():

@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from di4c_fast.heads import LogisticHead
+from di4c_fast.heads import LogisticHead, as_head
 from examples.common import sampling
 from examples.digits import data, train
 from examples.digits.config import GaussianConfig, MaskGITConfig
@@ -40,28 +40,62 @@ def test_samples_do_not_depend_on_the_chunks(system, monkeypatch):
     assert torch.equal(whole, parts)
 
 
-@pytest.mark.parametrize("system", TINY)
-def test_the_student_is_the_teacher_apart_from_its_latent(system):
+@pytest.fixture(params=TINY)
+def trio(request):
+    """A system, its teacher and its student."""
     torch.manual_seed(0)
-    one = system_of(TINY[system])
+    one = system_of(TINY[request.param])
     teacher = one.teacher()
-    student = one.student(teacher)
+    return one, teacher, one.student(teacher)
+
+
+def _logits(one, model, x, *latent) -> torch.Tensor:
+    """Of images without noise, all with the label 4 where there are labels."""
+    labels = torch.full((len(x),), 4)
+    names = one.context(labels, torch.Generator())
+    context = dict.fromkeys(names, labels)
+    with torch.no_grad():
+        return as_head(model(x, torch.ones(len(x)), *latent, **context)).logits()
+
+
+def test_the_student_is_the_teacher_apart_from_its_latent(trio):
+    one, teacher, student = trio
     shared = dict(teacher.named_parameters())
     own = [name for name, _ in student.named_parameters() if name not in shared]
     assert own
     assert all(name.startswith("latent.") for name in own)
-    for name, parameter in shared.items():
-        assert torch.equal(parameter, student.get_parameter(name)), name
-    x = torch.zeros(2, 64, dtype=torch.int64)
-    context = one.context(torch.zeros(2, dtype=torch.int64), torch.Generator().manual_seed(0))
-    context = {key: value[:1].expand(2) for key, value in context.items()}
-    head = student(x, torch.ones(2), torch.tensor([[0.1], [0.8]]), **context)
-    logits = head if isinstance(head, torch.Tensor) else head.logits()
-    assert not torch.allclose(logits[0], logits[1])
+    x, latent = torch.randint(3, (2, 64)), torch.tensor([[0.1], [0.8]])
+    different = _logits(one, student, x[:1].expand(2, -1), latent)
+    assert not torch.allclose(different[0], different[1])
+    for name in own:
+        torch.nn.init.zeros_(student.get_parameter(name))
+    assert torch.equal(_logits(one, student, x, latent), _logits(one, teacher, x))
     with pytest.raises(ValueError, match="needs latents"):
-        student(x, torch.ones(2), **context)
+        _logits(one, student, x)
     with pytest.raises(ValueError, match="takes no latents"):
-        teacher(x, torch.ones(2), torch.rand(2, 1), **context)
+        _logits(one, teacher, x, latent)
+
+
+def test_a_pixel_is_read_and_predicted_at_its_own_place(trio):
+    one, teacher, _ = trio
+    with torch.no_grad():  # without attention a patch sees itself only
+        teacher.blocks[0].attention_out.weight.zero_()
+    blank = torch.zeros(1, 64, dtype=torch.int64)
+    changed = blank.clone()
+    changed[0, 8 * 3 + 5] = 1  # row 3, column 5: the patch of rows 2-3, columns 4-5
+    moved = (_logits(one, teacher, blank) != _logits(one, teacher, changed)).any(-1)
+    assert moved.view(8, 8).nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
+
+
+def test_each_pixel_has_its_own_place_in_the_head():
+    model = system_of(TINY["masked"]).teacher()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.arange(4).repeat_interleave(4).float())
+    logits = model(torch.zeros(1, 64, dtype=torch.int64), torch.ones(1))
+    assert logits.shape == (1, 64, 4)
+    places = logits[0, :, 0].view(8, 8)
+    assert torch.equal(places, torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(4, 4))
 
 
 class _Recorded(torch.nn.Module):
@@ -210,19 +244,6 @@ def test_the_gaussian_model_returns_two_numbers_per_pixel_and_knows_the_time():
     assert head.shape == (2, 64, 3)
     assert not torch.allclose(head.mu[0], head.mu[1])
     assert float(head.mu.detach().abs().max()) < 1.0
-
-
-def test_a_changed_pixel_moves_the_gaussian_prediction_at_its_own_place():
-    torch.manual_seed(0)
-    model = system_of(TINY["gaussian"]).teacher()
-    with torch.no_grad():  # without attention a patch sees itself only
-        model.blocks[0].attention_out.weight.zero_()
-    blank = torch.zeros(1, 64, dtype=torch.int64)
-    changed = blank.clone()
-    changed[0, 8 * 3 + 5] = 1  # row 3, column 5: the patch of rows 2-3, columns 4-5
-    t = torch.ones(1)
-    moved = (model(blank, t).mu != model(changed, t).mu).view(8, 8).nonzero().tolist()
-    assert moved == [[2, 4], [2, 5], [3, 4], [3, 5]]
 
 
 def test_the_paper_s_weights_are_in_the_recipes():
