@@ -124,7 +124,8 @@ def test_the_noise_floor_falls_with_the_number_of_samples(judge):
     # Means fall with 1/samples and frequencies with its root: 16 and 4 in the limit.
     assert few.frechet > 8 * many.frechet
     assert 3 < few.pair_tv / many.pair_tv < 5
-    assert judge.score(np.asarray(judge._real)).pair_tv == 0.0
+    # The same sums in the order that the product takes, which may depend on where memory lies.
+    assert judge.score(judge._real).pair_tv == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_loss_comparison_runs_the_same_problem_on_both_backends():

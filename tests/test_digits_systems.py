@@ -31,7 +31,9 @@ def digits() -> data.Digits:
 def test_samples_do_not_depend_on_the_chunks(system, monkeypatch):
     torch.manual_seed(0)
     one = system_of(TINY[system])
-    student = one.student(one.teacher()).eval()
+    # In float64: logits of other batch sizes differ in their last bits, which in float32 can turn
+    # one draw in a million.
+    student = one.student(one.teacher()).double().eval()
     whole = sampling.draw_samples(TINY[system], student, 1, 3, 4, one.draw).tokens
     assert whole.shape == (40, 64)
     assert int(whole.max()) < 3

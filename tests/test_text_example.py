@@ -169,7 +169,8 @@ def test_a_number_of_the_latent_belongs_to_its_stretch_and_means_the_same_in_eac
     logits = model(masks, t, latent)
     moved = (logits != model(masks, t, changed)).any(-1)[0].nonzero().flatten().tolist()
     assert moved == [4, 5, 6, 7]
-    assert torch.equal(logits[:, :4], logits[:, 12:])
+    # Equal rows of one matrix product may differ in their last bit: vectors of 8 numbers of size 1.
+    torch.testing.assert_close(logits[:, :4], logits[:, 12:], rtol=0, atol=1e-5)
 
 
 def test_blocks_of_a_row_reach_the_model_as_rows_and_come_back_in_place():

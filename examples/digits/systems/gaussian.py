@@ -64,7 +64,8 @@ class GaussianDenoiser(DigitsBase):
     def forward(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> LogisticHead:
         """tokens (R, 64) int64, t (R,), latent (R, L) to a head (R, 64, V)."""
         check_given(latent, self.latent, "latents")
-        time = self.time(sinusoid(t.float() * TIME_SCALE, TIME_FREQUENCIES))
+        waves = sinusoid(t.float() * TIME_SCALE, TIME_FREQUENCIES)
+        time = self.time(waves.to(self.time.weight.dtype))
         if self.latent is not None and latent is not None:
             time = self.latent(time, latent)
         time = F.gelu(time)
