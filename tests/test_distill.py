@@ -18,6 +18,7 @@ from distill_support import (
     B,
     D,
     Recorder,
+    UniformNoise,
     models,
     rng,
     step,
@@ -80,13 +81,6 @@ def test_only_the_examples_that_need_it_go_through_the_xu_pass():
 def test_u_is_a_teacher_step_or_half_the_time_earlier():
     out = step(*models(), HIGH)
     torch.testing.assert_close(out.u, torch.tensor([0.53, 0.325, 0.35, 0.43]))
-
-
-def test_xu_is_xt_with_some_masks_filled():
-    out = step(*models(), HIGH)
-    xt = out.xt.unsqueeze(1).expand_as(out.xu)
-    assert torch.equal(out.xu[xt != MASK], xt[xt != MASK])
-    assert bool(((out.xu != MASK) & (xt == MASK)).any())
 
 
 def test_a_di4c_teacher_is_called_once_with_its_components_and_draws_follow_them():
@@ -182,12 +176,15 @@ def test_latents_are_fresh_for_the_two_passes_unless_passed():
     assert torch.equal(out.latent, latent)
 
 
-def test_a_given_latent_may_have_a_gradient():
-    latent = torch.rand(B, 3, 1, requires_grad=True)
-    out = step(Recorder(True), Recorder(False, seed=1), HIGH, latent=latent)
+@pytest.mark.parametrize(("name", "call"), [("latent", 0), ("latent_min", 2)])
+def test_a_given_latent_is_used_and_may_have_a_gradient(name, call):
+    given = torch.rand(B, 3, 1, requires_grad=True)
+    student, teacher = models()
+    out = step(student, teacher, HIGH, process=UniformNoise(), **{name: given})
+    assert torch.equal(student.calls[call]["latent"], given.flatten(0, 1))
     out.loss.backward()
-    assert float(latent.grad.abs().min()) > 0
-    assert not out.latent.requires_grad
+    assert float(given.grad.abs().min()) > 0
+    assert not getattr(out, name).requires_grad
 
 
 def test_times_are_drawn_low_with_the_configured_probability():
@@ -203,17 +200,23 @@ def test_times_below_the_bound_by_quantisation_alone_still_take_the_low_branch()
     assert torch.equal(out.low, out.t < 0.15)
 
 
-@pytest.mark.parametrize("times", [HIGH, MIXED], ids=["high", "mixed"])
-def test_context_follows_its_example_through_every_pass(times):
+@pytest.mark.parametrize(
+    ("times", "process"),
+    [(HIGH, PROCESS), (MIXED, PROCESS), (HIGH, UniformNoise())],
+    ids=["high", "mixed", "component pass"],
+)
+def test_context_follows_its_example_through_every_pass(times, process):
     student, teacher = models()
     label = torch.arange(B) * 10
-    out = step(student, teacher, times, context={"label": label})
+    out = step(student, teacher, times, process=process, context={"label": label})
     t_of = dict(zip(label.tolist(), out.t.tolist(), strict=True))
     u_of = dict(zip(label.tolist(), out.u.tolist(), strict=True))
-    at_t, at_u = student.calls
+    at_t, at_u, *at_min = student.calls
     for call, of in ((teacher.calls[0], t_of), (at_t, t_of), (at_u, u_of)):
         labels = call["context"]["label"].tolist()
         assert [of[value] for value in labels] == call["t"].tolist()
+    for call in (*at_min, *teacher.calls[1:]):
+        assert torch.equal(call["context"]["label"], label.repeat_interleave(3))
 
 
 def test_draws_default_to_the_number_of_components():

@@ -151,7 +151,7 @@ SCHEDULERS = torch.optim.lr_scheduler
     [
         ("student", lambda s, o: s.forward, TypeError, "student must be a Module, got method"),
         ("teacher", lambda s, o: 3, TypeError, "teacher must be callable, got int"),
-        ("optimizer", lambda s, o: "adam", TypeError, "optimizer must be a Optimizer, got str"),
+        ("optimizer", lambda s, o: "adam", TypeError, "optimizer must be an Optimizer, got str"),
         (
             "optimizer",
             lambda s, o: other_optimizer(),
@@ -160,9 +160,9 @@ SCHEDULERS = torch.optim.lr_scheduler
         ),
         ("process", lambda s, o: "masked", TypeError, "process must be a Process, got str 'mas"),
         ("config", lambda s, o: {}, TypeError, "config must be a DistillConfig, got dict"),
-        ("ema", lambda s, o: 0.999, TypeError, "ema must be an EMA or None, got float"),
+        ("ema", lambda s, o: 0.999, TypeError, "ema must be an EMA, got float"),
         ("ema", lambda s, o: EMA(Recorder(True)), ValueError, "ema must average the student, got"),
-        ("scheduler", lambda s, o: 0.5, TypeError, "scheduler must be an LRScheduler or None"),
+        ("scheduler", lambda s, o: 0.5, TypeError, "scheduler must be a LRScheduler"),
         (
             "scheduler",
             lambda s, o: SCHEDULERS.ReduceLROnPlateau(o),

@@ -160,16 +160,6 @@ def test_a_pass_of_weight_zero_is_left_out():
     assert torch.equal(out.terms.component, torch.zeros(B).double())
 
 
-def test_a_given_latent_is_used_and_may_have_a_gradient():
-    latent = torch.rand(B, N, 1, requires_grad=True)
-    student, teacher = models()
-    out = step(student, teacher, latent_min=latent)
-    assert torch.equal(student.calls[-1]["latent"], latent.flatten(0, 1))
-    out.loss.backward()
-    assert float(latent.grad.abs().min()) > 0
-    assert not out.latent_min.requires_grad
-
-
 def test_a_di4c_teacher_has_one_latent_per_row():
     teacher = Recorder(True, seed=1)
     out = step(Recorder(True), teacher, config=dataclasses.replace(RECIPE, teacher_components=2))
@@ -178,14 +168,6 @@ def test_a_di4c_teacher_has_one_latent_per_row():
     assert at_min["latent"].shape == (B * N, 1)
     assert at_min["latent"].unique().numel() == B * N
     assert out.x_min.shape == (B, N, D)
-
-
-def test_context_follows_its_example_into_the_pass():
-    student, teacher = models()
-    label = torch.arange(B) * 10
-    step(student, teacher, context={"label": label})
-    for model in (student, teacher):
-        assert torch.equal(model.calls[-1]["context"]["label"], label.repeat_interleave(N))
 
 
 # Parts of the loss as they come

@@ -24,7 +24,9 @@ import examples.digits.__main__ as digits_command
 import examples.text.__main__ as text_command
 from examples.common import report, sampling
 from examples.common.rundir import RunDirectory, RunError
+from examples.digits import train as digits_train
 from examples.digits.config import Config
+from examples.text import train as text_train
 from examples.text.metrics import MEASURES as TEXT_MEASURES
 from examples.text.metrics import Score as TextScore
 
@@ -37,7 +39,7 @@ def command(name: str) -> ModuleType:
 
 
 def train(name: str) -> ModuleType:
-    return __import__(f"examples.{'text' if name == 'text' else 'digits'}.train", fromlist=["x"])
+    return text_train if name == "text" else digits_train
 
 
 def main(name: str, *options: str) -> int:

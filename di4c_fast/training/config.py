@@ -87,7 +87,8 @@ class DistillConfig:
 
 def check_kind(value: Any, kind: type, name: str) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {describe(value)}")
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}, got {describe(value)}")
 
 
 def data_weights(t: Tensor, schedule: Schedule, weight: float = 1.0) -> Tensor:

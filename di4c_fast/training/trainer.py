@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..checks import check_bool, check_int, check_number, describe, without_autocast
+from ..checks import check_bool, check_int, check_number, without_autocast
 from ..rng import check_generator
 from .checkpoint import (
     PathLike,
@@ -91,11 +91,15 @@ class Trainer:
         check_kind(module, nn.Module, self.role)
         check_kind(optimizer, torch.optim.Optimizer, "optimizer")
         if ema is not None:
-            if not isinstance(ema, EMA):
-                raise TypeError(f"ema must be an EMA or None, got {describe(ema)}")
+            check_kind(ema, EMA, "ema")
             if ema.module is not module:
                 raise ValueError(f"ema must average the {self.role}, got an EMA of another module")
-        _check_scheduler(scheduler, optimizer)
+        if scheduler is not None:
+            check_kind(scheduler, LRScheduler, "scheduler")
+            if isinstance(scheduler, ReduceLROnPlateau):
+                raise ValueError("scheduler must step without a metric, got a ReduceLROnPlateau")
+            if scheduler.optimizer is not optimizer:
+                raise ValueError("scheduler must be that of optimizer, got that of another one")
         if clip_norm is not None:
             check_number(clip_norm, "clip_norm")
             if clip_norm <= 0.0:
@@ -426,14 +430,3 @@ def _fits(value: Any, shape: tuple[int, ...]) -> bool:
         return True
     sizes = tuple(value.shape)
     return len(sizes) == len(shape) and all(s in (1, n) for s, n in zip(sizes, shape, strict=True))
-
-
-def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
-    if scheduler is None:
-        return
-    if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"scheduler must be an LRScheduler or None, got {describe(scheduler)}")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError("scheduler must step without a metric, got a ReduceLROnPlateau")
-    if scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler must be that of optimizer, got one of another optimizer")
