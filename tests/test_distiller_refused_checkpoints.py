@@ -173,6 +173,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes, message):
     refused(make_full(**{"schedule": warm_up_then_cosine, **changes}), tmp_path / "a", message)
 
 
+def test_a_checkpoint_without_the_state_of_the_generator_is_refused(tmp_path):
+    make_full(generator=None).save(tmp_path / "a")
+    refused(make_full(), tmp_path / "a", "generator is None there and cpu here")
+
+
 # Files that are whole and of this run, but hold what does not fit
 
 

@@ -329,7 +329,8 @@ class Trainer:
         torch's own loaders check after the fact, and neither dtypes nor the sizes of moments.
         """
         ours, counters = self._states(), {name: values["counters"][name] for name in _COUNTERS}
-        generators = ours["random"].keys() & {"cpu", "generator", *states["random"]}
+        # A run may move to a GPU; it then begins with the state of that GPU's generator.
+        generators = sorted(ours["random"].keys() & {"cpu", "generator", *states["random"]})
         waiting = dict(self.module.named_parameters()) if counters["pending"] else {}
         waiting = {name: waiting[name] for name in gradients if name in waiting}
         there, here = (
@@ -341,7 +342,7 @@ class Trainer:
                 "average": outline(state["ema"] and state["ema"]["shadow"]),
                 "gradient": outline(pending),
                 "skipped": outline(state["skipped"]),
-                "random": outline({name: state["random"][name] for name in sorted(generators)}),
+                "random": outline({name: state["random"].get(name) for name in generators}),
                 "groups": outline(state["optimizer"]["param_groups"]),
             }
             for identity, state, groups, pending in (
