@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -109,6 +110,7 @@ def parse_recipe(
 def run_command(threads: int, run: Callable[[], None]) -> int:
     """Call `run`; the exit status. A run that cannot go on says why in one line."""
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run()
     except RunError as error:
