@@ -367,7 +367,7 @@ WRONG = {
     "linear: budget": (
         lambda: LinearHead(h, w, budget_bytes=0),
         ValueError,
-        "budget_bytes must be positive, got 0",
+        "budget_bytes must be at least 1, got 0",
     ),
     "logistic: mu integers": (
         lambda: LogisticHead(torch.zeros(2, dtype=torch.int64), torch.zeros(2), 4),
@@ -417,7 +417,7 @@ WRONG = {
     "logistic: clamp": (
         lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 4, clamp="right"),
         ValueError,
-        'clamp must be "left" or "min", got \'right\'',
+        "clamp must be one of 'left', 'min', got 'right'",
     ),
 }
 

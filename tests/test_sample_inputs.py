@@ -96,7 +96,7 @@ BAD_ARGUMENTS = [
     ({"mask_id": 5}, ValueError, r"mask_id must be in \[0, V\) = \[0, 5\), got 5"),
     ({"mask_id": -1}, ValueError, "mask_id must be in .*, got -1"),
     ({"mask_id": 1.0}, TypeError, "mask_id must be an int"),
-    ({"logits": torch.zeros(2, 1), "mask_id": 0}, ValueError, "excludes the only token"),
+    ({"logits": torch.zeros(2, 1), "mask_id": 0}, ValueError, "excludes the only class"),
     ({"seed": 1.5}, TypeError, "seed must be an int, got float 1.5"),
     ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed must have shape"),
     ({"seed": torch.tensor(1.0)}, TypeError, r"seed must have dtype torch\.int64"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checks import (
     check_bool,
     check_int64,
+    check_mask_id,
     check_same_device,
     check_shape,
     check_tensor,
@@ -129,18 +130,6 @@ def _check_tensors(head: Head, name: str) -> None:
                     f"a tensor behind {name} is empty, shape {tuple(tensor.shape)}: a sharded "
                     "parameter has to be gathered first"
                 )
-
-
-def prepare_mask_id(mask_id: int | None, vocabulary: int) -> int | None:
-    if mask_id is None:
-        return None
-    if isinstance(mask_id, bool) or not isinstance(mask_id, int):
-        raise TypeError(f"mask_id must be an int or None, got {describe(mask_id)}")
-    if not 0 <= mask_id < vocabulary:
-        raise ValueError(f"mask_id must be in [0, V) = [0, {vocabulary}), got {mask_id}")
-    if vocabulary == 1:
-        raise ValueError("mask_id excludes the only class: V must be at least 2, got 1")
-    return mask_id
 
 
 def prepare_log_weights(log_weights: Tensor | None, student: Head) -> Tensor:
@@ -342,7 +331,7 @@ def prepare_loss(
     check_generator(generator)
     head = prepare_student(student)
     batch, _, positions, vocabulary = head.shape
-    mask_id = prepare_mask_id(mask_id, vocabulary)
+    check_mask_id(mask_id, vocabulary)
     teacher_head = prepare_teacher(teacher, head)
     active = prepare_active(xt, valid, mask_id, head)
     x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
@@ -424,7 +413,7 @@ def prepare_rows_problem(
     """The problem without distributions of `mixture_log_prob` and `correlation`, and whether x came
     as one row for each example."""
     head = prepare_student(student)
-    mask_id = prepare_mask_id(mask_id, head.shape[-1])
+    check_mask_id(mask_id, head.shape[-1])
     active = prepare_active(xt, valid, mask_id, head)
     tokens, single = prepare_rows(x, head, valid)
     check_targets_allowed(tokens, "x", mask_id, active)
