@@ -3,7 +3,8 @@
     python -m tools.fuzz --backend torch --kind loss --cases 5000 --seed 0 --minutes 5
 
 Kinds: loss, mixture_log_prob, correlation (values, terms and all gradients), sample (tokens and
-statistics), samplers (whole sequences). A case is a function of its number and kind. Each
+statistics), samplers (whole sequences). A case is a function of its number, its kind and whether
+Triton is interpreted, where cases have to be small. Each
 difference that rounding does not explain is one line with the command that repeats it
 (`--only NUMBER`), and the exit code is 1. Without a GPU, triton needs TRITON_INTERPRET=1 in the
 environment.
@@ -306,7 +307,7 @@ def drawn_by(backend: str) -> Iterator[None]:
 
 def check_samplers(kind: str, seed: int, backend: str, small: bool) -> None:
     """A head's sequences on a backend are those of the reference from its dense logits."""
-    case = sampler_case(seed)
+    case = sampler_case(seed, small)
     table, weight, name = case["table"], case["weight"], case["name"]
     place = torch.linspace(-1, 1, case["shape"][1]).view(-1, 1)
 
@@ -391,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{command}  # {message}", flush=True)
     for at, count in done.items():
         rate = count / max(seconds[at], 1e-9)
-        print(f"{' '.join(at)}: {count} cases, {found[at]} differences, {rate:.0f} cases/s")
+        print(f"{' '.join(at)}: {count} cases, {found[at]} differences, {rate:.1f} cases/s")
     return 1 if found or not done else 0
 
 
