@@ -233,6 +233,21 @@ def test_nan_and_infinity_in_give_nan_out(backend, name, value):
         assert torch.isfinite(result[1])
 
 
+@pytest.mark.parametrize("backend", EVERY)
+def test_nan_where_nothing_counts_changes_no_value_and_no_gradient(backend):
+    problem = make_problem(14, components=3, dtype=torch.float32, **FULL)
+    ignored = ~problem["valid"] | (problem["xt"] != problem["mask_id"])
+    shown = ignored.unsqueeze(1) | (problem["xu"] != problem["mask_id"])
+    assert 0 < int(ignored.sum()) < int(shown.sum())
+    masks = {"student": ignored.unsqueeze(1), "teacher": ignored, "consistency": shown}
+    broken = {n: problem[n].masked_fill(m.unsqueeze(-1), float("nan")) for n, m in masks.items()}
+    expected = loss_and_gradients(problem, backend=backend)
+    for name, value in loss_and_gradients(problem | broken, backend=backend).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    drawn = problem | broken | {"consistency_x": None, "generator": torch.Generator()}
+    assert torch.isfinite(run_loss(drawn, backend=backend))
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("function", [di4c_fast.mixture_log_prob, di4c_fast.correlation])
 @pytest.mark.parametrize("kind", HEADS)
