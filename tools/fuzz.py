@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -163,10 +164,15 @@ def defined_examples(case: Case, found: dict[str, Tensor]) -> Tensor:
     return defined
 
 
-def check_loss(kind: str, seed: int, backend: str, small: bool) -> None:
+@functools.lru_cache(3)  # one case of each kind, for all backends
+def loss_truth(kind: str, seed: int, small: bool) -> tuple[Case, dict[str, Tensor]]:
     case = loss_case(kind, seed, small)
+    return case, run_loss(kind, case, "reference", torch.float64)
+
+
+def check_loss(kind: str, seed: int, backend: str, small: bool) -> None:
+    case, truth = loss_truth(kind, seed, small)
     ours = run_loss(kind, case, backend, None)
-    truth = run_loss(kind, case, "reference", torch.float64)
     expected = {n for n in truth if n in ours or n.startswith("gradient")}
     assert ours.keys() == expected, f"{sorted(ours)} instead of {sorted(expected)}"
     # What is added up: logarithms of V and N at every position, and the terms.
@@ -257,18 +263,24 @@ def same_rows(one: Any, other: Any, size: float) -> Tensor:
     return agree
 
 
-def check_sample(kind: str, seed: int, backend: str, small: bool) -> None:
+def run_sample(logits: Tensor | Head, backend: str, arguments: Case) -> Any:
+    try:
+        return sample(logits, backend=backend, **arguments)
+    except ValueError as error:  # rows that nothing can be drawn from
+        return str(error)
+
+
+@functools.lru_cache(1)
+def sample_truth(seed: int, small: bool) -> tuple[Tensor | Head, Tensor, Case, Any]:
     recipe, arguments = sample_case(seed, small)
     head = make_head(recipe, recipe["tensors"])
     dense = head.logits() if isinstance(head, Head) else head
+    return head, dense, arguments, run_sample(dense, "reference", arguments)
 
-    def run(logits: Any, backend: str) -> Any:
-        try:
-            return sample(logits, backend=backend, **arguments)
-        except ValueError as error:  # rows that nothing can be drawn from
-            return str(error)
 
-    ours, truth = run(head, backend), run(dense, "reference")
+def check_sample(kind: str, seed: int, backend: str, small: bool) -> None:
+    head, dense, arguments, truth = sample_truth(seed, small)
+    ours = run_sample(head, backend, arguments)
     if isinstance(truth, str) or isinstance(ours, str):
         assert ours == truth, f"{ours!r} instead of {truth!r}"
         return
@@ -282,7 +294,7 @@ def check_sample(kind: str, seed: int, backend: str, small: bool) -> None:
             return
         # Half precision cannot hold the change; its values are computed with in fp32.
         noise = (Draws(number).normal(*dense.shape) * torch.finfo(work).eps).to(work)
-        changed = run(dense.to(work) * (1 + noise) + noise, "reference")
+        changed = run_sample(dense.to(work) * (1 + noise) + noise, "reference", arguments)
         wrong &= same_rows(changed, truth, size)
     if bool(wrong.any()):
         at = wrong.nonzero()[0].tolist()
@@ -309,33 +321,42 @@ def drawn_by(backend: str) -> Iterator[None]:
         yield
 
 
-def check_samplers(kind: str, seed: int, backend: str, small: bool) -> None:
-    """A head's sequences on a backend are those of the reference from its dense logits."""
-    case = sampler_case(seed, small)
-    table, weight, name = case["table"], case["weight"], case["name"]
+def run_sampler(case: Case, backend: str, noise: float = 0.0) -> Tensor:
+    """Sequences of a small model, whose head the reference draws from as dense logits."""
+    table, weight = case["table"], case["weight"]
     place = torch.linspace(-1, 1, case["shape"][1]).view(-1, 1)
 
-    def run(backend: str, noise: float = 0.0) -> Tensor:
-        def model(tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor | Head:
-            h = table[tokens] + table[tokens].roll(1, 1) + place + t.view(-1, 1, 1)
-            if latent is not None:
-                h = h + latent[:, :1, None] * place
-            h = torch.tanh(h) * (1 + noise)
-            head = Capped(h, weight) if case["form"] == "own" else LinearHead(h, weight)
-            dense = backend == "reference" or case["form"] == "tensor"
-            return head.logits() if dense else head
+    def model(tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor | Head:
+        h = table[tokens] + table[tokens].roll(1, 1) + place + t.view(-1, 1, 1)
+        if latent is not None:
+            h = h + latent[:, :1, None] * place
+        h = torch.tanh(h) * (1 + noise)
+        head = Capped(h, weight) if case["form"] == "own" else LinearHead(h, weight)
+        dense = backend == "reference" or case["form"] == "tensor"
+        return head.logits() if dense else head
 
-        with drawn_by(backend):
-            return getattr(samplers, name)(model, case["shape"], **case["options"])
+    with drawn_by(backend):
+        return getattr(samplers, case["name"])(model, case["shape"], **case["options"])
 
-    ours, truth = run(backend), run("reference")
+
+@functools.lru_cache(1)
+def sampler_truth(seed: int, small: bool) -> tuple[Case, Tensor]:
+    case = sampler_case(seed, small)
+    return case, run_sampler(case, "reference")
+
+
+def check_samplers(kind: str, seed: int, backend: str, small: bool) -> None:
+    """A head's sequences on a backend are those of the reference from its dense logits."""
+    case, truth = sampler_truth(seed, small)
+    ours = run_sampler(case, backend)
     # A near-tie shows by a change of the size of one rounding.
-    if ours.equal(truth) or any(
-        not run("reference", n * 1.2e-7).equal(truth) for n in (-3, -2, -1, 1, 2, 3)
-    ):
+    near = (run_sampler(case, "reference", n * 1.2e-7) for n in (-3, -2, -1, 1, 2, 3))
+    if ours.equal(truth) or any(not tokens.equal(truth) for tokens in near):
         return
-    form, options = case["form"], case["options"]
-    raise AssertionError(f"{name}, {form}, {options}: {int((ours != truth).sum())} tokens differ")
+    count = int((ours != truth).sum())
+    raise AssertionError(
+        f"{case['name']}, {case['form']}, {case['options']}: {count} tokens differ"
+    )
 
 
 CHECKS: dict[str, Callable[[str, int, str, bool], None]] = {
