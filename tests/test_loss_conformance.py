@@ -6,6 +6,7 @@ backend joins by its name in `loss_heads.FAST`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -214,6 +215,18 @@ def test_one_hot_teachers_and_components_of_weight_zero(backend):
     problem["log_weights"][0, 1] = NEG_INF
     expected = assert_equals_reference(problem, backend)
     assert torch.count_nonzero(expected["student"][0, 1]) == 0
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize(("log_weight", "expected"), [(-1e3, math.inf), (NEG_INF, None)])
+def test_an_infinite_divergence_counts_unless_its_weight_is_zero(log_weight, expected, backend):
+    # exp(-1000) is 0 in every dtype, but the weight is not.
+    problem = make_problem(13, components=3, weighted=True, component_weight=0.5)
+    problem["log_weights"][0, 1] = log_weight
+    problem["student"][0, 1, 2, 3] = NEG_INF
+    value = run_loss(single(problem), backend=backend, reduction="none")
+    assert torch.isfinite(value[1])
+    assert value[0] == expected if expected else torch.isfinite(value[0])
 
 
 @pytest.mark.parametrize("backend", EVERY)

@@ -212,7 +212,7 @@ def loss_case(kind: str, seed: int, small: bool) -> Case:
         )
         case["x"] = d.tokens(sizes, classes, mask_id)
         case["upstream"] = d.normal(*sizes[:-1])
-        return case
+        return _with_padding(d, case)
     m = d.pick(0, 1, 3)
     teacher = (batch, m, positions) if m else shape
     case["teacher"] = d.head(d.pick("tensor", *KINDS_OF_HEADS), teacher, classes, dtype)
@@ -231,9 +231,23 @@ def loss_case(kind: str, seed: int, small: bool) -> Case:
     for name in ("data", "teacher", "consistency", "component"):
         usual = float(name != "component")
         value = d.pick(usual, usual, 0.0, 0.3, 2.0)
-        shared[f"{name}_weight"] = value * d.true(0.7, batch).double() if d.chance(0.2) else value
+        per_example = d.pick(value * d.true(0.7, batch).double(), torch.tensor(value))
+        shared[f"{name}_weight"] = per_example if d.chance(0.3) else value
     shared["control_variate"] = d.chance(0.8)
     case["reduction"], case["terms"] = d.pick("mean", "sum", "none"), d.chance(0.6)
+    return _with_padding(d, case)
+
+
+def _with_padding(d: Draws, case: Case) -> Case:
+    """The case with tokens that are no classes where they may be anything, or as it is."""
+    valid = case["shared"].get("valid")
+    if valid is None or d.chance(0.5):
+        return case
+    for holder in (case, case["shared"]):
+        for name in holder.keys() & {"x", "x0", "xt", "xu", "consistency_x"}:
+            tokens = holder[name]
+            counts = valid if tokens.ndim == 2 else valid.unsqueeze(1)
+            holder[name] = torch.where(counts, tokens, -100)
     return case
 
 
