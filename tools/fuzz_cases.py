@@ -268,10 +268,11 @@ def _add_consistency(d: Draws, case: Case, sizes: tuple[int, int, int], classes:
         assert seed is not None
         work = torch.promote_types(dtype, torch.float32)
         logits = LAYOUTS[recipe["layout"]](recipe["tensors"]["logits"]).to(work)
-        drawn = draw_ref(log_softmax_ref(logits, mask_id), seed)
-        x = torch.where(shown, x, drawn)
-        if mask_id is not None:  # of a row without a class, which has no draw
-            x = torch.where(x == mask_id, (mask_id + 1) % classes, x)
+        log_prob = log_softmax_ref(logits, mask_id)
+        if bool((log_prob.exp().sum(-1) > 0.5).all()):  # else some row has no draw
+            x = torch.where(shown, x, draw_ref(log_prob, seed))
+        else:
+            del case["draw_seed"]
     shared["consistency_x"] = x
 
 
