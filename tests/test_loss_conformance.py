@@ -70,6 +70,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"data_weight": 0.0, "teacher_weight": 0.0, "consistency_weight": 0.3},
     {"teacher_weight": 0.0, "consistency_weight": 0.0},
     {"component_weight": torch.tensor([0.0, 2.0]), "data_weight": torch.tensor([0.3, 0.0])},
+    {"teacher_weight": torch.tensor([0.5, 2.0]), "consistency_weight": torch.tensor([1.5, 0.0])},
     {"positions": 1, "batch": 1},
 ]
 
@@ -364,6 +365,18 @@ def test_strides_do_not_matter(backend):
     twin = row.clone().requires_grad_()
     run_loss(problem | {"student": twin.expand(2, 3, -1, -1)}, backend="reference").backward()
     torch.testing.assert_close(leaf.grad, twin.grad, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_inactive_positions_have_zero_gradient_in_poisoned_memory(backend, poisoned_memory):
+    problem = single(make_problem(21, batch=3, components=3, vocabulary=11, **FULL))
+    problem["xt"][1] = problem["x0"][1]  # an example without any active position
+    active = problem["valid"] & (problem["xt"] == problem["mask_id"])
+    assert active.any(1).tolist() == [True, False, True]
+    gradient = loss_and_gradients(problem, backend=backend)["student"]
+    assert torch.isfinite(gradient).all()
+    by_position = torch.count_nonzero(gradient, (1, 3))
+    assert (by_position > 0).equal(active)
 
 
 @pytest.mark.parametrize("backend", FAST)
