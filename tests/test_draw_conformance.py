@@ -115,6 +115,20 @@ def test_maximum_in_every_block_ties_and_the_mask(small, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("mask_id", [0, 150, 299])
+def test_the_mask_column_never_matters(mask_id, backend):
+    logits = normal(9, 300)
+    arguments = {"seed": 1, "mask_id": mask_id, "want": "all"}
+    expected = drawn(logits, backend, **arguments)
+    shorter = torch.cat([logits[:, :mask_id], logits[:, mask_id + 1 :]], 1)
+    torch.testing.assert_close(expected.logsumexp, shorter.logsumexp(-1))
+    assert (expected.token != mask_id).all()
+    for value in (1e30, -INF, INF, math.nan):
+        logits[:, mask_id] = value
+        assert_same_draw(drawn(logits, backend, **arguments), expected)
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("small", [False, True])
 def test_rows_that_hold_mostly_excluded_tokens(small, backend):
     logits = torch.full((5, 516), -INF)

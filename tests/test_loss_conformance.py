@@ -198,6 +198,19 @@ def test_impossible_targets_and_dead_positions_are_those_of_the_reference(backen
     assert_equals_reference(problem, backend)
 
 
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("content", [300.0, NEG_INF, float("inf"), float("nan")])
+def test_what_the_mask_column_holds_does_not_change_a_bit(content, backend):
+    problem = single(make_problem(22, **FULL))
+    other = dict(problem)
+    for name in ("student", "teacher", "consistency"):
+        other[name] = problem[name].clone()
+        other[name][..., 3] = content
+    expected = loss_and_gradients(problem, backend=backend)
+    for name, value in loss_and_gradients(other, backend=backend).items():
+        assert value.equal(expected[name]), name
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_teacher_rows_without_a_class_have_the_gradient_of_the_reference(backend):
     problem = make_problem(12, teacher_components=3, component_weight=0.7, **{"weighted": True})
