@@ -36,7 +36,7 @@ def noticed_by(mutation: Mutation) -> str:
         StaleError: the source has nothing to break, or no test is selected.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("di4c_fast", "kernels", "tests", "tools"):
+        for name in ("di4c_fast", "kernels", "tests", "tools", "benchmarks"):
             shutil.copytree(
                 ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__")
             )
