@@ -115,10 +115,10 @@ def test_maximum_in_every_block_ties_and_the_mask(small, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("mask_id", [0, 150, 299])
+@pytest.mark.parametrize("mask_id", [0, 300, 599])
 def test_the_mask_column_never_matters(mask_id, backend):
-    logits = normal(9, 300)
-    arguments = {"seed": 1, "mask_id": mask_id, "want": "all"}
+    logits = normal(5, 600)
+    arguments = {"seed": 1, "mask_id": mask_id, "want": "all", "small": True}
     expected = drawn(logits, backend, **arguments)
     shorter = torch.cat([logits[:, :mask_id], logits[:, mask_id + 1 :]], 1)
     torch.testing.assert_close(expected.logsumexp, shorter.logsumexp(-1))

@@ -318,7 +318,7 @@ KERNELS = [
         "& ((mask_id < begin) | (mask_id >= begin + columns))",
         "& ((begin > 0) | (mask_id < begin) | (mask_id >= begin + columns))",
         "test_draw_conformance.py",
-        "triton and (ties or every_option)",
+        "triton and mask_column",
     ),
     Mutation(
         "row draw: raw probability at the drawing temperature",
