@@ -6,15 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 from loss_cases import loss_and_gradients, make_problem, run_loss
-from loss_heads import FULL, HEADS, assert_within_bound, available, head_tensors
+from loss_heads import FULL, HEADS, assert_within_bound, head_tensors
 from sample_cases import assert_near, assert_same_draw, normal
 
 from benchmarks.memory import peak_in_this_process, reset_high_water_mark
+from di4c_fast import backends
 from di4c_fast.draw.api import sample
 from di4c_fast.passes import cpu
 
-(HERE,) = available("cpu")
-pytestmark = HERE.marks
+REASON = backends.unavailable("cpu", torch.device("cpu"))
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 MIB = 1 << 20
 # Around the widths of the vectors (4, 8, 16), of their unrolled loops (64), of the blocks of a draw
