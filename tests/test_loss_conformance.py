@@ -117,6 +117,16 @@ def test_large_offsets_of_the_logits_are_within_the_bound(offset, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
+def test_one_logit_may_be_far_above_the_others_in_any_column(backend):
+    problem = make_problem(23, components=3, positions=37, vocabulary=37, component_weight=0.5)
+    for name in ("student", "teacher", "consistency"):
+        problem[name] = problem[name] + 120 * torch.eye(37)  # beyond the range of exp
+    for name in ("x0", "consistency_x"):
+        problem[name] = torch.arange(37).expand_as(problem[name])
+    assert_equals_reference(problem, backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("offset", [-200.0, 200.0])
 def test_large_offsets_of_targets_change_neither_draws_nor_loss(offset, backend):
     # Beyond the range of exp, on either side: such logits have to be shifted first.

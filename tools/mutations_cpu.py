@@ -51,7 +51,7 @@ CPU = [
         "if (v < n) best = vmax(load_tail",
         "if (n < 0) best = vmax(load_tail",
         LOSS,
-        "cpu and (settings or offsets)",
+        "cpu and any_column",
     ),
     _rows(
         "lanes beyond the last column counted",
