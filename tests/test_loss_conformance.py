@@ -123,7 +123,8 @@ def test_one_logit_may_be_far_above_the_others_in_any_column(backend):
         problem[name] = problem[name] + 120 * torch.eye(37)  # beyond the range of exp
     for name in ("x0", "consistency_x"):
         problem[name] = torch.arange(37).expand_as(problem[name])
-    assert_equals_reference(problem, backend)
+    # The loss is 0, as a sum of five terms over 37 positions, each rounded at 6e-8.
+    assert_equals_reference(problem, backend, rtol=2e-5, atol=1.2e-5)
 
 
 @pytest.mark.parametrize("backend", FAST)
