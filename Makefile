@@ -47,13 +47,13 @@ SANITIZED_SETS ?= plain avx2 avx512
 SANITIZED_TESTS = tests/test_loss_conformance.py tests/test_draw_conformance.py \
 	tests/test_cpu_passes.py tests/test_cpu_vectors.py
 sanitize: $(VENV)/.stamp-dev
-	@set -e; for name in $(SANITIZED_SETS); do echo "$$name:"; \
-		env CXX=g++ DI4C_FAST_CPU=$$name XDG_CACHE_HOME=$(CURDIR)/build/sanitized \
+	@export CXX=g++ XDG_CACHE_HOME=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0 \
 		DI4C_FAST_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
-		LD_PRELOAD="$$(for file in libasan.so libubsan.so libstdc++.so; do \
-			printf '%s ' $$(g++ -print-file-name=$$file); done)" \
-		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet \
-		--capture no $(SANITIZED_TESTS) -k "cpu and not memory" $(ARGS); \
+		LD_PRELOAD="$$(for name in asan ubsan stdc++; do \
+			printf '%s ' "$$(g++ -print-file-name=lib$$name.so)"; done)" OMP_NUM_THREADS=1; \
+	$(BIN)/python -m kernels.cpu.build && for name in $(SANITIZED_SETS); do \
+		echo "$$name:"; DI4C_FAST_CPU=$$name $(BIN)/python -m pytest --quiet --capture no \
+			$(SANITIZED_TESTS) -k "cpu and not memory" $(ARGS) || exit; \
 	done
 
 # What needs a GPU: its tests, the tuning of launch parameters, the benchmarks (under 8 minutes).

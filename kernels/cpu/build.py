@@ -226,3 +226,7 @@ def _lock(path: Path) -> Iterator[None]:
                     raise BuildError(f"another process holds {path}") from None
                 time.sleep(0.1)
         yield
+
+
+if __name__ == "__main__":
+    print(find_library())

@@ -36,6 +36,8 @@ constexpr float TINY = 1e-30f;  // below, sums of exponentials are formed again 
 
 DI4C_INLINE vf all(float x) { return x - vf{}; }
 DI4C_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+DI4C_INLINE vf as_float(vi x) { return (vf)x; }
+DI4C_INLINE vi as_int(vf x) { return (vi)x; }
 DI4C_INLINE vf power_of_two(vi n) { return (vf)((vu)(n + 127) << 23); }  // for -127 < n < 128
 DI4C_INLINE vf load(const float* p) { return *(const vf_any*)p; }
 DI4C_INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
