@@ -350,3 +350,23 @@ def test_a_backend_says_why_it_cannot_run(monkeypatch):
     with pytest.raises(RuntimeError, match='backend="triton" cannot run: '):
         sample(torch.zeros(2, 3), backend="triton")
     assert sample(torch.zeros(2, 3), seed=0).token.shape == (2,)
+
+
+def test_seeds_come_from_the_generator():
+    logits = torch.zeros(50, 300)
+
+    def tokens(generator=None):
+        return sample(logits, generator=generator).token
+
+    first = tokens(torch.Generator().manual_seed(0))
+    assert first.equal(tokens(torch.Generator().manual_seed(0)))
+    assert not first.equal(tokens(torch.Generator().manual_seed(1)))
+    torch.manual_seed(0)
+    default = tokens()
+    assert not default.equal(tokens())
+    torch.manual_seed(0)
+    assert default.equal(tokens())
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    sample(torch.zeros(3, 5), temperature=0, generator=generator)
+    assert generator.get_state().equal(state)

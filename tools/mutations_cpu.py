@@ -222,7 +222,7 @@ CPU = [
         "torch_backend",
     ),
     _draw("race without its exponentials", "/ exponential(load(random + v))", "", "torch_backend"),
-    _draw("1 - u rounded", "-vlog(rest) * (u / taken)", "-vlog(rest)", "tails"),
+    _draw("1 - u rounded", "-vlog(rest) * (u / taken)", "-vlog(rest)", "precision"),
     _draw("step left out", "c3[i] = (uint32_t)a.step;", "c3[i] = 0;", "torch_backend"),
     _draw(
         "upper half of the key left out",
