@@ -167,10 +167,10 @@ CPU = [
         "settings",
     ),
     _mixture(
-        "position without any class counted",
-        "if (!alive)  // it",
-        "if (false)  // it",
-        "dead_positions",
+        "weight of a row without a class",
+        "weight[n] = empty ? 0.0f : expf",
+        "weight[n] = expf",
+        "minus_infinity",
     ),
     _vec(
         "bf16 rounded towards zero",
