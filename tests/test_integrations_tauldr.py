@@ -274,7 +274,7 @@ def test_models_of_another_rate_are_refused():
     with accelerate_tauldr(sampling, losses):
         with pytest.raises(TypeError, match="without S, rate_sigma, Q_sigma"):
             sampling.TauLeaping(config()).sample(nn.Linear(1, 1), 3, 1)
-        with pytest.raises(TypeError, match="network must have a Gaussian rate"):
+        with pytest.raises(TypeError, match="network, with a Gaussian rate, must have the attr"):
             losses.DistilChain().calc_pst(
                 nn.Linear(1, 1), torch.zeros(1, D), torch.ones(1, D, S), None, None, sample=True
             )

@@ -6,18 +6,15 @@
         output = model.diffusion_generate(input_ids, attention_mask=..., alg="entropy", ...)
 
 Only the loop behind `diffusion_generate` is replaced: configuration, lengths and warnings are
-the model's own. What is the same: arguments, what comes back, the tokens at temperature 0 and
-their law otherwise. What differs:
+the model's own. Beside what `di4c_fast.integrations` says of all drop-ins:
 
 * the output layer runs for the masked positions alone, a few rows at a time, if it is a plain
   linear layer; `alg="origin"` computes only the positions whose turn it is;
-* a step that fills nothing does not call the model; the history has an entry for it all the same;
-* randomness comes from one seed drawn from torch's default generator;
+* the history has an entry for a step that fills nothing, too;
 * confidences are computed in fp32; `confidence_dtype=torch.bfloat16` gives those of a model in
   bfloat16, many of which tie, at the price of sorting whole rows;
 * sequences with different numbers of masked positions are each filled at their own rate (in the
-  repository by the mean, which overwrites prompts);
-* equal confidences keep the lowest position.
+  repository by the mean, which overwrites prompts); equal confidences keep the lowest position.
 
 Calls with `generation_tokens_hook_func` or `generation_logits_hook_func` run the model's own loop:
 the hooks are promised all logits.
@@ -94,9 +91,6 @@ def accelerate(
             `origin` never draws it.
         confidence_dtype: see the module's head.
         seed: of all calls; None draws one for each.
-
-    Returns:
-        `Handle`: `remove()` undoes it, as does leaving a `with` block.
 
     Raises:
         TypeError: `model` has no method `_sample`.

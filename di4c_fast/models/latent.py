@@ -16,17 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_floating, check_number, check_rank, describe
+from ..checks import check_floating, check_int, check_number, check_rank
 from ..rng import generator_uniform
 
 __all__ = ["LatentEmbedding", "LatentShift", "LatentToken", "draw_latents", "sinusoid"]
-
-
-def _check_count(value: int, name: str, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {describe(value)}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def draw_latents(
@@ -44,9 +37,9 @@ def draw_latents(
     >>> draw_latents(2, 3).shape
     torch.Size([2, 3, 1])
     """
-    _check_count(batch, "batch", 0)
-    _check_count(components, "components", 1)
-    _check_count(dim, "dim", 1)
+    check_int(batch, "batch", minimum=0)
+    check_int(components, "components", minimum=1)
+    check_int(dim, "dim", minimum=1)
     return generator_uniform((batch, components, dim), generator=generator, device=device)
 
 
@@ -66,9 +59,7 @@ def sinusoid(x: Tensor, features: int, max_period: float = 10_000.0) -> Tensor:
         (*x.shape, features), fp32 (fp64 for fp64 input).
     """
     check_floating(x, "x")
-    _check_count(features, "features", 4)
-    if features % 2:
-        raise ValueError(f"features must be even, got {features}")
+    _check_even(features, "features")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     half = features // 2
     exponents = torch.arange(half, device=x.device, dtype=x.dtype) / (half - 1)
@@ -102,11 +93,9 @@ class LatentEmbedding(nn.Module):
         zero_init: bool = False,
     ):
         super().__init__()
-        _check_count(width, "width", 1)
-        _check_count(dim, "dim", 1)
-        _check_count(frequencies, "frequencies", 4)
-        if frequencies % 2:
-            raise ValueError(f"frequencies must be even, got {frequencies}")
+        check_int(width, "width", minimum=1)
+        check_int(dim, "dim", minimum=1)
+        _check_even(frequencies, "frequencies")
         check_number(scale, "scale")
         self.width, self.dim, self.frequencies, self.scale = width, dim, frequencies, float(scale)
         self.hidden = nn.Linear(frequencies, 4 * frequencies)
@@ -225,6 +214,11 @@ class LatentShift(nn.Module):
         _check_embeddings(x, latent, self.embedding.width, ranks=(2, 3))
         shift = self.embedding(latent).sum(dim=1)
         return x + (shift if x.ndim == 2 else shift.unsqueeze(1)).to(x.dtype)
+
+
+def _check_even(value: int, name: str) -> None:
+    if check_int(value, name, minimum=4) % 2:
+        raise ValueError(f"{name} must be even, got {value}")
 
 
 def _check_embeddings(x: Tensor, latent: Tensor, width: int, ranks: tuple[int, ...]) -> None:
