@@ -294,7 +294,11 @@ def test_modules_of_others_are_refused(module, message):
         ({"prompt": torch.zeros(3).long()}, ValueError, "prompt must have 2 dimensions"),
         ({"prompt": torch.zeros(1, 3)}, TypeError, "prompt must have dtype torch.int64"),
         ({"attention_mask": [1]}, TypeError, "attention_mask must be a Tensor"),
-        ({"attention_mask": torch.ones(2, 3)}, ValueError, "attention_mask must have the shape of"),
+        (
+            {"attention_mask": torch.ones(2, 3)},
+            ValueError,
+            r"attention_mask must have shape \(B, P\)",
+        ),
         ({"nonsense": 1}, TypeError, "nonsense"),
     ],
     ids=str,

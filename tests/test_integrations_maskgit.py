@@ -294,7 +294,7 @@ def test_what_is_no_trainer_is_named(accelerate):
 
 def test_another_sampler_than_the_confidence_sampler_is_named():
     trainer = TodaysTrainer(SimpleNamespace(w=4, step=32))
-    with pytest.raises(TypeError, match="a ConfidenceSampler, must .* without sm_temp, rando"):
+    with pytest.raises(TypeError, match=r"a ConfidenceSampler, must .* without sm_temp, rando"):
         accelerate_valeoai(trainer)
 
 

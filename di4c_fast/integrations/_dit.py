@@ -111,11 +111,8 @@ class Denoiser(Wrapper):
             wave = sinusoid(1000.0 * latent.flatten().float(), features.shape[-1])
             return (wave.to(features.device, features.dtype),)
 
-        handle = layer.register_forward_pre_hook(put)
-        try:
+        with layer.register_forward_pre_hook(put):
             yield
-        finally:
-            handle.remove()
 
 
 class Loop:

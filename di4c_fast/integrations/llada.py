@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from ..checks import check_choice, check_int64, check_rank, check_tensor, describe
+from ..checks import check_choice, check_int64, check_rank, check_shape, check_tensor, describe
 from ..heads import Head
 from ..models.linear_output import call_for_head
 from ..samplers.arguments import check_counts
@@ -39,6 +39,7 @@ from ._handle import Handle
 __all__ = ["EOS_ID", "EOT_ID", "accelerate", "denoiser", "generate", "generate_fast_dllm"]
 
 MASK_ID, EOS_ID, EOT_ID = 126336, 126081, 126348
+COMMON = ("model", "prompt", "steps", "gen_length", "block_length", "temperature", "remasking")
 REMASKING = ("low_confidence", "random")
 
 
@@ -50,9 +51,7 @@ def denoiser(model: Any) -> Callable[..., Head]:
             with logits (R, D, V); also without `attention_mask` if none is given.
 
     Returns:
-        A callable that gives `LinearHead(hidden, weight, bias)` of the output layer where
-        `model.get_output_embeddings()` is a plain linear layer that the model calls once, and
-        all logits otherwise. It ignores t: LLaDA has no time.
+        A callable that gives a head, see `di4c_fast.models.linear_output.head_of`. It ignores t.
     """
     config = getattr(model, "config", None)
     scale = 1.0
@@ -183,11 +182,7 @@ def _generate(
     context = {}
     if attention_mask is not None:
         check_tensor(attention_mask, "attention_mask")
-        if attention_mask.shape != prompt.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of prompt {tuple(prompt.shape)}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
+        check_shape(attention_mask, "attention_mask", "B, P", prompt.shape)
         seen = functional.pad(attention_mask.to(prompt.device), (0, gen_length), value=1)
         context["attention_mask"] = seen
     if options.get("threshold") is None and options.get("factor") is None:
@@ -219,15 +214,10 @@ def accelerate(module: Any, **options: Any) -> Handle:
     if not callable(found):
         raise TypeError(f"module must have a function generate, got {describe(module)}")
     names = set(inspect.signature(found).parameters)
-    common = {"model", "prompt", "steps", "gen_length", "block_length", "temperature"}
-    common |= {"remasking", "mask_id"}
-    if common | {"cfg_scale"} <= names:
-        ours: Callable[..., Any] = generate
-    elif common | {"threshold"} <= names:
-        ours = generate_fast_dllm
-    else:
-        raise TypeError(
-            "module.generate must have the arguments of LLaDA's or of Fast-dLLM's, "
-            f"got {', '.join(sorted(names))}"
-        )
-    return Handle(module, "generate", functools.partial(ours, **options))
+    for ours, its_own in ((generate, "cfg_scale"), (generate_fast_dllm, "threshold")):
+        if {*COMMON, its_own} <= names:
+            return Handle(module, "generate", functools.partial(ours, **options))
+    raise TypeError(
+        "module.generate must have the arguments of LLaDA's or of Fast-dLLM's, "
+        f"got {', '.join(sorted(names))}"
+    )

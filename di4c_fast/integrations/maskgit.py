@@ -33,6 +33,7 @@ repositories with `exclude_mask=False`):
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,6 +137,7 @@ def accelerate_valeoai(trainer: Any, *, exclude_mask: bool = True) -> Handle:
     return Handle(trainer, "sampler", ConfidenceSampler(**settings, exclude_mask=exclude_mask))
 
 
+@dataclasses.dataclass(eq=False)
 class ConfidenceSampler:
     """The `ConfidenceSampler` of today's valeoai repository, with the same arguments.
 
@@ -143,20 +145,13 @@ class ConfidenceSampler:
     anew at every step, as there.
     """
 
-    def __init__(
-        self,
-        sm_temp: float = 1.0,
-        w: float = 3.0,
-        randomize: str = "linear",
-        r_temp: float = 4.5,
-        sched_mode: str = "arccos",
-        step: int = 12,
-        *,
-        exclude_mask: bool = True,
-    ):
-        self.sm_temp, self.w, self.randomize = sm_temp, w, randomize
-        self.r_temp, self.sched_mode, self.step = r_temp, sched_mode, step
-        self.exclude_mask = exclude_mask
+    sm_temp: float = 1.0
+    w: float = 3.0
+    randomize: str = "linear"
+    r_temp: float = 4.5
+    sched_mode: str = "arccos"
+    step: int = 12
+    exclude_mask: bool = dataclasses.field(default=True, kw_only=True)
 
     def __str__(self) -> str:
         return (

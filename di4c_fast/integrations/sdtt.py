@@ -28,8 +28,7 @@ is at work. `sampler="analytic"` has the law of "ancestral" for these models, at
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,6 +118,8 @@ class _Sampler(Loop):
         add_eos: bool = False,
         project_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
+        from tqdm import tqdm  # the repositories' own dependency
+
         model, denoiser = self.model, self.denoiser
         check_choice(sampler, "sampler", ("ancestral", "analytic"))
         check_bool(cache_preds, "cache_preds")
@@ -140,7 +141,7 @@ class _Sampler(Loop):
         if project_fn is not None:
             check_callable(project_fn, "project_fn")
             project_fn, ends = _Projection(project_fn, ends, num_steps, model.mask_index), None
-        with _progress(num_steps, verbose) as hook:
+        with tqdm(total=num_steps + 1, desc="sampling", disable=not verbose) as bar:
             return sample_masked(
                 call,
                 (n_samples, length),
@@ -151,7 +152,7 @@ class _Sampler(Loop):
                 prompt=ends,
                 project_fn=project_fn,
                 active_only=not denoiser.compiled,
-                callback=hook,
+                callback=lambda step, total, tokens: bar.update(1),
                 device=model.device,
             )
 
@@ -175,37 +176,18 @@ class _Projection:
     argmax only if there was something left for it to do.
     """
 
-    def __init__(
-        self,
-        project_fn: Callable[[Tensor], Tensor],
-        ends: Tensor | None,
-        steps: int,
-        mask_id: int,
-    ):
+    def __init__(self, project_fn: Any, ends: Tensor | None, steps: int, mask_id: int):
         self._project_fn, self._ends = project_fn, ends
         self._steps, self._mask_id = steps, mask_id
-        self._calls = 0
-        self._done = False
+        self._calls, self._done = 0, False
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        call, self._calls = self._calls, self._calls + 1
         if self._done:
             return tokens
         tokens = self._project_fn(tokens)
-        if call == 0 and self._ends is not None:
+        if self._calls == 0 and self._ends is not None:
             tokens = torch.where(self._ends == self._mask_id, tokens, self._ends)
-        if call == self._steps:
+        if self._calls == self._steps:
             self._done = not bool((tokens == self._mask_id).any())
+        self._calls += 1
         return tokens
-
-
-@contextlib.contextmanager
-def _progress(steps: int, verbose: bool) -> Iterator[Callable[[int, int, Tensor], None] | None]:
-    """A callback for the samplers that moves a bar; None without one."""
-    if not verbose:
-        yield None
-        return
-    from tqdm import tqdm  # the repositories' own dependency
-
-    with tqdm(total=steps + 1, desc="sampling") as bar:
-        yield lambda step, total, tokens: bar.update(1)

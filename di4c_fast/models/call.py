@@ -30,6 +30,11 @@ def check_callable(model: Any, name: str) -> None:
         raise TypeError(f"{name} must be callable, got {describe(model)}")
 
 
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {describe(model)}")
+
+
 def check_context(context: Context | None, batch: int, device: torch.device) -> Context:
     """Conditioning tensors by keyword, each with one entry per example."""
     if context is None:

@@ -120,8 +120,5 @@ def _inputs_of(layer: nn.Linear, *, rows: bool) -> Iterator[list[Tensor]]:
         inputs.append(hidden)
         return (hidden if rows else hidden[:, :0],)
 
-    handle = layer.register_forward_pre_hook(keep)
-    try:
+    with layer.register_forward_pre_hook(keep):
         yield inputs
-    finally:
-        handle.remove()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import describe
 from ..heads import Head, TensorHead
-from .call import Wrapper, evaluation_mode
+from .call import Wrapper, check_module, evaluation_mode
 from .linear_output import call_for_head, gives_linear_logits, output_layer
 
 __all__ = ["MaskedLM", "has_linear_head"]
@@ -43,8 +43,7 @@ class MaskedLM(Wrapper):
     """
 
     def __init__(self, model: nn.Module, *, linear_head: bool | None = None):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {describe(model)}")
+        check_module(model)
         if linear_head is None:
             linear_head = has_linear_head(model)
         elif not isinstance(linear_head, bool):

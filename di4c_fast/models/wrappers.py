@@ -6,12 +6,10 @@
 A student is an `nn.Module` called as student(tokens, t, latent, **context). Its weights are the
 model's, below "model." in the state dictionary, and those of the conditioning, below "latent.".
 
-Which one starts exactly at the teacher? `with_latent_shift` with its zero-initialised projection
-(the default) returns the model's logits bit for bit for every λ until the first optimiser step,
-and learns from there. A token of `with_latent_token`, even the zero vector it starts as, is one
-more key that attention spreads over: the student starts near the teacher. With `mask_key=True`
-nothing attends to it and the student is the teacher up to rounding, but then λ does nothing and
-learns nothing.
+With its zero-initialised projection (the default) `with_latent_shift` returns the model's logits
+bit for bit for every λ until the first optimiser step, and learns from there. A token of
+`with_latent_token`, even the zero vector it starts as, is one more key that attention spreads
+over: the student starts near the teacher, not at it.
 
 Source: the student architectures of Di4C (arXiv 2410.08709): an extra token for masked language
 and VQ images, an addition to the time embedding for pixels.
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checks import check_bool, check_floating, check_shape, describe
 from ..heads import Head
-from .call import Wrapper
+from .call import Wrapper, check_module
 from .latent import LatentShift, LatentToken
 from .linear_output import head_of, output_layer
 from .masked_lm import MaskedLM, has_linear_head
@@ -71,7 +69,7 @@ def with_latent_shift(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    _check_module(model)
+    check_module(model)
     if not isinstance(module, str):
         raise TypeError(f"module must be the name of a submodule, got {describe(module)}")
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
@@ -82,11 +80,10 @@ def with_latent_shift(
     if found is None:
         kind = type(model.get_submodule(module)).__name__
         raise ValueError(f"width is needed: that of {module!r}, a {kind}, cannot be read off it")
-    latent = LatentShift(
-        found, latent_dim, zero_init=zero_init, frequencies=frequencies, scale=scale
-    )
+    options: dict[str, Any] = {"zero_init": zero_init, "frequencies": frequencies, "scale": scale}
+    latent = LatentShift(found, latent_dim, **options)
     model = _student_of(model, copy)
-    return _beside(ShiftedModel(model, module, latent), model)
+    return ShiftedModel(model, module, _beside(model, latent))
 
 
 class ShiftedModel(Wrapper):
@@ -116,11 +113,8 @@ class ShiftedModel(Wrapper):
             return self.latent(output, latent)
 
         # For the length of the call: copies of the student then carry no hook of the original.
-        handle = self.model.get_submodule(self.module).register_forward_hook(shift)
-        try:
+        with self.model.get_submodule(self.module).register_forward_hook(shift):
             output = self.model(tokens, t, **context)
-        finally:
-            handle.remove()
         if not calls:
             raise RuntimeError(
                 f"the model did not call its module {self.module!r}, so λ had no influence"
@@ -169,7 +163,7 @@ def with_latent_token(
     if isinstance(model, MaskedLM):
         linear_head = model.linear_head if linear_head is None else linear_head
         model = model.model
-    _check_module(model)
+    check_module(model)
     check_bool(mask_key, "mask_key")
     if getattr(getattr(model, "config", None), "token_dropout", False):
         raise ValueError(
@@ -183,13 +177,12 @@ def with_latent_token(
             "the input embeddings of model must be an nn.Embedding, "
             f"got {type(embeddings).__name__}"
         )
-    latent = LatentToken(
-        width, latent_dim, zero_init=zero_init, frequencies=frequencies, scale=scale
-    )
+    options: dict[str, Any] = {"zero_init": zero_init, "frequencies": frequencies, "scale": scale}
+    latent = LatentToken(width, latent_dim, **options)
     if linear_head is None:
         linear_head = has_linear_head(model)
     model = _student_of(model, copy)
-    return _beside(TokenModel(model, latent, linear_head, mask_key), model)
+    return TokenModel(model, _beside(model, latent), linear_head, mask_key)
 
 
 class TokenModel(Wrapper):
@@ -250,11 +243,6 @@ class TokenModel(Wrapper):
         return f"linear_head={self.linear_head}, mask_key={self.mask_key}"
 
 
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {describe(model)}")
-
-
 def _check_latent(latent: Any, tokens: Tensor, dim: int) -> None:
     check_floating(latent, "latent")
     check_shape(latent, "latent", "R, L", (tokens.shape[0], dim))
@@ -271,11 +259,10 @@ def _student_of(model: nn.Module, copy: bool) -> nn.Module:
     return model
 
 
-def _beside(student: Any, model: nn.Module) -> Any:
-    """The student, its conditioning on the device of the model."""
+def _beside(model: nn.Module, latent: Any) -> Any:
+    """The conditioning, on the device of the model."""
     parameter = next(model.parameters(), None)
-    student.latent.to(None if parameter is None else parameter.device)
-    return student
+    return latent if parameter is None else latent.to(parameter.device)
 
 
 def _width_of(module: Any) -> int | None:
