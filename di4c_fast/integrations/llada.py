@@ -39,7 +39,7 @@ from ._handle import Handle
 __all__ = ["EOS_ID", "EOT_ID", "accelerate", "denoiser", "generate", "generate_fast_dllm"]
 
 MASK_ID, EOS_ID, EOT_ID = 126336, 126081, 126348
-COMMON = ("model", "prompt", "steps", "gen_length", "block_length", "temperature", "remasking")
+COMMON = "model prompt steps gen_length block_length temperature remasking mask_id".split()
 REMASKING = ("low_confidence", "random")
 
 

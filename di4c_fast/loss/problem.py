@@ -109,7 +109,8 @@ def prepare_student(student: HeadLike) -> Head:
     if len(head.shape) != 4:
         hint = ""
         if len(head.shape) == 3:
-            hint = "; a head of B·N rows becomes one with head.unflatten(B, N)"
+            sizes = "0, (B, N)" if isinstance(student, Tensor) else "B, N"
+            hint = f"; rows of all components become one with student.unflatten({sizes})"
         raise ValueError(f"student must have shape (B, N, D, V), got {tuple(head.shape)}{hint}")
     if head.shape[1] == 0:
         raise ValueError(f"student must have N >= 1 components, got shape {tuple(head.shape)}")
