@@ -39,7 +39,7 @@ from ._handle import Handle
 __all__ = ["EOS_ID", "EOT_ID", "accelerate", "denoiser", "generate", "generate_fast_dllm"]
 
 MASK_ID, EOS_ID, EOT_ID = 126336, 126081, 126348
-COMMON = "model prompt steps gen_length block_length temperature remasking mask_id".split()
+COMMON = ("model", "prompt", "steps", "gen_length", "block_length", "temperature", "remasking")
 REMASKING = ("low_confidence", "random")
 
 
@@ -215,7 +215,7 @@ def accelerate(module: Any, **options: Any) -> Handle:
         raise TypeError(f"module must have a function generate, got {describe(module)}")
     names = set(inspect.signature(found).parameters)
     for ours, its_own in ((generate, "cfg_scale"), (generate_fast_dllm, "threshold")):
-        if {*COMMON, its_own} <= names:
+        if {*COMMON, "mask_id", its_own} <= names:
             return Handle(module, "generate", functools.partial(ours, **options))
     raise TypeError(
         "module.generate must have the arguments of LLaDA's or of Fast-dLLM's, "
