@@ -6,6 +6,7 @@ Every case starts from a right call and spoils one argument.
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -334,6 +335,17 @@ def test_wrong_argument_of_token_rows_is_named_before_any_work(wrong: Wrong, fun
 def test_mask_of_the_only_class_is_refused():
     with pytest.raises(ValueError, match="mask_id excludes the only class: V must be at least 2"):
         di4c_fast.loss(zeros(1, 2, 3, 1), zeros(1, 3, 1), tokens(1, 3), mask_id=0)
+
+
+def test_probabilities_in_place_of_logits_are_warned_of():
+    problem = right()
+    for dtype in (torch.float64, torch.bfloat16):
+        student = problem["student"].softmax(-1).to(dtype)
+        with pytest.warns(UserWarning, match=r"student must hold logits, got rows that sum to 1"):
+            run_loss(problem, student=student, backend="torch")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run_loss(problem, student=student.log(), backend="torch")
 
 
 def test_triton_backend_says_why_it_cannot_run(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 
+import dit_models
 import pytest
 import test_integrations_dream as dream_cases
 import test_integrations_llada as llada_cases
@@ -16,6 +17,9 @@ from torch import nn
 
 from di4c_fast.integrations import dream, llada, maskgit, mdlm, sdtt, tauldr
 from di4c_fast.integrations._handle import Handle, check_attributes
+from di4c_fast.models import with_latent_shift
+from di4c_fast.processes import MaskedProcess, MaskGITProcess
+from di4c_fast.training import DistillConfig, Distiller
 
 
 class Parent:
@@ -177,3 +181,49 @@ def test_drop_ins_draw_from_the_default_generator_and_are_undone(case):
     with accelerate():
         assert getattr(owner, name) != before
     assert (getattr(owner, name), name in vars(owner)) == (before, own)
+
+
+# Their models in training
+
+
+def sdtt_models():
+    model = sdtt_cases.SDTT(student=True)
+    teacher = sdtt.as_model(model, dit_models.DIT(seed=1).eval())
+    return sdtt.as_model(model), teacher, MaskedProcess(dit_models.MASK), (7,), {}
+
+
+def mdlm_models():
+    student = with_latent_shift(mdlm.as_model(mdlm_cases.Diffusion()), "model.vocab_embed")
+    teacher = mdlm.as_model(mdlm_cases.Diffusion())
+    return student, teacher, MaskedProcess(dit_models.MASK), (7,), {}
+
+
+def maskgit_models():
+    networks = [maskgit_cases.ForkNetwork(seed) for seed in (0, 1)]
+    models = [maskgit.as_model(maskgit_cases.ViTTrainer(network)) for network in networks]
+    context = {"labels": torch.tensor([0, 1]), "drop": torch.tensor([True, False])}
+    process = MaskGITProcess(maskgit_cases.CODES, exclude_mask=False)
+    return *models, process, (maskgit_cases.POSITIONS,), context
+
+
+def tauldr_models():
+    network = tauldr_cases.ImageModel(latent=True)
+    teacher = tauldr.as_model(tauldr_cases.ImageModel())
+    return tauldr.as_model(network), teacher, tauldr.process_of(network), (tauldr_cases.D,), {}
+
+
+@pytest.mark.parametrize("make", [sdtt_models, mdlm_models, maskgit_models, tauldr_models])
+def test_models_are_distilled_with_the_draws_in_eval_mode(make):
+    student, teacher, process, shape, context = make()
+    modes = []
+    student.train().register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    distiller = Distiller(
+        student, teacher, torch.optim.SGD(student.parameters(), lr=0.1), process=process,
+        config=DistillConfig(components=2, teacher_step=0.2, low_t=0.0),
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    metrics = distiller.step(torch.zeros(2, *shape, dtype=torch.int64), context=context)
+    assert bool(metrics["loss"].isfinite())
+    assert modes[:2] == [True, False]  # x_t, then x_u
+    assert all(name.startswith(("model.", "latent.")) for name in before)
+    assert any(not torch.equal(v, before[name]) for name, v in student.state_dict().items())

@@ -41,11 +41,15 @@ class ImageModel(Rate, nn.Module):
         class Net(nn.Module):
             do_lam_embed = latent
 
+            def __init__(self):
+                super().__init__()
+                self.scale = nn.Parameter(torch.ones(()))
+
             def forward(self, x, times, lams=None):
                 calls.append((x, times) if lams is None else (x, times, lams))
                 assert (lams is not None) == latent
                 shift = 0.0 if lams is None else 1.6 * (lams.view(-1, 1, 1, 1) > 0.5) - 0.8
-                mu = 0.3 * (x / 3.5 - 1.0) + shift
+                mu = self.scale * 0.3 * (x / 3.5 - 1.0) + shift
                 return torch.cat([mu, torch.zeros_like(mu) + times.view(-1, 1, 1, 1)], dim=1)
 
         return Net()

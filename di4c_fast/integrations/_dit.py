@@ -13,7 +13,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..checks import check_shape, without_autocast
@@ -30,8 +29,8 @@ class Denoiser(Wrapper):
 
     Equivalent PyTorch: `network(tokens, sigma)` at the noise level of t, the λ of a student
     replaced where one is given. Where the logits are the last linear layer's and nothing else,
-    which is tried once with two tokens, the result is `LinearHead(hidden, weight, bias)`. Compiled,
-    sharded, quantised or otherwise different networks give all their logits.
+    which is tried once on two positions, the result is `LinearHead(hidden, weight, bias)`;
+    compiled, sharded, quantised or otherwise different networks give all their logits.
 
     Args:
         network: called as network(tokens (R, D) int64, sigma (R,) float32).
@@ -45,6 +44,7 @@ class Denoiser(Wrapper):
         super().__init__(network)
         self.noise_level = noise_level
         self.compiled = hasattr(network, "_orig_mod")
+        self._linear: bool | None = None
 
     @property
     def latent_dim(self) -> int:
@@ -60,6 +60,8 @@ class Denoiser(Wrapper):
             check_shape(latent, "latent", "R, L", (tokens.shape[0], self.latent_dim))
         # The repositories switch autocast off around their networks, which switch it on inside.
         with without_autocast(tokens.device):
+            if self._linear is None and len(tokens):
+                self._linear = self._try(tokens[:, :2], sigma, latent)
             layer = self._last_layer() if self._linear else None
             return head_of(layer, lambda: self._call(tokens, sigma, latent), tokens, extra=1)
 
@@ -68,15 +70,13 @@ class Denoiser(Wrapper):
             output = self.model(tokens, sigma)
         return getattr(output, "logits", output)
 
-    @functools.cached_property
-    def _linear(self) -> bool:
+    def _try(self, tokens: Tensor, sigma: Tensor, latent: Tensor | None) -> bool:
         """Whether the logits are those of the last layer, with nothing done to them."""
         layer = self._last_layer()
         if layer is None or not isinstance(self.model, nn.Module):
             return False
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=layer.weight.device)
-        sigma = torch.zeros(1, device=tokens.device)
-        latent = torch.full((1, 1), 0.5, device=tokens.device) if self.latent_dim else None
+        if latent is None and self.latent_dim:  # no random numbers for a trial
+            latent = sigma.new_full((len(tokens), 1), 0.5)
         with evaluation_mode(self.model):
             call = functools.partial(self._call, tokens, sigma, latent)
             return gives_linear_logits(layer, call, tokens, extra=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -117,7 +118,21 @@ def prepare_student(student: HeadLike) -> Head:
     if head.shape[3] == 0:
         raise ValueError(f"student must have V >= 1 classes, got shape {tuple(head.shape)}")
     _check_tensors(head, "student")
+    if isinstance(student, Tensor):
+        _warn_of_probabilities(student)
     return head
+
+
+def _warn_of_probabilities(student: Tensor) -> None:
+    """A warning where a few rows say that these are no logits; on a CPU, where looking is free."""
+    if student.device.type != "cpu" or torch.compiler.is_compiling() or not student.numel():
+        return
+    rows = student.detach()[0, :, 0].double()
+    if student.shape[-1] > 1 and bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all()):
+        warnings.warn(
+            "student must hold logits, got rows that sum to 1 as probabilities do: student.log()?",
+            stacklevel=5,
+        )
 
 
 def _check_tensors(head: Head, name: str) -> None:
