@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
 import types
 
 import dit_models
@@ -181,6 +183,17 @@ def test_drop_ins_draw_from_the_default_generator_and_are_undone(case):
     with accelerate():
         assert getattr(owner, name) != before
     assert (getattr(owner, name), name in vars(owner)) == (before, own)
+
+
+def test_the_imports_and_calls_of_the_documentation_exist():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "drop-ins.md"
+    text, scope = page.read_text(encoding="utf-8"), {}
+    for statement in re.findall(r"`(from di4c_fast[^`]+)`", text):
+        exec(statement, scope)
+    calls = re.findall(r"`(mdlm|sdtt|maskgit|tauldr|llada|dream)\.(\w+)\(", text)
+    assert len(calls) >= 12
+    for module, name in calls:
+        assert hasattr(scope[module], name), f"{module}.{name}"
 
 
 # Their models in training
