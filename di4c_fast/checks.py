@@ -23,7 +23,7 @@ def describe(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         return f"Tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 

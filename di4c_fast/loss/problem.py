@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -109,14 +110,29 @@ def prepare_student(student: HeadLike) -> Head:
     if len(head.shape) != 4:
         hint = ""
         if len(head.shape) == 3:
-            hint = "; a head of B·N rows becomes one with head.unflatten(B, N)"
+            sizes = "0, (B, N)" if isinstance(student, Tensor) else "B, N"
+            hint = f"; rows of all components become one with student.unflatten({sizes})"
         raise ValueError(f"student must have shape (B, N, D, V), got {tuple(head.shape)}{hint}")
     if head.shape[1] == 0:
         raise ValueError(f"student must have N >= 1 components, got shape {tuple(head.shape)}")
     if head.shape[3] == 0:
         raise ValueError(f"student must have V >= 1 classes, got shape {tuple(head.shape)}")
     _check_tensors(head, "student")
+    if isinstance(student, Tensor):
+        _warn_of_probabilities(student)
     return head
+
+
+def _warn_of_probabilities(student: Tensor) -> None:
+    """A warning where a few rows say that these are no logits; on a CPU, where looking is free."""
+    if student.device.type != "cpu" or torch.compiler.is_compiling() or not student.numel():
+        return
+    rows = student.detach()[0, :, 0].double()
+    if student.shape[-1] > 1 and bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all()):
+        warnings.warn(
+            "student must hold logits, got rows that sum to 1 as probabilities do: student.log()?",
+            stacklevel=5,
+        )
 
 
 def _check_tensors(head: Head, name: str) -> None:
