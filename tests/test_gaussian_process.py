@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from counting_head import CountingHead
-from gaussian_cases import SMALL, V, exact, posterior, rng
+from process_cases import SMALL, exact, posterior, rng
+from process_cases import VOCAB as V
 from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

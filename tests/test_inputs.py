@@ -1,13 +1,18 @@
-"""Wrong arguments of the loss: one error that names argument, expected and actual, before any work.
+"""Wrong arguments: one error that names argument, expected and actual, before any work.
 
-The calls of `loss` are in input_cases.py; those of the functions of token rows are here.
+The wrong calls stand in tables: those of `loss` in input_cases.py, those of the functions of token
+rows here, others in `*_input_cases.py`. A message is a part of that of the error; … stands for
+anything.
 """
 
 from __future__ import annotations
 
 import re
 
+import process_input_cases
 import pytest
+import sample_input_cases
+import sampler_input_cases
 import torch
 from input_cases import (
     AT,
@@ -26,6 +31,7 @@ from input_cases import (
     tokens,
 )
 from loss_cases import run_loss
+from naming import stable_id
 
 import di4c_fast
 
@@ -40,13 +46,31 @@ def no_work(monkeypatch):
     monkeypatch.setattr(di4c_fast.backends, "resolve", refuse)
 
 
+def refuses(call, kind: type[Exception], message: str) -> None:
+    pattern = ".*".join(re.escape(part) for part in message.split("…"))
+    with pytest.raises(kind, match=pattern) as caught:
+        call()
+    assert type(caught.value) is kind
+
+
+TABLES = sample_input_cases.TABLES | sampler_input_cases.TABLES | process_input_cases.TABLES
+WRONG = [(name, *case) for name, table in TABLES.items() for case in table]
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [(call, kind, message) for _, call, _, kind, message in WRONG],
+    ids=[stable_id(f"{name} {changes}") for name, _, changes, _, _ in WRONG],
+)
+def test_wrong_arguments_are_named(call, kind, message):
+    refuses(call, kind, message)
+
+
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_argument_of_loss_is_named_before_any_work(case):
     arguments, kind, message = CASES[case]
-    with pytest.raises(kind, match=re.escape(message)) as caught:
-        run_loss(right(), **arguments)
-    assert type(caught.value) is kind
+    refuses(lambda: run_loss(right(), **arguments), kind, message)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("generator")])
@@ -141,8 +165,7 @@ def test_wrong_argument_of_token_rows_is_named_before_any_work(case, function):
     problem = right()
     call = {name: problem[name] for name in ("student", "xt", "mask_id", "valid", "log_weights")}
     call = call | {"x": problem["x0"]} | arguments
-    with pytest.raises(kind, match=re.escape(message)):
-        function(call.pop("student"), call.pop("x"), **call)
+    refuses(lambda: function(call.pop("student"), call.pop("x"), **call), kind, message)
 
 
 def test_mask_of_the_only_class_is_refused():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from counting_head import CountingHead
@@ -275,95 +273,6 @@ def test_a_teacher_step_makes_no_graph_and_leaves_xt_alone():
     xu = MaskedProcess(MASK).teacher_step(xt, torch.ones(1), torch.zeros(1), logits, 2)
     assert not xu.requires_grad
     assert bool((xt == MASK).all())
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"mask_id": 1.0}, TypeError, "mask_id must be an int, got float 1.0"),
-        ({"mask_id": -1}, ValueError, "mask_id must not be negative, got -1"),
-        ({"mask_id": 4, "t_min": 0.0}, ValueError, r"t_min must be in \(0, 1\), got 0.0"),
-        ({"mask_id": 4, "t_min": math.nan}, ValueError, "t_min must be finite"),
-        ({"mask_id": 4, "levels": 0}, ValueError, "levels must be at least 1, got 0"),
-        ({"mask_id": 4, "levels": 2.5}, TypeError, "levels must be an int or None"),
-    ],
-)
-def test_constructor_names_what_is_wrong(arguments, error, message):
-    with pytest.raises(error, match=message):
-        MaskedProcess(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"batch": -1}, ValueError, "batch must not be negative, got -1"),
-        ({"batch": 2.0}, TypeError, "batch must be an int"),
-        ({"batch": 2, "low_t": 1.5}, ValueError, r"low_t must be in \[0, 1\], got 1.5"),
-        ({"batch": 2, "low_t_probability": -0.1}, ValueError, "low_t_probability must be in"),
-        ({"batch": 2, "generator": 3}, TypeError, "generator must be a torch.Generator or None"),
-    ],
-)
-def test_sample_times_names_what_is_wrong(arguments, error, message):
-    with pytest.raises(error, match=message):
-        MaskedProcess(MASK).sample_times(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"x0": torch.zeros(2, 3)}, TypeError, "x0 must have dtype torch.int64, got torch.float32"),
-        ({"x0": torch.zeros(3, dtype=torch.int64)}, ValueError, "x0 must have 2 dimensions"),
-        ({"x0": torch.full((2, 3), MASK)}, ValueError, "x0 must not hold mask_id = 4"),
-        ({"t": torch.ones(3)}, ValueError, r"t must have shape \(B,\) = \(2,\), got \(3,\)"),
-        ({"t": torch.ones(2, dtype=torch.int64)}, TypeError, "t must be floating point"),
-        ({"t": torch.tensor([0.5, math.nan])}, ValueError, r"t must .* \(0, 1\], got nan at"),
-        ({"t": torch.tensor([0.0, 0.5])}, ValueError, r"t must hold times in \(0, 1\], got 0.0"),
-        ({"t": torch.tensor([0.5, 1.5])}, ValueError, r"t must hold times in \(0, 1\], got 1.5"),
-        ({"valid": torch.ones(2, 3)}, TypeError, "valid must have dtype torch.bool"),
-        ({"valid": torch.ones(2, 4).bool()}, ValueError, r"valid must have shape \(B, D\)"),
-    ],
-)
-def test_corrupt_names_what_is_wrong(changes, error, message):
-    arguments = {"x0": torch.zeros(2, 3, dtype=torch.int64), "t": torch.full((2,), 0.5), **changes}
-    with pytest.raises(error, match=message):
-        MaskedProcess(MASK).corrupt(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"draws": 0}, ValueError, "draws must be at least 1, got 0"),
-        ({"draws": 1.0}, TypeError, "draws must be an int"),
-        ({"u": torch.full((2,), 0.5)}, ValueError, "u must hold times with 0 <= u < t"),
-        ({"u": torch.full((2,), math.nan)}, ValueError, "u must hold times with 0 <= u < t"),
-        ({"teacher_head": torch.zeros(2, 4, 5)}, ValueError, "teacher_head must have shape"),
-        ({"teacher_head": torch.zeros(2, 3)}, ValueError, "teacher_head must have shape"),
-        ({"teacher_head": torch.zeros(2, 0, 3, 5)}, ValueError, "teacher_head must have shape"),
-        ({"teacher_head": torch.zeros(2, 3, 4)}, ValueError, r"mask_id must be in \[0, V\)"),
-        ({"teacher_head": "logits"}, TypeError, "teacher_head must be a Tensor of logits or a"),
-        ({"xt": torch.zeros(2, 3)}, TypeError, "xt must have dtype torch.int64"),
-    ],
-)
-def test_teacher_step_names_what_is_wrong(changes, error, message):
-    arguments = {
-        "xt": torch.full((2, 3), MASK),
-        "t": torch.full((2,), 0.5),
-        "u": torch.full((2,), 0.25),
-        "teacher_head": torch.zeros(2, 3, VOCAB),
-        "draws": 2,
-        **changes,
-    }
-    with pytest.raises(error, match=message):
-        MaskedProcess(MASK).teacher_step(**arguments)
-
-
-@pytest.mark.parametrize("step", [0.0, 1.5, math.nan])
-def test_step_time_names_a_wrong_step(step):
-    with pytest.raises(ValueError, match="step must be"):
-        MaskedProcess(MASK).step_time(torch.ones(2), step)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

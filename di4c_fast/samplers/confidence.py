@@ -10,21 +10,17 @@ Sources: LLaDA (arXiv 2502.09992), Dream 7B (arXiv 2508.15487), Fast-dLLM (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_choice, check_number, describe
-from ..draw.api import sample
-from ..draw.request import CONFIDENCE_DTYPES
-from ..heads import HeadLike
-from ..models.call import Context
-from .arguments import check_counts, check_filters, check_fraction
-from .blocks import Layout, Step, counted_steps, known_steps, open_steps, planned_steps
-from .loop import Answer, Guidance, Rule, Run, Visit, check_flags
+from ..checks import check_choice, check_int, check_number, check_within, describe
+from .arguments import MaskDrawOptions, Model, Unpack, check_counts, check_flags, sampler
+from .blocks import Blocks
+from .loop import Answer, Guidance, Run, Step
 from .ranking import choose, defer
 
 __all__ = ["CONFIDENCE_RULES", "sample_confidence"]
@@ -41,83 +37,9 @@ _FIELDS: dict[str, tuple[str, int] | None] = {
 CONFIDENCE_RULES = tuple(_FIELDS)
 
 
-class _Confidence(Rule):
-    def __init__(self, name: str, layout: Layout, options: dict[str, Any]):
-        self.name, self.layout, self.options = name, layout, options
-        self.threshold: float | None = None
-        self.factor: float | None = None
-        self.temperature = self.guidance_scale = 0.0
-        self.active_only = True
-        self.deferred: Tensor | None = None
-
-    def visits(self, run: Run) -> Iterator[Visit]:
-        given = ~run.masked()
-        place = torch.arange(run.positions, device=run.device)
-        field = _FIELDS[self.name]
-        want = () if field is None else (field[0],)
-        options = self.options
-        # The draw's logsumexp is that of the plain logits unless something changed them.
-        changed = options["temperature"] not in (0.0, 1.0) or options["top_k"] or options["top_p"]
-        if self.deferred is not None and not changed:
-            want = (*want, "logsumexp")
-        for step in self._steps(run):
-            self.step, self.active = step, run.masked() & (place < step.limit)
-            rows = run.rows_of(self.active, step.rows) if step.flat is None else step.flat
-            guidance = None
-            if self.guidance_scale:
-                without = torch.where(given, run.mask_id, run.tokens)
-                guidance = Guidance(self.guidance_scale, without, run.context)
-            some = step.sequences if self.active_only else None
-            yield Visit(step.number, None, rows, some, want=want, guidance=guidance)
-
-    def _steps(self, run: Run) -> Iterator[Step]:
-        if self.threshold is not None or self.factor is not None:
-            return open_steps(run, self.layout)
-        if self.name == "origin":
-            return planned_steps(run, self.layout)
-        exclude_mask = self.options["mask_id"] is not None
-        return (known_steps if exclude_mask else counted_steps)(run, self.layout)
-
-    def fill(self, run: Run, visit: Visit, answer: Answer) -> Tensor:
-        drawn, field = run.put(visit, answer.draw.token), _FIELDS[self.name]
-        if self.name == "origin":
-            return drawn
-        if field is None:
-            confidence = run.uniform(visit, 1, torch.float32)[:, 0]
-        else:
-            confidence = getattr(answer.draw, field[0]) * field[1]
-        if self.deferred is not None:
-            total = self._logsumexp(answer)
-            confidence = defer(confidence, answer, total, self.deferred)
-        ranking = confidence
-        if self.temperature:
-            noise = rng.exponential(run.uniform(visit, 4, torch.float32)[:, 1]).log().neg()
-            ranking = confidence.float() / self.temperature + noise
-        assert visit.rows is not None
-        chosen = choose(
-            confidence, ranking, visit.rows, self.step.counts, self.active, self.threshold,
-            self.factor,
-        )  # fmt: skip
-        return torch.where(chosen, drawn, run.tokens)
-
-    def _logsumexp(self, answer: Answer) -> Tensor:
-        """Of the logits without temperature and filters."""
-        total = answer.draw.logsumexp
-        if total is None:
-            total = sample(
-                answer.head,
-                temperature=0.0,
-                guidance=answer.guidance,
-                mask_id=self.options["mask_id"],
-                want=("logsumexp",),
-            ).logsumexp
-        assert total is not None
-        return total
-
-
-@torch.no_grad()
+@sampler(MaskDrawOptions, temperature=0.0)
 def sample_confidence(
-    model: Callable[..., HeadLike],
+    model: Model,
     shape: tuple[int, int],
     *,
     mask_id: int,
@@ -128,9 +50,6 @@ def sample_confidence(
     block_length: int | None = None,
     threshold: float | None = None,
     factor: float | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     confidence_temperature: float = 0.0,
     guidance_scale: float = 0.0,
     shift: bool = False,
@@ -139,18 +58,8 @@ def sample_confidence(
     deferred_ids: Sequence[int] = (),
     eos_id: int | None = None,
     confidence_dtype: torch.dtype | None = None,
-    vocab_size: int | None = None,
-    latent_dim: int = 0,
-    latent: Tensor | None = None,
-    prompt: Tensor | None = None,
-    context: Context | None = None,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
-    first_sequence: int = 0,
     active_only: bool = True,
-    callback: Callable[[int, int, Tensor], None] | None = None,
-    history: list[Tensor] | None = None,
-    device: torch.device | str | None = None,
+    **options: Unpack[MaskDrawOptions],
 ) -> Tensor:
     """Fill token rows in the order of the model's confidence.
 
@@ -218,54 +127,83 @@ def sample_confidence(
     one per step, to count what is still masked. Memory above the model's: the hidden states of the
     active rows, a few numbers for each, and the head's budget.
     """
-    check_counts([("mask_id", mask_id, 0)])
     check_choice(schedule, "schedule", ("even", "ancestral"))
-    check_fraction(t_min, "t_min")
-    options = check_filters(temperature, top_k, top_p)
+    check_within(t_min, "t_min", "(0, 1)")
     check_number(guidance_scale, "guidance_scale", minimum=0.0)
     check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only)
     banned = _check_ids(banned_ids, "banned_ids")
     deferred = _check_ids(deferred_ids, "deferred_ids")
     _check_rule(rule, threshold, factor, confidence_temperature, exclude_mask, bool(deferred))
-    if mask_id in deferred:
-        raise ValueError(f"deferred_ids must not hold the mask, {mask_id}")
-    if eos_id is not None:
-        check_counts([("eos_id", eos_id, 0)])
-    if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
-        known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
-        raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
-    ids = {"mask_id": mask_id, "banned_ids": max(banned, default=0), "eos_id": eos_id or 0}
-    ids["deferred_ids"] = max(deferred, default=0)
-    run = Run(model, shape, device, prompt)
-    run.set_seed(seed, generator, first_sequence)
-    run.set_vocabulary(vocab_size, ids)
-    run.set_tokens(mask_id, prompt, context)
-    if block_length is not None:
-        check_counts([("block_length", block_length, 1)])
-    layout = Layout(
-        0 if prompt is None else prompt.shape[-1],
-        run.positions,
-        block_length or 0,
-        _check_steps(steps, threshold, factor),
-        schedule,
-        t_min,
-        eos_id,
-        capped=threshold is not None,
-    )
+    _check_steps(steps, threshold, factor)
+    check_int(mask_id, "mask_id", minimum=0)
+    for name, value, least in (("eos_id", eos_id, 0), ("block_length", block_length, 1)):
+        if value is not None:
+            check_int(value, name, minimum=least)
+    for name, holds in (("deferred_ids", mask_id in deferred), ("eos_id", eos_id == mask_id)):
+        if holds:
+            raise ValueError(f"{name} must not hold the mask, {mask_id}")
+    ids = {"banned_ids": max(banned, default=0), "deferred_ids": max(deferred, default=0)}
     open_ended = threshold is not None or factor is not None
-    total = run.positions if open_ended or steps is None else steps
-    run.set_latents(latent, latent_dim, total, "D" if open_ended else "S")
-    run.set_hooks(callback, history)
-    options["mask_id"] = mask_id if exclude_mask else None
-    options["confidence_dtype"] = confidence_dtype if _FIELDS[rule] else None
-    how = _Confidence(rule, layout, options)
-    how.threshold, how.factor, how.temperature = threshold, factor, confidence_temperature
-    how.guidance_scale, how.shift, how.active_only = guidance_scale, shift, active_only
-    if banned:
-        how.banned = torch.tensor(banned, device=run.device)
-    if deferred:
-        how.deferred = torch.tensor(deferred, device=run.device)
-    return run.loop(how, total)
+    run = Run(
+        model,
+        shape,
+        {**options, "confidence_dtype": confidence_dtype},
+        calls=None if open_ended else steps,
+        mask_id=mask_id,
+        exclude_mask=exclude_mask,
+        ids={"mask_id": mask_id, "eos_id": eos_id or 0, **ids},
+    )
+    run.shift = shift
+    run.banned = torch.tensor(banned, device=run.device) if banned else None
+    last = torch.tensor(deferred, device=run.device) if deferred else None
+    field = _FIELDS[rule]
+    want = () if field is None else (field[0],)
+    if field is None:
+        run.draws["confidence_dtype"] = None
+    # The draw's logsumexp is that of the plain logits unless something changed them.
+    changed = run.draws["temperature"] not in (0.0, 1.0) or options["top_k"] or options["top_p"]
+    if last is not None and not changed:
+        want = (*want, "logsumexp")
+    prompt, capped = options["prompt"], threshold is not None
+    blocks = Blocks(run, prompt, block_length, steps, schedule, t_min, eos_id, capped)
+    if open_ended:
+        fills = blocks.open()
+    elif rule == "origin":
+        fills = blocks.planned()
+    else:
+        fills = blocks.known() if exclude_mask else blocks.counted()
+    given, place = ~run.masked(), torch.arange(run.positions, device=run.device)
+    active, counts = given, None  # of the step
+
+    def filling() -> Iterator[Step]:
+        nonlocal active, counts
+        for fill in fills:
+            active, counts = run.masked() & (place < fill.limit), fill.counts
+            rows = run.rows_of(active, fill.size) if fill.rows is None else fill.rows
+            guidance = None
+            if guidance_scale:
+                without = torch.where(given, mask_id, run.tokens)
+                guidance = Guidance(guidance_scale, without, run.context)
+            some = fill.sequences if active_only else None
+            how = None if rule == "origin" else keep
+            yield Step(fill.number, None, rows, some, how, want=want, guidance=guidance)
+
+    def keep(step: Step, answer: Answer) -> Tensor:
+        if field is None:
+            confidence = run.uniform(step, 1, torch.float32)[:, 0]
+        else:
+            confidence = getattr(answer.draw, field[0]) * field[1]
+        if last is not None:
+            confidence = defer(confidence, answer, run.draws["mask_id"], last)
+        ranking = confidence
+        if confidence_temperature:
+            noise = rng.exponential(run.uniform(step, 4, torch.float32)[:, 1]).log().neg()
+            ranking = confidence.float() / confidence_temperature + noise
+        assert step.rows is not None
+        chosen = choose(confidence, ranking, step.rows, counts, active, threshold, factor)
+        return torch.where(chosen, run.put(step, answer.draw.token), run.tokens)
+
+    return run.loop(filling())
 
 
 def _check_rule(
@@ -306,12 +244,10 @@ def _check_ids(ids: Any, name: str) -> list[int]:
     return list(ids)
 
 
-def _check_steps(steps: Any, threshold: Any, factor: Any) -> int | None:
-    if steps is None:
-        if threshold is None and factor is None:
-            raise ValueError("steps must be an int without a threshold or a factor, got None")
-        return None
-    check_counts([("steps", steps, 1)])
-    if factor is not None:
-        raise ValueError(f"steps must be None with a factor, got {steps}")
-    return steps
+def _check_steps(steps: Any, threshold: Any, factor: Any) -> None:
+    if steps is not None:
+        check_counts([("steps", steps, 1)])
+        if factor is not None:
+            raise ValueError(f"steps must be None with a factor, got {steps}")
+    elif threshold is None and factor is None:
+        raise ValueError("steps must be an int without a threshold or a factor, got None")

@@ -5,9 +5,12 @@ Shapes: B sequences, D positions, R active rows of all sequences, E deferred tok
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..draw.api import sample
 from ..heads import Head
 from .loop import Answer, single_logits
 
@@ -31,30 +34,32 @@ def choose(
         return full.index_copy(0, rows, values).view(batch, positions)
 
     order = spread(ranking).argsort(dim=1, descending=True, stable=True)
-    rank = torch.arange(positions, device=rows.device)
-    passes = torch.ones_like(active)
-    if threshold is not None:
-        passes = spread(confidence).gather(1, order) >= threshold
+    sure, rank = spread(confidence).gather(1, order), torch.arange(positions, device=rows.device)
+    passes = torch.ones_like(active) if threshold is None else sure >= threshold
     if factor is not None:
-        bound = 1.0 - factor / (rank + 2).double()
-        enough = spread(confidence).gather(1, order) >= bound
-        enough[:, 0] = True
-        passes = enough.int().cumprod(1).bool()
-    passes = passes | (rank == 0)
+        passes = sure >= 1.0 - factor / (rank + 2).double()
+    passes[:, 0] = True
+    if factor is not None:
+        passes = passes.int().cumprod(1).bool()
     if counts is not None:
-        passes = passes & (rank < counts.unsqueeze(1))
+        passes &= rank < counts.unsqueeze(1)
     return torch.zeros_like(active).scatter_(1, order, passes) & active
 
 
-def defer(confidence: Tensor, answer: Answer, logsumexp: Tensor, ids: Tensor) -> Tensor:
+def defer(confidence: Tensor, answer: Answer, mask_id: int | None, ids: Tensor) -> Tensor:
     """Confidences p(x)/(1 − p(ids)), and 0 for the ids (E,) themselves."""
+    total = answer.draw.logsumexp
+    if total is None:  # of the logits without temperature and filters
+        plain: dict[str, Any] = {"guidance": answer.guidance, "mask_id": mask_id}
+        total = sample(answer.head, temperature=0.0, want=("logsumexp",), **plain).logsumexp
+    assert total is not None
     own = _columns(answer.head, ids)
     if answer.guidance is not None:
         head, scale = answer.guidance
         other = _columns(head, ids)
         guided = other + (scale + 1) * (own - other)
         own = torch.where(own == NEG_INF, own, guided)
-    share = (own - logsumexp.unsqueeze(1)).exp().sum(1)
+    share = (own - total.unsqueeze(1)).exp().sum(1)
     others = (confidence / (1.0 - share).clamp(min=1e-30)).clamp(max=1.0)
     return torch.where(torch.isin(answer.draw.token, ids), 0.0, others).to(confidence.dtype)
 
