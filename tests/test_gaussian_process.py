@@ -14,39 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from di4c_fast.heads import LogisticHead
-from di4c_fast.processes import GaussianProcess, Process, gaussian
+from di4c_fast.processes import GaussianProcess, gaussian
 from di4c_fast.testing import P_VALUE, assert_counts_match, assert_draws_match
 from di4c_fast.training import DistillConfig, distill_step
 
-
-def test_gaussian_process_is_a_process():
-    process = GaussianProcess(256, t_min=0.02)
-    assert isinstance(process, Process)
-    assert process.loss_mask_id is None
-    assert process.component_time == 0.02
-
-
 # Times
-
-
-def test_times_are_uniform_above_the_smallest():
-    process = GaussianProcess(V, t_min=0.1, min_step=0.05)
-    t = process.sample_times(20_000, generator=rng())
-    assert t.dtype == torch.float32
-    assert float(t.min()) >= 0.15
-    assert float(t.max()) <= 1.0
-    assert stats.kstest((t.numpy() - 0.15) / 0.85, "uniform").pvalue > P_VALUE
-
-
-def test_low_times_have_their_probability():
-    t = GaussianProcess(V).sample_times(20_000, low_t=0.3, low_t_probability=0.25, generator=rng(1))
-    low = t[t < 0.3]
-    assert stats.binomtest(len(low), len(t), 0.25).pvalue > P_VALUE
-    assert stats.kstest((low.numpy() - 0.011) / 0.289, "uniform").pvalue > P_VALUE
-
-
-def test_no_times_for_an_empty_batch():
-    assert GaussianProcess(V).sample_times(0).shape == (0,)
 
 
 def test_steps_are_log_uniform():
@@ -101,20 +73,6 @@ def test_corruption_is_independent_between_positions():
     law = exact(SMALL, 0.0, 0.5)
     pair = (law[1].unsqueeze(1) * law[3]).flatten()
     assert_counts_match(torch.bincount(xt[:, 0] * V + xt[:, 1], minlength=V * V), pair)
-
-
-def test_positions_outside_valid_stay_and_may_hold_anything():
-    x0 = torch.randint(0, V, (3, 40), generator=rng())
-    x0[:, 30:] = 99
-    valid = torch.arange(40).expand(3, -1) < 30
-    xt = SMALL.corrupt(x0, torch.ones(3), valid=valid, generator=rng(6))
-    assert torch.equal(xt[:, 30:], x0[:, 30:])
-    assert bool((xt[:, :30] < V).all())
-    assert not torch.equal(xt[:, :30], x0[:, :30])
-
-
-def test_corruption_of_nothing():
-    assert SMALL.corrupt(torch.empty(0, 3).long(), torch.empty(0)).shape == (0, 3)
 
 
 # Teacher steps
@@ -242,32 +200,6 @@ def test_teacher_steps_in_other_dtypes_and_under_autocast(dtype):
         other = SMALL.teacher_step(xt, t, u, logits, 50, generator=rng(18))
     # float64 rows are computed in float64, so that one draw in 1e6 may fall to the other side.
     assert torch.equal(plain, other)
-
-
-def test_same_generator_gives_the_same_step():
-    logits = torch.zeros(2, 3, V)
-    xt, t = torch.zeros(2, 3).long(), torch.tensor([0.5, 0.6])
-    steps = [SMALL.teacher_step(xt, t, t - 0.2, logits, 9, generator=rng(s)) for s in (1, 1, 2)]
-    assert torch.equal(steps[0], steps[1])
-    assert not torch.equal(steps[0], steps[2])
-
-
-def test_teacher_step_of_nothing():
-    empty = torch.empty(0)
-    xu = SMALL.teacher_step(torch.empty(0, 3).long(), empty, empty, torch.empty(0, 3, V), 2)
-    assert xu.shape == (0, 2, 3)
-
-
-def test_positions_that_are_not_valid_keep_their_token():
-    xt = torch.tensor([[0, -100, 2]])
-    valid = torch.tensor([[True, False, True]])
-    t, logits = torch.tensor([0.9]), torch.randn(1, 3, V, generator=rng(1))
-    xu = SMALL.teacher_step(xt, t, t - 0.5, logits, 5, valid=valid, generator=rng(2))
-    assert (xu[:, :, 1] == -100).all()
-    known = SMALL.teacher_step(xt.clamp_min(0), t, t - 0.5, logits, 5, valid=None, generator=rng(2))
-    assert torch.equal(xu[:, :, [0, 2]], known[:, :, [0, 2]])
-    with pytest.raises(ValueError, match="valid must have shape"):
-        SMALL.teacher_step(xt, t, t - 0.5, logits, 5, valid=valid[:, :2])
 
 
 # Posterior steps
