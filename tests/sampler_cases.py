@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -205,11 +207,54 @@ class Tabular:
         return torch.bincount(self.state_of(tokens), minlength=self.states)
 
 
-def assert_same_law(ours: Tensor, theirs: Tensor) -> None:
-    """Two samples have one law: counts (K,) of the same outcomes.
+def constant(logits: Tensor) -> Callable[..., Tensor]:
+    """A denoiser that always gives these logits (V,)."""
+    return lambda tokens, t: logits.expand(*tokens.shape, len(logits))
+
+
+def assert_same_law(ours: Tensor, theirs: Tensor, vocab: int) -> None:
+    """Two samples (B, D) have one law of pairs of tokens.
 
     The noise of the second sample adds to that of the first: the first is thinned by as much, and
     the second then taken as exact.
     """
-    share = 1 / (1 + float(ours.sum()) / float(theirs.sum()))
-    assert_counts_match((ours * share).round().long(), theirs.double() + 1e-9)
+    for i, j in itertools.combinations(range(ours.shape[1]), 2):
+        ours_, theirs_ = (
+            torch.bincount(x[:, i] * vocab + x[:, j], minlength=vocab**2) for x in (ours, theirs)
+        )
+        share = 1 / (1 + float(ours_.sum()) / float(theirs_.sum()))
+        assert_counts_match((ours_ * share).round().long(), theirs_.double() + 1e-9)
+
+
+def reveal_law(
+    logits: Tensor, row: Sequence[int], mask_id: int, reveal: int, factor: float
+) -> dict[tuple[int, ...], float]:
+    """Law of the next row of MaskGIT by enumeration of tokens and of the order of confidences.
+
+    Sorting log p + factor·Gumbel is drawing without replacement with weights p^(1/factor).
+    """
+    masked = [d for d, token in enumerate(row) if token == mask_id]
+    logits = logits.double().clone()
+    logits[:, mask_id] = -math.inf
+    p = logits.softmax(-1)
+    law: dict[tuple[int, ...], float] = {}
+    for tokens in itertools.product(range(p.shape[-1]), repeat=len(masked)):
+        token = dict(zip(masked, tokens, strict=True))
+        drawn = {d: float(p[d, v]) for d, v in token.items()}
+        if not math.prod(drawn.values()):
+            continue
+        if factor == 0.0:
+            orders = {tuple(sorted(masked, key=lambda d: -drawn[d])[:reveal]): 1.0}
+        else:
+            weight = {d: x ** (1.0 / factor) for d, x in drawn.items()}
+            orders = {}
+            for order in itertools.permutations(masked, reveal):
+                left, share = sum(weight.values()), 1.0
+                for d in order:
+                    share *= weight[d] / left
+                    left -= weight[d]
+                orders[order] = share
+        for order, share in orders.items():
+            after = tuple(token[d] if d in order else old for d, old in enumerate(row))
+            law[after] = law.get(after, 0.0) + math.prod(drawn.values()) * share
+    return law

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 from counting_head import CountingHead
 from process_cases import MASK, VOCAB, rng
+from sampler_cases import reveal_law
 from torch import nn
 
 from di4c_fast.heads import LinearHead
@@ -66,28 +66,12 @@ def test_draws_have_the_exact_law_of_tokens_and_positions():
     draws = 40_000
     # ceil(4·0.25) = 1 remains masked; the factor at r = 0.25 is 2·0.75.
     xu = step(process, xt, [0.75], [0.25], logits, draws, generator=rng(5))[0]
-    p = logits[0].double()
-    p[:, MASK] = -math.inf
-    p = p.softmax(-1)
-    masked, factor = [0, 2, 3], 1.5
-    law: dict[tuple[int, ...], float] = {}
-    for tokens in itertools.product(range(MASK), repeat=3):
-        drawn = {d: float(p[d, v]) for d, v in zip(masked, tokens, strict=True)}
-        weight = {d: drawn[d] ** (1 / factor) for d in masked}
-        for first, second in itertools.permutations(masked, 2):
-            share = weight[first] / sum(weight.values())
-            share *= weight[second] / (sum(weight.values()) - weight[first])
-            row = [MASK] * 3
-            for d in (first, second):
-                row[masked.index(d)] = tokens[masked.index(d)]
-            key = tuple(row)
-            law[key] = law.get(key, 0.0) + math.prod(drawn.values()) * share
-    codes = (xu[:, masked] * torch.tensor([25, 5, 1])).sum(-1)
-    counts = torch.bincount(codes, minlength=125)
-    expected = torch.zeros(125, dtype=torch.float64)
-    for (a, b, c), share in law.items():
-        expected[25 * a + 5 * b + c] = share
-    assert_counts_match(counts, expected)
+    law = reveal_law(logits[0], xt[0].tolist(), MASK, 2, 1.5)
+    powers = VOCAB ** torch.arange(3, -1, -1)
+    expected = torch.zeros(VOCAB**4, dtype=torch.float64)
+    for row, share in law.items():
+        expected[int((torch.tensor(row) * powers).sum())] = share
+    assert_counts_match(torch.bincount((xu * powers).sum(-1), minlength=VOCAB**4), expected)
 
 
 def test_past_the_last_teacher_step_confidence_alone_decides():

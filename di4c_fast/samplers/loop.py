@@ -326,7 +326,11 @@ class Run:
         # A copy, since many projections write into their argument.
         projected, name = self.project_fn(self.tokens.clone()), "the output of project_fn"
         check_int64(projected, name)
-        check_shape(projected, name, "B, D", self.tokens.shape)
+        if projected.shape != self.tokens.shape:
+            raise ValueError(
+                f"project_fn must return tokens of shape (B, D) = {tuple(self.tokens.shape)}, "
+                f"got {tuple(projected.shape)}"
+            )
         check_same_device(projected, name, self.tokens, "its input")
         bound = torch.iinfo(torch.int64).max if self.vocab_size is None else self.vocab_size
         check_token_range(projected, name, bound)
