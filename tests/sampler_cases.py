@@ -164,7 +164,8 @@ SAMPLERS = {
     ),
     "origin": Sampler(sample_confidence, {**warm, "rule": "origin", "block_length": 7}),
     "threshold": Sampler(
-        sample_confidence, {"mask_id": MASK, "threshold": 0.4, "temperature": 0.9}
+        sample_confidence,
+        {"mask_id": MASK, "threshold": 0.4, "temperature": 0.9, "block_length": 7},
     ),
     "factor": Sampler(
         sample_confidence, {"mask_id": MASK, "factor": 1.5, "rule": "maskgit_plus"}

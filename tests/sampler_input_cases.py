@@ -78,7 +78,7 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"context": {"a": torch.zeros(3)}}, V, "context['a'] must have B = 2"),
     ({"context": [torch.zeros(2)]}, T, "context must be a mapping of tensors"),
     ({"project_fn": 3}, T, "project_fn must be callable"),
-    ({"project_fn": lambda x: x[:, :2]}, V, "project_fn must return tokens of shape (B, D) = (2, 5)"),
+    ({"project_fn": lambda x: x[:, :2]}, V, "must return tokens of shape (B, D) = (2, 5), got"),
     ({"project_fn": lambda x: x.float()}, T, "output of project_fn must have dtype"),
     ({"project_fn": lambda x: x - 20}, V, "the output of project_fn must hold token ids … got -10"),
     ({"project_fn": lambda x: x + 1, "vocab_size": 11}, V, "token ids in [0, 11), got 11"),

@@ -41,18 +41,6 @@ def test_steps_near_the_smallest_time_end_there_or_above():
     assert stats.kstest(share.numpy(), "uniform").pvalue > P_VALUE
 
 
-@pytest.mark.parametrize("step", [1e-5, 1e-3, 1.0])
-def test_steps_always_lead_down(step):
-    process = GaussianProcess(V)
-    just = float(torch.nextafter(torch.tensor(0.01), torch.tensor(1.0)))
-    t = torch.tensor([just, 0.0101, 0.011, 0.5, 1.0])
-    for seed in range(20):
-        u = process.step_time(t, step, generator=rng(seed))
-        assert u.dtype == torch.float32
-        assert bool((u < t).all())
-        assert float(u.min()) >= 0.01 - 1e-9
-
-
 # Corruption
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import pytest
@@ -136,14 +138,9 @@ def test_valid_counts_only_its_own_positions():
 
 # Distillation
 
-CONFIG = DistillConfig(
-    components=4,
-    teacher_step=0.05,
-    data_weight=0.1,
-    component_weight=20.0,
-    low_t=0.05,
-    low_t_probability=0.05,
-)
+CONFIG = DistillConfig(components=4, teacher_step=0.05, component_weight=20.0, low_t=0.05,
+                       low_t_probability=0.05)  # fmt: skip
+distil = functools.partial(distill_step, process=MaskGITProcess(MASK), config=CONFIG)
 
 
 class TinyModel(nn.Module):
@@ -177,19 +174,9 @@ def test_a_distillation_step_with_mixed_times_gives_each_example_its_terms(backe
     positions = 6
     student, teacher = TinyModel(positions, True, 1), TinyModel(positions, False, 2)
     x0 = torch.randint(0, MASK, (4, positions), generator=rng())
-    config = DistillConfig(
-        components=4, teacher_step=0.05, component_weight=20.0, low_t=0.05, backend=backend
-    )
-    out = distill_step(
-        student,
-        teacher,
-        x0,
-        process=MaskGITProcess(MASK),
-        config=config,
-        t=torch.tensor([0.9, 0.03, 0.5, 0.01]),
-        context={"label": torch.tensor([0, 1, 2, 0])},
-        generator=rng(7),
-    )
+    config = dataclasses.replace(CONFIG, backend=backend)
+    t, context = torch.tensor([0.9, 0.03, 0.5, 0.01]), {"label": torch.tensor([0, 1, 2, 0])}
+    out = distil(student, teacher, x0, config=config, t=t, context=context, generator=rng(7))
     assert out.low.tolist() == [False, True, False, True]
     terms = out.terms
     assert terms is not None
@@ -213,16 +200,8 @@ def test_the_loss_of_a_step_is_the_formula_of_the_paper():
     student, teacher = TinyModel(positions, True, 3), TinyModel(positions, False, 4)
     x0 = torch.tensor([[0, 1, 2], [3, 2, 1]])
     t = torch.tensor([0.6, 0.02])
-    out = distill_step(
-        student,
-        teacher,
-        x0,
-        process=MaskGITProcess(MASK),
-        config=CONFIG,
-        t=t,
-        latent=torch.rand(2, n, 1, generator=rng(1)),
-        generator=rng(2),
-    )
+    latent = torch.rand(2, n, 1, generator=rng(1))
+    out = distil(student, teacher, x0, t=t, latent=latent, generator=rng(2))
     assert out.terms is not None
     rows = out.xt.repeat_interleave(n, 0)
     logp = student(rows, t, out.latent.flatten(0, 1)).logits().log_softmax(-1)
@@ -237,12 +216,8 @@ def test_the_loss_of_a_step_is_the_formula_of_the_paper():
     weight = 0.1 * torch.sigmoid(20 * (t - 0.5))
     terms = out.terms
     expected = weight * correlation + kl
-    expected = expected + torch.stack(
-        [
-            (terms.consistency_correlation + terms.consistency_marginal)[0],
-            20 * component[1],
-        ]
-    )
+    consistency = terms.consistency_correlation + terms.consistency_marginal
+    expected = expected + torch.stack([consistency[0], 20 * component[1]])
     torch.testing.assert_close(terms.component[1], component[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(terms.teacher_marginal, kl, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.loss, expected.mean(), rtol=1e-4, atol=1e-5)
@@ -257,15 +232,7 @@ def test_the_loss_falls_when_a_student_overfits_one_batch():
     losses = []
     for _ in range(120):
         optimizer.zero_grad()
-        out = distill_step(
-            student,
-            teacher,
-            x0,
-            process=MaskGITProcess(MASK),
-            config=CONFIG,
-            generator=generator,
-            return_terms=False,
-        )
+        out = distil(student, teacher, x0, generator=generator, return_terms=False)
         out.loss.backward()
         optimizer.step()
         losses.append(out.loss.item())

@@ -81,13 +81,15 @@ def test_stratified_times_split_the_batch_and_keep_the_law_of_each_example(name)
 
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("length", [1e-9, 1e-3, 0.2, 1.0])
+@pytest.mark.parametrize("length", [1e-9, 1e-5, 1e-3, 0.2, 1.0])
 def test_steps_from_times_of_any_dtype_end_before_them(name, dtype, length):
-    t = torch.tensor([1.0, 0.9, 0.5, 0.0101, 0.0105], dtype=dtype)
+    t = torch.tensor([1.0, 0.9, 0.5, 0.011, 0.0101], dtype=dtype)
+    t[4] = torch.nextafter(t[4].fill_(0.01), t[0]) if dtype == torch.float32 else t[3]
     least = 0.01 - 1e-9 if name == "gaussian" else 0.0  # t_min of the Gaussian in float32
-    u = PROCESSES[name].step_time(t, length, generator=rng())
-    assert u.dtype == torch.promote_types(dtype, torch.float32)
-    assert bool(((u < t) & (u >= least)).all())
+    for seed in range(20):
+        u = PROCESSES[name].step_time(t, length, generator=rng(seed))
+        assert u.dtype == torch.promote_types(dtype, torch.float32)
+        assert bool(((u < t) & (u >= least)).all())
     xu = PROCESSES[name].teacher_step(some_tokens(5, 3), t, u, torch.zeros(5, 3, VOCAB), 2)
     assert xu.shape == (5, 2, 3)
 

@@ -169,7 +169,9 @@ def test_projections_hold_at_every_step(name):
 def test_prompts_stay_and_their_unknown_tokens_are_filled(name):
     sampler = SAMPLERS[name]
     prompt = some_prompt(name)["prompt"]
-    how = {"block_length": 3, "steps": 15} if "block_length" in sampler.options else {}
+    how = {"block_length": 3} if "block_length" in sampler.options else {}
+    if how and "steps" in sampler.options:
+        how["steps"] = 15
     for given in (prompt, prompt[0], prompt[:, :0]):
         history = []
         tokens = sampler(Denoiser(6), prompt=given, history=history, **how)
