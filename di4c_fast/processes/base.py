@@ -146,9 +146,7 @@ class CheckedProcess(Process, abc.ABC):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Training times, one per example.
-
-        With probability `low_t_probability` uniform below `low_t`, otherwise uniform above it.
+        """Training times (B,), float32 in (0, 1], uniform both below and above `low_t`.
 
         Args:
             batch: B, may be 0.
@@ -156,9 +154,6 @@ class CheckedProcess(Process, abc.ABC):
             stratified: one time from each of B equal parts of the law, in random order of the
                 offset only; lowers the variance between batches, each time keeps its law.
             device: where the result goes.
-
-        Returns:
-            (B,) float32 in (0, 1].
         """
         check_int(batch, "batch", minimum=0)
         check_within(low_t, "low_t", "[0, 1]")
@@ -182,11 +177,7 @@ class CheckedProcess(Process, abc.ABC):
         valid: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        check_int64(x0, "x0")
-        check_rank(x0, "x0", exactly=2)
-        check_times(t, "t", x0.shape[0], x0)
-        check_generator(generator)
-        check_valid(valid, x0, "x0")
+        check_rows(x0, "x0", t, valid, generator)
         return self.noised(x0, t, valid, generator)
 
     def step_time(
@@ -194,7 +185,7 @@ class CheckedProcess(Process, abc.ABC):
     ) -> Tensor:
         check_within(step, "step", "(0, 1]")
         check_generator(generator)
-        check_times(t, "t", t.shape[0] if isinstance(t, Tensor) and t.ndim else -1, t)
+        check_times(t, t.shape[0] if isinstance(t, Tensor) and t.ndim else -1, t)
         # In at least float32, which a small step from 1 needs.
         wide = t.to(torch.promote_types(t.dtype, torch.float32))
         u = self.earlier(wide, step, generator)
@@ -213,16 +204,12 @@ class CheckedProcess(Process, abc.ABC):
         valid: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        check_int64(xt, "xt")
-        check_rank(xt, "xt", exactly=2)
-        check_times(t, "t", xt.shape[0], xt)
+        check_rows(xt, "xt", t, valid, generator)
         check_tensor(u, "u")
         check_shape(u, "u", "B,", t.shape)
         check_same_device(u, "u", xt, "xt")
         check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
         check_int(draws, "draws", minimum=1)
-        check_generator(generator)
-        check_valid(valid, xt, "xt")
         head = as_head(teacher_head, "teacher_head").detach()
         shape = tuple(head.shape)
         components = 1 if len(shape) == 3 else shape[1] if len(shape) == 4 else 0
@@ -257,20 +244,23 @@ class CheckedProcess(Process, abc.ABC):
         """See `teacher_step`."""
 
 
-def check_times(t: Any, name: str, batch: int, like: Tensor) -> None:
+def check_times(t: Any, batch: int, like: Tensor) -> None:
     """A time per example, floating point, in (0, 1], on the device of the tokens."""
-    check_floating(t, name)
-    check_shape(t, name, "B,", (batch,))
-    check_same_device(t, name, like, "the tokens")
-    check_values((t > 0) & (t <= 1), f"{name} must hold times in (0, 1]", t)
+    check_floating(t, "t")
+    check_shape(t, "t", "B,", (batch,))
+    check_same_device(t, "t", like, "the tokens")
+    check_values((t > 0) & (t <= 1), "t must hold times in (0, 1]", t)
 
 
-def check_valid(valid: Any, tokens: Tensor, name: str) -> None:
-    """None, or a bool for each of the tokens (B, D), on their device."""
-    if valid is None:
-        return
-    check_tensor(valid, "valid")
-    if valid.dtype != torch.bool:
-        raise TypeError(f"valid must have dtype torch.bool, got {valid.dtype}")
-    check_shape(valid, "valid", "B, D", tokens.shape)
-    check_same_device(valid, "valid", tokens, name)
+def check_rows(tokens: Any, name: str, t: Any, valid: Any, generator: Any) -> None:
+    """Tokens (B, D), their times, and None or a bool for each of them."""
+    check_int64(tokens, name)
+    check_rank(tokens, name, exactly=2)
+    check_times(t, len(tokens), tokens)
+    check_generator(generator)
+    if valid is not None:
+        check_tensor(valid, "valid")
+        if valid.dtype != torch.bool:
+            raise TypeError(f"valid must have dtype torch.bool, got {valid.dtype}")
+        check_shape(valid, "valid", "B, D", tokens.shape)
+        check_same_device(valid, "valid", tokens, name)

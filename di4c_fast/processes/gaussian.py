@@ -211,14 +211,15 @@ class GaussianProcess(CheckedProcess):
             int64 of the shape of x0. No host sync. Where x_0 cannot have led to x_t (probability
             below about 1e-14), x_s follows q(x_t | x_s).
         """
+        check_int64(x0, "x0")
         if row_keys is None:
             row_keys = torch.arange(x0.numel(), device=x0.device).view_as(x0)
-        for value, name in ((x0, "x0"), (xt, "xt"), (row_keys, "row_keys")):
+        for value, name in ((xt, "xt"), (row_keys, "row_keys")):
             check_int64(value, name)
             check_shape(value, name, "the shape of x0", x0.shape)
             check_same_device(value, name, x0, "x0")
-            if name != "row_keys":
-                check_token_range(value, name, self.num_classes)
+        check_token_range(x0, "x0", self.num_classes)
+        check_token_range(xt, "xt", self.num_classes)
         check_number(t, "t")
         check_number(s, "s")
         if not 0.0 <= s < t <= 1.0:

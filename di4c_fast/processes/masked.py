@@ -31,6 +31,7 @@ class MaskingProcess(CheckedProcess):
     """A process whose noise is a mask token."""
 
     mask_id: int
+    exclude_mask: bool = True  # never draw it, so that the teacher needs a column for it
 
     @abc.abstractmethod
     def share(self, t: Tensor) -> Tensor:
@@ -44,6 +45,12 @@ class MaskingProcess(CheckedProcess):
         check_values(clean | ~where, f"x0 must not hold mask_id = {self.mask_id}")
         u = generator_uniform(x0.shape, generator=generator, device=x0.device)
         return x0.masked_fill((u < self.share(t).unsqueeze(-1)) & where, self.mask_id)
+
+    def check_classes(self, classes: int) -> None:
+        if self.exclude_mask and self.mask_id >= classes:
+            raise ValueError(
+                f"mask_id must be in [0, V) = [0, {classes}) of teacher_head, got {self.mask_id}"
+            )
 
     def waiting(self, step: TeacherStep) -> Tensor:
         """(B, D) bool, the positions that may be revealed."""
@@ -91,12 +98,6 @@ class MaskedProcess(MaskingProcess):
     def earlier(self, t: Tensor, step: float, generator: torch.Generator | None) -> Tensor:
         """u = t - min(step, t / 2), so that a step never leaves (0, 1]; not random."""
         return t - torch.clamp(t / 2, max=step)
-
-    def check_classes(self, classes: int) -> None:
-        if self.mask_id >= classes:
-            raise ValueError(
-                f"mask_id must be in [0, V) = [0, {classes}) of teacher_head, got {self.mask_id}"
-            )
 
     def stepped(self, step: TeacherStep) -> Tensor:
         """K ancestral draws.

@@ -84,13 +84,6 @@ class MaskGITProcess(MaskingProcess):
         """u = max(0, t - step), the authors' min(1, r + step); not random."""
         return (t - step).clamp(min=0.0)
 
-    def check_classes(self, classes: int) -> None:
-        if self.exclude_mask and self.mask_id >= classes:
-            raise ValueError(
-                f"mask_id must be in [0, V) = [0, {classes}) of teacher_head, got "
-                f"{self.mask_id}; exclude_mask=False is for teachers without its column"
-            )
-
     def stepped(self, step: TeacherStep) -> Tensor:
         """Tokens by softmax, positions by confidence.
 

@@ -44,10 +44,7 @@ class GaussianTransitions:
 
     Args:
         num_classes: V >= 2.
-        rate_sigma: width of the moves, in classes.
-        target_sigma: width of the stationary law, in classes ("Q_sigma" of the sources); at least
-            V/12.
-        time_base, time_exponential: of the schedule; positive, and greater than 1.
+        rate_sigma, target_sigma, time_base, time_exponential: see `GaussianProcess`.
 
     Attributes:
         rate: (V, V) float64, A.

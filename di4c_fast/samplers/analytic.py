@@ -61,14 +61,11 @@ def sample_analytic(
 
         model: gives log-scores; the column of the mask is ignored: its score is 1 by definition.
         mask_id: the absorbing token; V − 1 in SEDD.
-        steps: S >= 1; with the last step S + 1 of them for `latent`, `callback`, `history`.
         noise: "log_linear" (eps 1e-3), "geometric" (1e-3 to 1), or a function of a time in (0, 1]
             that gives the total noise σ, increasing.
         condition: what the model is given as its second argument, "t" or "sigma" (as SEDD's).
-        t_min: last time.
         denoise: take the last step. False may leave masks.
-        project_fn: called with the tokens (B, D) at the start and after every step; returns
-            (B, D) int64. Tokens that it masks again are drawn again.
+        project_fn: tokens that it masks again are drawn again.
 
     Only masked rows go through the head, and only sequences with a mask through the model. The
     hooks hear of every step. Host syncs: one per step, to learn which positions are still masked.

@@ -69,16 +69,14 @@ def sampler(
     known = {"latent_dim": 0, "first_sequence": 0, "temperature": temperature}
 
     def wrap(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        kinds = options.__annotations__
-        defaults = {name: known.get(name) for name in kinds}
         own, keyword = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
-        signature = own.replace(
-            parameters=[p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-            + [
-                inspect.Parameter(name, keyword, default=value, annotation=kinds[name])
-                for name, value in defaults.items()
-            ]
-        )
+        shared = [
+            inspect.Parameter(name, keyword, default=known.get(name), annotation=kind)
+            for name, kind in options.__annotations__.items()
+        ]
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        signature = own.replace(parameters=[*named, *shared])
+        defaults = {p.name: p.default for p in shared}
 
         @functools.wraps(function)
         @torch.no_grad()
@@ -86,7 +84,7 @@ def sampler(
             for name in kwargs:
                 if name not in signature.parameters:
                     raise TypeError(f"{function.__name__} has no argument {name!r}")
-            return function(*args, **(defaults | kwargs))  # type: ignore[arg-type]
+            return function(*args, **(defaults | kwargs))
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         return call
@@ -116,15 +114,14 @@ def device_of(device: Any, given: Sequence[Any], model: Any) -> torch.device:
         return tensors[0].device if tensors else torch.device("cpu")
     try:
         # With the index that tensors there have: "cuda" is none that a tensor names.
-        found = torch.empty(0, device=device).device
+        found = torch.zeros(1, device=device)
+        found.item()  # which "meta" has none of
+        return found.device
     except (AssertionError, RuntimeError, TypeError) as error:
-        found, reason = None, str(error).splitlines()[0]
-    if found is None or found.type == "meta":
         raise ValueError(
-            f"device must be one that torch can use here, got {device!r}"
-            + (": its tensors hold no values" if found else f": {reason}")
-        )
-    return found
+            f"device must be one that torch can use here, got {device!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def seed_of(seed: int | None, generator: torch.Generator | None) -> int:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .. import rng
 from ..checks import check_choice, check_int, check_number, check_within, describe
-from .arguments import MaskDrawOptions, Model, Unpack, check_counts, check_flags, sampler
+from ..draw.api import sample
+from ..heads import Head
+from .arguments import MaskDrawOptions, Model, Unpack, check_flags, sampler
 from .blocks import Blocks
-from .loop import Answer, Guidance, Run, Step
-from .ranking import choose, defer
+from .loop import Answer, Guidance, Run, Step, single_logits
 
 __all__ = ["CONFIDENCE_RULES", "sample_confidence"]
 
@@ -127,23 +128,44 @@ def sample_confidence(
     one per step, to count what is still masked. Memory above the model's: the hidden states of the
     active rows, a few numbers for each, and the head's budget.
     """
+    check_choice(rule, "rule", CONFIDENCE_RULES)
     check_choice(schedule, "schedule", ("even", "ancestral"))
     check_within(t_min, "t_min", "(0, 1)")
     check_number(guidance_scale, "guidance_scale", minimum=0.0)
+    check_number(confidence_temperature, "confidence_temperature", minimum=0.0)
+    check_number(0.0 if threshold is None else threshold, "threshold")
+    check_number(0.0 if factor is None else factor, "factor", minimum=0.0)
     check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only)
-    banned = _check_ids(banned_ids, "banned_ids")
-    deferred = _check_ids(deferred_ids, "deferred_ids")
-    _check_rule(rule, threshold, factor, confidence_temperature, exclude_mask, bool(deferred))
-    _check_steps(steps, threshold, factor)
+    banned, deferred = (
+        _check_ids(banned_ids, "banned_ids"),
+        _check_ids(deferred_ids, "deferred_ids"),
+    )
     check_int(mask_id, "mask_id", minimum=0)
-    for name, value, least in (("eos_id", eos_id, 0), ("block_length", block_length, 1)):
-        if value is not None:
-            check_int(value, name, minimum=least)
-    for name, holds in (("deferred_ids", mask_id in deferred), ("eos_id", eos_id == mask_id)):
-        if holds:
-            raise ValueError(f"{name} must not hold the mask, {mask_id}")
+    optional = (("steps", steps, 1), ("eos_id", eos_id, 0), ("block_length", block_length, 1))
+    for name, value, least in optional:
+        check_int(least if value is None else value, name, minimum=least)
+    open_ended, origin = threshold is not None or factor is not None, rule == "origin"
+    field = _FIELDS[rule]  # None for origin and random
+    bounded = threshold is None or rule == "entropy" or 0.0 <= threshold <= 1.0
+    name, late = "threshold" if factor is None else "factor", "low_confidence"
+    for wrong, message in (
+        (threshold is not None and factor is not None, "threshold and factor exclude each other"),
+        (not bounded, f"threshold must be in [0, 1] with rule={rule!r}, got {threshold}"),
+        (open_ended and field is None, f"{name} needs confidences, got rule={rule!r}"),
+        (
+            origin and confidence_temperature,
+            "confidence_temperature needs a rule but origin",
+        ),
+        (origin and not exclude_mask, "exclude_mask=False needs a rule with counts, got origin"),
+        (deferred and rule != late, f"deferred_ids needs rule={late!r}, got {rule!r}"),
+        (steps and factor is not None, f"steps must be None with a factor, got {steps}"),
+        (not open_ended and steps is None, "steps must be an int, or threshold or factor given"),
+        (mask_id in deferred, f"deferred_ids must not hold the mask, {mask_id}"),
+        (eos_id == mask_id, f"eos_id must not hold the mask, {mask_id}"),
+    ):
+        if wrong:
+            raise ValueError(message)
     ids = {"banned_ids": max(banned, default=0), "deferred_ids": max(deferred, default=0)}
-    open_ended = threshold is not None or factor is not None
     run = Run(
         model,
         shape,
@@ -156,7 +178,6 @@ def sample_confidence(
     run.shift = shift
     run.banned = torch.tensor(banned, device=run.device) if banned else None
     last = torch.tensor(deferred, device=run.device) if deferred else None
-    field = _FIELDS[rule]
     want = () if field is None else (field[0],)
     if field is None:
         run.draws["confidence_dtype"] = None
@@ -168,7 +189,7 @@ def sample_confidence(
     blocks = Blocks(run, prompt, block_length, steps, schedule, t_min, eos_id, capped)
     if open_ended:
         fills = blocks.open()
-    elif rule == "origin":
+    elif origin:
         fills = blocks.planned()
     else:
         fills = blocks.known() if exclude_mask else blocks.counted()
@@ -185,7 +206,7 @@ def sample_confidence(
                 without = torch.where(given, mask_id, run.tokens)
                 guidance = Guidance(guidance_scale, without, run.context)
             some = fill.sequences if active_only else None
-            how = None if rule == "origin" else keep
+            how = None if origin else keep
             yield Step(fill.number, None, rows, some, how, want=want, guidance=guidance)
 
     def keep(step: Step, answer: Answer) -> Tensor:
@@ -194,60 +215,58 @@ def sample_confidence(
         else:
             confidence = getattr(answer.draw, field[0]) * field[1]
         if last is not None:
-            confidence = defer(confidence, answer, run.draws["mask_id"], last)
+            confidence = _deferred(confidence, answer, run.draws["mask_id"], last)
         ranking = confidence
         if confidence_temperature:
             noise = rng.exponential(run.uniform(step, 4, torch.float32)[:, 1]).log().neg()
             ranking = confidence.float() / confidence_temperature + noise
-        assert step.rows is not None
-        chosen = choose(confidence, ranking, step.rows, counts, active, threshold, factor)
+        order = spread(step, ranking).argsort(dim=1, descending=True, stable=True)
+        sure = spread(step, confidence).gather(1, order)
+        passes = torch.ones_like(active) if threshold is None else sure >= threshold
+        if factor is not None:
+            passes = sure >= 1.0 - factor / (place + 2).double()
+        passes[:, 0] = True
+        if factor is not None:
+            passes = passes.int().cumprod(1).bool()
+        if counts is not None:
+            passes &= place < counts.unsqueeze(1)
+        chosen = torch.zeros_like(active).scatter_(1, order, passes) & active
         return torch.where(chosen, run.put(step, answer.draw.token), run.tokens)
+
+    def spread(step: Step, values: Tensor) -> Tensor:
+        """(R,) as (B, D), −∞ where no row is."""
+        assert step.rows is not None
+        full = torch.full_like(run.tokens, -torch.inf, dtype=values.dtype).flatten()
+        return full.index_copy(0, step.rows, values).view_as(run.tokens)
 
     return run.loop(filling())
 
 
-def _check_rule(
-    rule: Any, threshold: Any, factor: Any, temperature: Any, exclude_mask: bool, deferred: bool
-) -> None:
-    check_choice(rule, "rule", CONFIDENCE_RULES)
-    check_number(temperature, "confidence_temperature", minimum=0.0)
-    if threshold is not None:
-        check_number(threshold, "threshold")
-    if factor is not None:
-        check_number(factor, "factor", minimum=0.0)
-    both, origin = threshold is not None and factor is not None, rule == "origin"
-    bounded = threshold is None or rule == "entropy" or 0.0 <= threshold <= 1.0
-    name = "threshold" if factor is None else "factor"
-    ruled = threshold is not None or factor is not None
-    for wrong, message in (
-        (both, "threshold and factor exclude each other: pass one of them"),
-        (not bounded, f"threshold must be in [0, 1] with rule={rule!r}, got {threshold}"),
-        (
-            ruled and rule in ("origin", "random"),
-            f"{name} needs a rule with confidences of the model, got {rule!r}",
-        ),
-        (origin and temperature, f"confidence_temperature needs confidences, got rule={rule!r}"),
-        (origin and not exclude_mask, f"exclude_mask=False needs a rule with counts, got {rule!r}"),
-        (
-            deferred and rule != "low_confidence",
-            f'deferred_ids needs rule="low_confidence", got {rule!r}',
-        ),
-    ):
-        if wrong:
-            raise ValueError(message)
+def _deferred(confidence: Tensor, answer: Answer, mask_id: int | None, ids: Tensor) -> Tensor:
+    """Confidences p(x)/(1 − p(ids)), and 0 for the ids (E,) themselves."""
+    total = answer.draw.logsumexp
+    if total is None:  # of the logits without temperature and filters
+        plain: dict[str, Any] = {"guidance": answer.guidance, "mask_id": mask_id}
+        total = sample(answer.head, temperature=0.0, want=("logsumexp",), **plain).logsumexp
+    assert total is not None
+    own = _columns(answer.head, ids)
+    if answer.guidance is not None:
+        head, scale = answer.guidance
+        other = _columns(head, ids)
+        guided = other + (scale + 1) * (own - other)
+        own = torch.where(own == -torch.inf, own, guided)
+    share = (own - total.unsqueeze(1)).exp().sum(1)
+    others = (confidence / (1.0 - share).clamp(min=1e-30)).clamp(max=1.0)
+    return torch.where(torch.isin(answer.draw.token, ids), 0.0, others).to(confidence.dtype)
+
+
+def _columns(head: Head, ids: Tensor) -> Tensor:
+    """The logits of some columns, (R, E) in fp32 or fp64, without the others."""
+    count = head.shape[0]
+    return torch.stack([single_logits(head, token.expand(count)) for token in ids], 1)
 
 
 def _check_ids(ids: Any, name: str) -> list[int]:
     if not isinstance(ids, Sequence) or isinstance(ids, str):
         raise TypeError(f"{name} must be a sequence of ints, got {describe(ids)}")
-    check_counts([(f"{name}[{i}]", value, 0) for i, value in enumerate(ids)])
-    return list(ids)
-
-
-def _check_steps(steps: Any, threshold: Any, factor: Any) -> None:
-    if steps is not None:
-        check_counts([("steps", steps, 1)])
-        if factor is not None:
-            raise ValueError(f"steps must be None with a factor, got {steps}")
-    elif threshold is None and factor is None:
-        raise ValueError("steps must be an int without a threshold or a factor, got None")
+    return [check_int(value, f"{name}[{i}]", minimum=0) for i, value in enumerate(ids)]

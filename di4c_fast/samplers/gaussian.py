@@ -51,8 +51,8 @@ def sample_gaussian(
     Args: those of all samplers, see `di4c_fast.samplers`, and
 
         process: its matrices, V and t_min.
-        steps: S >= 1, the number of model calls.
-        t_min: time of the last call; None for that of the process.
+        steps: the number of model calls.
+        t_min: None for that of the process.
         teacher, teacher_steps: the last `teacher_steps` of the S calls go to `teacher`, called
             without λ (the paper's student-then-teacher sampling). Both models get `context`.
         last_latents: how many λ the student tries in the last call (as B·last_latents rows, those
@@ -60,8 +60,7 @@ def sample_gaussian(
             joint probability. 1 for one argmax.
         last: "argmax" of the last call, or "draw" from it.
         initial: law of x at t = 1: the process's stationary law, "uniform", or tokens (B, D).
-        temperature, top_k, top_p: of the draws of x_0. Other values than the defaults are no
-            longer the model's law.
+        temperature, top_k, top_p: of the draws of x_0.
 
     The hooks hear of every call. Host syncs: none in the loop.
     """
@@ -87,18 +86,16 @@ def sample_gaussian(
             raise ValueError(f"last_latents = {last_latents} needs {reason}")
     t_min = process.t_min if t_min is None else t_min
     check_within(t_min, "t_min", "(0, 1)")
+    start: Any = initial
     if not isinstance(initial, Tensor):
         check_choice(initial, "initial", INITIAL_LAWS)
-
-    def by_law(run: Run) -> Tensor:
-        return process.initial(run.seed, START, run.keys.view_as(run.tokens), str(initial))
-
+        start = lambda run: process.initial(run.seed, START, run.keys.view_as(run.tokens), initial)  # noqa: E731
     run = Run(
         model,
         shape,
         {**options, "vocab_size": process.num_classes},
         calls=steps,
-        start=initial if isinstance(initial, Tensor) else by_law,
+        start=start,
         start_name="initial",
         other=teacher,
     )

@@ -241,15 +241,9 @@ class Run:
         keys = None
         if step.tries is None:
             keys = self.keys.view_as(self.tokens) if step.rows is None else self.keys[step.rows]
-        draw = sample(
-            head,
-            guidance=guidance,
-            seed=self.seed,
-            step=step.number,
-            row_keys=keys,
-            want=step.want,
-            **(self.draws | ({"temperature": 0.0} if step.greedy else {})),
-        )
+        options = self.draws | ({"temperature": 0.0} if step.greedy else {})
+        options |= {"seed": self.seed, "step": step.number, "row_keys": keys, "want": step.want}
+        draw = sample(head, guidance=guidance, **options)
         return Answer(draw, head, guidance)
 
     def _local_rows(self, step: Step) -> Tensor | None:

@@ -31,19 +31,11 @@ _REPLAN = 2**31  # step numbers of the generator for positions that are masked a
 def plan_unmask_steps(
     times: Tensor, shape: tuple[int, int], *, seed: int, first_sequence: int = 0
 ) -> Tensor:
-    """The step at which each position unmasks, drawn in advance on the CPU.
+    """The step at which each position unmasks, (B, D) int64 in [0, S], drawn on the CPU.
 
-    Step k goes from times[k] to times[k + 1]. Position d of a sequence gets step k with
-    probability times[k] - times[k + 1] and S = len(times) - 1, the final argmax, with
-    probability times[S].
-
-    Args:
-        times: (S + 1,) decreasing, times[0] = 1.
-        shape: (B, D).
-        seed, first_sequence: see `sample_masked`.
-
-    Returns:
-        (B, D) int64 in [0, S], a function of (seed, number of the sequence, d) alone.
+    Step k goes from times[k] to times[k + 1] of the times (S + 1,), decreasing from 1. It has the
+    probability times[k] - times[k + 1], and S, the final argmax, has times[S]. The result is a
+    function of (seed, number of the sequence, position) alone.
     """
     batch, positions = shape
     keys = torch.arange(batch) + first_sequence
@@ -124,12 +116,9 @@ def sample_masked(
 
     Args: those of all samplers, see `di4c_fast.samplers`, and
 
-        steps: S >= 1; with the final argmax S + 1 steps for `latent`, `callback`, `history`.
-        t_min: last time.
-        project_fn: called with the tokens (B, D) at the start and after every step; returns
-            (B, D) int64. Tokens that it masks again unmask later at the rate of the loop; tokens
-            that it fills stay.
-        temperature, top_k, top_p: other values than the defaults are no longer the model's law.
+        steps: the final argmax is one more.
+        project_fn: tokens that it masks again unmask later at the rate of the loop; tokens that
+            it fills stay.
 
     The hooks hear of every step, whether or not the model ran. Host syncs: before the loop one or
     two to read the prompt; inside none, but with `project_fn` one per step, to see what it changed.

@@ -1,15 +1,9 @@
 """Ancestral sampling of uniform-state diffusion (Duo, UDLM): every token may change at every step.
 
-With α_t the share of the signal at time t, α_ts = α_t/α_s for s < t, and p = softmax of the
-denoiser's logits at a position that holds x, the posterior of the token at s is a mixture of
-three parts, in units of α_t·V·p[x] + 1 − α_t:
-
-    α_t·V·p[x] + α_ts − α_t      it stays x
-    α_s − α_t                    it is drawn from p
-    (1 − α_ts)·(1 − α_s)         it is drawn uniformly
-
-One pass over a row gives logsumexp, and so p[x], and a draw from p; one uniform number decides
-between the three, another is the uniform token. The V posterior probabilities never exist.
+The posterior of a token is a mixture of three parts: it stays, it is drawn from the denoiser's
+distribution p, or it is drawn uniformly. One pass over a row gives logsumexp, and so p of the
+present token, and a draw from p; one uniform number decides between the three, another is the
+uniform token. The V posterior probabilities never exist.
 
 Source: the posterior of Duo (arXiv 2506.10892) and of UDLM (arXiv 2412.10193).
 """
@@ -62,15 +56,13 @@ def sample_uniform_state(
     Args: those of all samplers, see `di4c_fast.samplers`, and
 
         vocab_size: V.
-        steps: S >= 1; with the last step S + 1 of them for `latent`, `callback`, `history`.
         signal: "log_linear" or "cosine" (eps 1e-3), or a function α of a time in (0, 1], in
             [0, 1] and decreasing.
         condition: what the model is given as its second argument: "t", "sigma" for −log α(t) (as
             Duo's), or "alpha".
-        t_min: last time.
         last_step: after the S steps, at t_min: "ancestral" (the posterior at α_s = 1), "greedy"
             (the denoiser's argmax everywhere), or "none".
-        prompt: (B, P) or (P,) int64, the first P tokens of the rows, which never change.
+        prompt: (B, P) or (P,) int64, all known.
         start: (B, D) int64, tokens to start from in place of uniform ones.
 
     Rows of the prompt never go through the head. The hooks hear of every step. Host syncs: before
@@ -83,9 +75,8 @@ def sample_uniform_state(
     alphas = at_times(signal, "signal", _SIGNALS, times, falling=False, top=1.0)
     if condition == "sigma" and alphas[0] == 0.0:
         raise ValueError('signal must be positive at t = 1 with condition="sigma", got 0.0')
-    moments = {"t": times, "alpha": alphas}.get(condition)
-    if moments is None:
-        moments = [-math.log(alpha) for alpha in alphas]
+    sigmas = [-math.log(alpha) for alpha in alphas if alpha]
+    moments = {"t": times, "alpha": alphas, "sigma": sigmas}[condition]
 
     def anything(run: Run) -> Tensor:
         u = rng.uniform(run.seed, START, run.keys, 1, dtype=torch.float64)
