@@ -1,17 +1,16 @@
-"""Wrong calls of the noise processes: the method, what is changed, the kind of error, its message.
+"""Wrong arguments of the noise processes.
 
-Every case starts from a right call of two rows of three tokens, V = 5, mask 4. See test_inputs.py
-for how messages are written.
+Every case starts from a right call of two rows of three tokens, V = 5, mask 4.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
 from process_cases import MASK, PROCESSES, VOCAB
+from wrong_arguments import Wrong, wrong
 
 from di4c_fast.processes import GaussianProcess, MaskedProcess, MaskGITProcess
 
@@ -29,7 +28,11 @@ RIGHT: dict[str, dict[str, Any]] = {
     "posterior_step": {"x0": X, "xt": X, "t": 0.8, "s": 0.3, "seed": 1},
     "initial": {"seed": 0, "step": 0, "row_keys": torch.arange(3)},
 }  # fmt: skip
-MAKE = {"masked": (MaskedProcess, MASK), "maskgit": (MaskGITProcess, MASK)}
+MAKE: dict[str, tuple[type, str, int]] = {
+    "masked": (MaskedProcess, "mask_id", MASK),
+    "maskgit": (MaskGITProcess, "mask_id", MASK),
+    "gaussian": (GaussianProcess, "num_classes", 256),
+}
 
 TENSORS: list[Case] = [  # of `corrupt` and, with xt for x0, of `teacher_step`
     ("corrupt", {"x0": X.float()}, T, "x0 must have dtype torch.int64, got torch.float32"),
@@ -144,23 +147,19 @@ OWN: dict[str, list[Case]] = {
 }
 
 
-def call(name: str, method: str, **changes: Any) -> None:
-    """The right call of a method of a process but for the changes."""
-    if method != "init":
-        getattr(PROCESSES[name], method)(**(RIGHT[method] | changes))
-    elif name == "gaussian":
-        GaussianProcess(**({"num_classes": 256} | changes))
-    else:
-        kind, mask_id = MAKE[name]
-        kind(**({"mask_id": mask_id} | changes))
-
-
-TABLES = {
-    f"{name}.{method}": [
-        (functools.partial(call, name, method, **changes), changes, kind, message)
-        for of, changes, kind, message in [*SHARED, *OWN[name]]
-        if of == method
-    ]
+CASES = [
+    ((name, method, changes), kind, message)
     for name in OWN
-    for method in ("init", *RIGHT)
-}
+    for method, changes, kind, message in [*SHARED, *OWN[name]]
+]
+
+
+@wrong(CASES)
+def test_wrong_arguments_are_named(wrong: Wrong):
+    name, method, changes = wrong.what
+    kind, first, value = MAKE[name]
+    with wrong.raises():
+        if method == "init":
+            kind(**({first: value} | changes))
+        else:
+            getattr(PROCESSES[name], method)(**(RIGHT[method] | changes))

@@ -1,17 +1,16 @@
-"""Wrong calls of the samplers: the sampler, what is changed, the kind of error and its message.
+"""Wrong arguments of the samplers.
 
-Every case starts from a right call of two rows of five tokens, V = 11, mask 10, two steps. See
-test_inputs.py for how messages are written.
+Every case starts from a right call of two rows of five tokens, V = 11, mask 10, two steps.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
 from sampler_cases import FUNCTIONS, MASK, PROCESS, SAMPLERS, VOCAB
+from wrong_arguments import Wrong, wrong
 
 from di4c_fast.processes import MaskedProcess
 from di4c_fast.samplers import analytic, uniform
@@ -42,14 +41,14 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"latent": LATENT}, V, "latent_dim, the last size of latent, must be at least 1, got 0"),
     ({"latent": LATENT.long(), "latent_dim": 1}, T, "latent must be floating point"),
     ({"latent": torch.zeros(3, 1), "latent_dim": 1}, V,
-     "latent must have shape (B, L) = (2, 1) or (steps, B, L) = (…, 2, 1), got (3, 1)"),
+     "latent must have shape (B, L) = (2, 1) or (steps, B, L) = (..., 2, 1), got (3, 1)"),
     ({"latent": LATENT.to("meta"), "latent_dim": 1}, V, "latent must be on the device of the sam"),
     ({"prompt": tokens(2, 6)}, V, "longer than the sequence, D = 5, got 6"),
     ({"prompt": tokens(3, 2)}, V, "prompt must have shape (B, P) or (P,)"),
     ({"prompt": torch.zeros(2, 2)}, T, "prompt must have dtype torch.int64"),
     ({"prompt": [1, 2]}, T, "prompt must be a Tensor, got list"),
     ({"prompt": ids(0, -1)}, V, "prompt must hold ids of at least 0, got -1"),
-    ({"prompt": ids(0, 12), "vocab_size": 11}, V, "prompt must hold ids in [0, 11), … got 12"),
+    ({"prompt": ids(0, 12), "vocab_size": 11}, V, "prompt must hold ids in [0, 11), ... got 12"),
     ({"t_min": 0.0}, V, "t_min must be in (0, 1), got 0.0"),
     ({"t_min": 1.0}, V, "t_min must be in (0, 1), got 1.0"),
     ({"t_min": math.nan}, V, "t_min must be finite"),
@@ -69,9 +68,9 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": 1, "generator": torch.Generator()}, V, "seed and generator exclude each other"),
     ({"generator": 1}, T, "generator must be a torch.Generator or None"),
     ({"first_sequence": -1}, V, "first_sequence must be at least 0, got -1"),
-    ({"device": "nowhere"}, V, "device must be one that torch can use here, got 'nowhere': …"),
+    ({"device": "nowhere"}, V, "device must be one that torch can use here, got 'nowhere': ..."),
     ({"device": 3.5}, V, "device must be one that torch can use here, got 3.5"),
-    ({"device": "meta"}, V, "device must be one that torch can use here, got 'meta': …"),
+    ({"device": "meta"}, V, "device must be one that torch can use here, got 'meta': ..."),
     ({"callback": "bar"}, T, "callback must be callable"),
     ({"history": True}, T, "history must be a list to fill or None"),
     ({"history": ()}, T, "history must be a list to fill or None"),
@@ -80,25 +79,25 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"project_fn": 3}, T, "project_fn must be callable"),
     ({"project_fn": lambda x: x[:, :2]}, V, "must return tokens of shape (B, D) = (2, 5), got"),
     ({"project_fn": lambda x: x.float()}, T, "output of project_fn must have dtype"),
-    ({"project_fn": lambda x: x - 20}, V, "the output of project_fn must hold token ids … got -10"),
+    ({"project_fn": lambda x: x - 20}, V, "output of project_fn must hold token ids ... got -10"),
     ({"project_fn": lambda x: x + 1, "vocab_size": 11}, V, "token ids in [0, 11), got 11"),
     ({"model": None}, T, "model must be callable, got NoneType"),
     ({"model": 3}, T, "model must be callable, got int"),
-    ({"guidance_strength": 1.0}, T, "sample_… has no argument 'guidance_strength'"),
+    ({"guidance_strength": 1.0}, T, "sample_... has no argument 'guidance_strength'"),
 ]  # fmt: skip
 
 # The same for what the first call of the model tells.
 BY_MODEL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mask_id": 11}, V, "mask_id must hold ids in [0, 11), as V of model = 11, got 11"),
     ({"vocab_size": 12}, V, "model must return logits over V = 12 classes, got shape"),
-    ({"prompt": ids(0, 12)}, V, "prompt must hold ids in [0, 11), … got 12"),
+    ({"prompt": ids(0, 12)}, V, "prompt must hold ids in [0, 11), ... got 12"),
     ({"project_fn": lambda x: torch.where(x == MASK, x, 11)}, V, "token ids in [0, 11), got"),
     ({"model": lambda x, t: torch.zeros(2, 5)}, V, "model must return logits of shape"),
-    ({"model": lambda x, t: torch.zeros(1, 4, 11)}, V, "shape (R, D, V) … got (1, 4, 11)"),
+    ({"model": lambda x, t: torch.zeros(1, 4, 11)}, V, "shape (R, D, V) ... got (1, 4, 11)"),
     ({"model": lambda x, t: x}, T, "the output of model must be floating point"),
     ({"model": lambda x, t: None}, T, "the output of model must be a Tensor of logits"),
     ({"model": lambda x: None}, T, "model must take (tokens, t), got"),
-    ({"model": lambda x, t: torch.zeros(*x.shape, 1), "mask_id": 0}, V, "excludes the only token"),
+    ({"model": lambda x, t: torch.zeros(*x.shape, 1), "mask_id": 0}, V, "excludes the only class"),
 ]  # fmt: skip
 
 OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
@@ -155,8 +154,8 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
         ({"schedule": [1, 2, 3]}, V, "schedule must hold steps = 2 counts, got 3"),
         ({"schedule": [1, 2.0]}, T, "schedule[1] must be an int"),
         ({"schedule": [-1, 2]}, V, "schedule[0] must be at least 0, got -1"),
-        ({"schedule": [1, 3]}, V, "schedule must hold counts that reveal … 5 of them, got 4 in"),
-        ({"schedule": [1, 1], "prompt": ids(0, 1)}, V, "schedule must … 3 of them, got 2 in all"),
+        ({"schedule": [1, 3]}, V, "schedule must hold counts that reveal ... 5 of them, got 4 in"),
+        ({"schedule": [1, 1], "prompt": ids(0, 1)}, V, "schedule must ... 3 of them, got 2 in all"),
         ({"schedule_style": "jax"}, V, "schedule_style must be one of 'di4c'"),
         ({"guidance": "high"}, T, "guidance must be a number"),
         ({"guidance": math.nan}, V, "guidance must be finite"),
@@ -168,7 +167,7 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
         ({"unconditional": [LABEL]}, T, "unconditional must be a mapping"),
         ({"unconditional": {"a": LABEL[:1]}}, V, "unconditional['a'] must have B = 2"),
         ({"context": {"a": LABEL}, "unconditional": {"b": LABEL}}, V,
-         "unconditional must have the keywords, shapes and dtypes of context, {'a': …, got {'b'"),
+         "unconditional must have the keywords, shapes and dtypes of context, {'a': ..., got {'b'"),
         ({"context": {"a": LABEL}, "unconditional": {"a": LABEL.float()}}, V,
          "of context, {'a': ((2,), torch.int64)}, got {'a': ((2,), torch.float32)}"),
         ({"context": {"a": LABEL}, "unconditional": {"a": LABEL.view(2, 1)}}, V,
@@ -192,7 +191,7 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
         ({"schedule": "cosine"}, V, "schedule must be one of 'even', 'ancestral'"),
         ({"threshold": "a", "steps": None}, T, "threshold must be a number"),
         ({"threshold": -1, "steps": None}, V, "threshold must be in [0, 1] with rule='low"),
-        ({"threshold": 90, "rule": "topk_margin"}, V, "threshold must be in [0, 1] … got 90"),
+        ({"threshold": 90, "rule": "topk_margin"}, V, "threshold must be in [0, 1] ... got 90"),
         ({"threshold": 0.5, "steps": 6, "block_length": 3}, V, "steps caps a threshold"),
         ({"factor": -1.0, "steps": None}, V, "factor must be finite and at least 0"),
         ({"factor": 1.0}, V, "steps must be None with a factor, got 2"),
@@ -219,43 +218,44 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
 }  # fmt: skip
 
 
-def call(name: str, called: bool, **changes: Any) -> None:
-    """The right call of a sampler but for the changes; `called`: the model may be."""
+CASES = [
+    ((name, changes), kind, message)
+    for name in FUNCTIONS
+    for table in (SHARED, BY_MODEL, OWN[name])
+    for changes, kind, message in table
+    if table is OWN[name] or SAMPLERS[name].takes(*set(changes) - {"guidance_strength"})
+]
+
+
+@wrong(CASES)
+def test_wrong_arguments_are_named_before_any_work(wrong: Wrong):
+    called = []
 
     def model(tokens, t, *latent, **context):
-        assert called, "the model was called before the arguments were checked"
+        called.append(tokens)
         return torch.zeros(*tokens.shape, VOCAB)
 
+    name, changes = wrong.what
     sampler = SAMPLERS[name]
     minimal = {"mask_id": MASK, "steps": 2, "process": PROCESS}
     right = {key: value for key, value in minimal.items() if sampler.takes(key)}
-    if name == "uniform":
-        right["vocab_size"] = VOCAB
+    right |= {"vocab_size": VOCAB} if name == "uniform" else {}
     arguments = {"model": model, "shape": (2, 5), **right, **changes}
-    sampler.function(arguments.pop("model"), arguments.pop("shape"), **arguments)
+    with wrong.raises():
+        sampler.function(arguments.pop("model"), arguments.pop("shape"), **arguments)
+    late = any(changes is case[0] for case in BY_MODEL)
+    assert not called or late or "V of model" in wrong.message or "logits" in wrong.message
 
 
-def cases(name: str) -> list:
-    found = []
-    for table in (SHARED, BY_MODEL, OWN[name]):
-        for changes, kind, message in table:
-            taken = SAMPLERS[name].takes(*set(changes) - {"guidance_strength"})
-            if taken or table is OWN[name]:
-                called = table is BY_MODEL or "V of model" in message or "logits" in message
-                found.append(
-                    (functools.partial(call, name, called, **changes), changes, kind, message)
-                )
-    return found
-
-
-TABLES = {f"sample {name}": cases(name) for name in FUNCTIONS}
-TABLES["schedules"] = [
-    (functools.partial(make, *values), values, ValueError, message)
-    for make, values, message in (
-        (analytic.log_linear_noise, (0.0,), "eps must be in (0, 1), got 0.0"),
-        (analytic.geometric_noise, (0.0, 1.0), "0 < sigma_min < sigma_max"),
-        (analytic.geometric_noise, (2.0, 1.0), "0 < sigma_min < sigma_max"),
-        (uniform.log_linear_signal, (1.0,), "eps must be in (0, 1), got 1.0"),
-        (uniform.cosine_signal, (1.0,), "eps must be in (0, 1), got 1.0"),
-    )
-]
+@wrong(
+    [
+        (lambda: analytic.log_linear_noise(0.0), V, "eps must be in (0, 1), got 0.0"),
+        (lambda: analytic.geometric_noise(0.0, 1.0), V, "0 < sigma_min < sigma_max"),
+        (lambda: analytic.geometric_noise(2.0, 1.0), V, "0 < sigma_min < sigma_max"),
+        (lambda: uniform.log_linear_signal(1.0), V, "eps must be in (0, 1), got 1.0"),
+        (lambda: uniform.cosine_signal(1.0), V, "eps must be in (0, 1), got 1.0"),
+    ]
+)
+def test_schedules_out_of_range_are_named(wrong: Wrong):
+    with wrong.raises():
+        wrong.what()
