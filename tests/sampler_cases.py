@@ -180,7 +180,10 @@ def prompts(batch: int, length: int, seed: int = 1) -> Tensor:
 
 
 class Tabular:
-    """Any denoiser of a few tokens: a table of logits per state, half of λ and label."""
+    """Any denoiser of a few tokens: a table of logits per state, half of λ and label.
+
+    In float64, so that no token hangs on rounding, which may depend on a row's place in a batch.
+    """
 
     def __init__(
         self, seed: int, latent: bool = False, labels: int = 1, timed: bool = True, size=(3, 4)
@@ -190,7 +193,7 @@ class Tabular:
         self.powers = vocab ** torch.arange(positions - 1, -1, -1)
         self.states = vocab**positions
         shape = (labels, 1 + latent, self.states, positions, vocab)
-        self.table = 1.5 * torch.randn(*shape, generator=generator)
+        self.table = 1.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
         self.timed = timed
         self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
@@ -198,7 +201,7 @@ class Tabular:
         self.calls.append((tokens, t, latent))
         component = 0 if latent is None else (latent[:, 0] > 0.5).long()
         logits = self.table[label, component, self.state_of(tokens)]
-        return logits * (0.5 + t.view(-1, 1, 1)) if self.timed else logits
+        return logits * (0.5 + t.double().view(-1, 1, 1)) if self.timed else logits
 
     def state_of(self, tokens: Tensor) -> Tensor:
         """Number of a token row (..., D) in base V."""

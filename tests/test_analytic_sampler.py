@@ -95,15 +95,6 @@ def test_only_masked_rows_and_sequences_are_computed():
         assert torch.equal(before[before != 10], after[before != 10])
 
 
-@pytest.mark.parametrize(("condition", "of"), [("t", float), ("sigma", log_linear_noise())])
-def test_the_model_is_given_the_time_or_the_noise(condition, of):
-    model = Tabular(9, size=(3, VOCAB))
-    low = lambda x, t: model(x, t) - 20.0  # noqa: E731 - so that masks remain
-    sample_analytic(low, (1, 3), steps=2, condition=condition, seed=0, t_min=0.5)
-    given = [float(t[0]) for _, t, _ in model.calls]
-    assert given == pytest.approx([of(t) for t in (1.0, 0.75, 0.5)], rel=1e-6)
-
-
 def test_without_denoising_masks_may_remain():
     model = constant(torch.full((VOCAB,), -20.0))
     tokens = sample_analytic(model, (2, 3), steps=2, denoise=False, seed=0)

@@ -104,23 +104,9 @@ def test_more_components_than_draws_use_the_first():
 
 def test_step_to_time_zero_draws_from_the_denoiser():
     logits = torch.randn(1, 1, V, generator=rng(11))
-    xu = SMALL.teacher_step(
-        torch.tensor([[2]]), torch.tensor([1.0]), torch.tensor([0.0]), logits, 30_000,
-        generator=rng(12),
-    )  # fmt: skip
+    times = torch.tensor([1.0]), torch.tensor([0.0])
+    xu = SMALL.teacher_step(torch.tensor([[2]]), *times, logits, 30_000, generator=rng(12))
     assert_draws_match(xu, logits[0, 0].softmax(-1))
-
-
-def test_logistic_head_draws_as_its_logits_do():
-    process = GaussianProcess(17, rate_sigma=1.0)
-    head = LogisticHead(torch.randn(2, 6, generator=rng()), torch.zeros(2, 6), 17)
-    xt = torch.randint(0, 17, (2, 6), generator=rng(1))
-    t, u = torch.tensor([0.5, 0.7]), torch.tensor([0.49, 0.695])
-    one, other = (
-        process.teacher_step(xt, t, u, value, 8, generator=rng(2))
-        for value in (head, head.logits())
-    )
-    assert torch.equal(one, other)
 
 
 def test_pieces_of_positions_do_not_change_the_draws(monkeypatch):

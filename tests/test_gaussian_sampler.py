@@ -88,18 +88,11 @@ def run(model, batch: int, steps: int, **more) -> Tensor:
 # The law
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_samples_follow_the_enumerated_chain(steps):
-    model = Table(0)
-    tokens = run(model, 15_000, steps)
-    assert tokens.dtype == torch.int64
+@pytest.mark.parametrize(("steps", "latent"), [(1, False), (2, False), (5, False), (4, True)])
+def test_samples_follow_the_enumerated_chain_with_fresh_latents(steps, latent):
+    model = Table(int(latent), latent)
+    tokens = run(model, 15_000, steps, latent_dim=int(latent))
     assert_counts_match(counts_of(tokens), exact_law([model] * steps, steps))
-
-
-def test_fresh_latents_mix_at_every_step():
-    model = Table(1, latent=True)
-    tokens = run(model, 15_000, 4, latent_dim=1)
-    assert_counts_match(counts_of(tokens), exact_law([model] * 4, 4))
 
 
 def test_last_steps_go_to_the_teacher():
@@ -220,9 +213,8 @@ def test_context_reaches_both_models_and_follows_the_rows():
 
 def test_the_teacher_runs_in_eval_mode_and_comes_back():
     student, teacher = Denoiser(), Denoiser()
-    sample_gaussian(
-        student, (2, 3), process=GaussianProcess(11), steps=3, teacher=teacher, teacher_steps=1
-    )
+    how = {"process": GaussianProcess(11), "teacher": teacher, "teacher_steps": 1}
+    sample_gaussian(student, (2, 3), steps=3, **how)
     assert student.modes + teacher.modes == [False] * 3
     assert student.training
     assert teacher.training

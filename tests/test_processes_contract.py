@@ -9,7 +9,7 @@ from process_cases import MASK, PROCESSES, VOCAB, rng
 from scipy import stats
 from torch import Tensor
 
-from di4c_fast.heads import LinearHead
+from di4c_fast.heads import LinearHead, LogisticHead
 from di4c_fast.processes import MaskedProcess, MaskGITProcess, Process, gaussian, masked, maskgit
 from di4c_fast.processes.reveal import SCHEDULES, masked_share
 from di4c_fast.testing import P_VALUE, assert_frequency
@@ -196,7 +196,9 @@ def test_heads_and_pieces_do_not_change_the_draws(name, monkeypatch):
     weight, bias = torch.randn(VOCAB, 3, generator=rng(14)).double(), torch.randn(9, VOCAB).double()
     head, xt = LinearHead(hidden, weight, bias), some_tokens(2, 9, seed=15)
     xt[0] = MASK
+    for kind in (head, LogisticHead(hidden[..., 0], hidden[..., 1], VOCAB)):
+        whole = step(name, xt, 1.0, 0.3, kind, 7)
+        assert torch.equal(step(name, xt, 1.0, 0.3, kind.logits(), 7), whole)
     whole = step(name, xt, 1.0, 0.3, head, 7)
-    assert torch.equal(step(name, xt, 1.0, 0.3, head.logits(), 7), whole)
     monkeypatch.setattr(*PIECES.get(name, (maskgit, "_PIECE", 4 * VOCAB)))
     assert torch.equal(step(name, xt, 1.0, 0.3, head, 7), whole)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import pytest
 import torch
@@ -93,16 +92,6 @@ def test_the_start_is_uniform():
     model = constant(torch.zeros(VOCAB))
     sample_uniform(model, (5000, 4), steps=1, last_step="none", seed=5, history=history)
     assert_draws_match(history[0], torch.ones(VOCAB))
-
-
-@pytest.mark.parametrize(
-    ("condition", "of"), [("t", float), ("alpha", ALPHA), ("sigma", lambda t: -math.log(ALPHA(t)))]
-)
-def test_the_model_is_given_the_time_the_noise_or_the_signal(condition, of):
-    model = Tabular(0, size=(2, VOCAB))
-    sample_uniform(model, (1, 2), steps=2, condition=condition, seed=0, t_min=0.5)
-    given = [float(t[0]) for _, t, _ in model.calls]
-    assert given == pytest.approx([of(t) for t in (1.0, 0.75, 0.5)], rel=1e-6)
 
 
 def test_prompts_never_change_and_never_go_through_the_head():
