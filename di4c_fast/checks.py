@@ -145,6 +145,15 @@ def check_number(value: Any, name: str, *, minimum: float = -math.inf) -> None:
         raise ValueError(f"{name} must be finite{bound}, got {value}")
 
 
+def check_within(value: Any, name: str, interval: str) -> None:
+    """Check a number against an interval such as "(0, 1]"."""
+    check_number(value, name)
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value > low or (value == low and interval[0] == "[")
+    if not above or value > high or (value == high and interval[-1] == ")"):
+        raise ValueError(f"{name} must be in {interval}, got {value}")
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Run with the dtypes as they are: autocast would round fp32 products to half precision."""
     kind = device.type

@@ -35,21 +35,23 @@ def check_module(model: Any) -> None:
         raise TypeError(f"model must be an nn.Module, got {describe(model)}")
 
 
-def check_context(context: Context | None, batch: int, device: torch.device) -> Context:
+def check_context(
+    context: Context | None, batch: int, device: torch.device, name: str = "context"
+) -> Context:
     """Conditioning tensors by keyword, each with one entry per example."""
     if context is None:
         return {}
     if not isinstance(context, Mapping):
-        raise TypeError(f"context must be a mapping of tensors, got {type(context).__name__}")
+        raise TypeError(f"{name} must be a mapping of tensors, got {type(context).__name__}")
     for key, value in context.items():
-        name = f"context[{key!r}]"
-        check_tensor(value, name)
+        entry = f"{name}[{key!r}]"
+        check_tensor(value, entry)
         if value.ndim == 0 or value.shape[0] != batch:
             raise ValueError(
-                f"{name} must have B = {batch} as its first size, got {tuple(value.shape)}"
+                f"{entry} must have B = {batch} as its first size, got {tuple(value.shape)}"
             )
         if value.device != device:
-            raise ValueError(f"{name} must be on {device}, got {value.device}")
+            raise ValueError(f"{entry} must be on {device}, got {value.device}")
     return context
 
 
