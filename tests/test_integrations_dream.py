@@ -263,11 +263,13 @@ def test_an_output_class_of_our_own_where_the_model_has_none():
         ({"model": object()}, TypeError, "model must have Dream's method _sample"),
         ({"exclude_mask": 1}, TypeError, "exclude_mask must be True or False"),
         ({"confidence_dtype": "bf16"}, ValueError, "confidence_dtype must be None or one of"),
+        ({"nonsense": 1}, TypeError, "nonsense"),
     ]
 )
 def test_wrong_arguments_are_named(wrong: Wrong):
-    with wrong.raises():
-        dream.accelerate(**{"model": FakeDream(), **wrong.what})
+    config = Config(alg="entropy")
+    with wrong.raises(), dream.accelerate(**{"model": (model := FakeDream()), **wrong.what}):
+        model.diffusion_generate(prompt_of(), config)
 
 
 @wrong(

@@ -215,7 +215,7 @@ def test_a_shifted_call_names_what_is_wrong():
     student = with_latent_shift(TimeModel(), "pair", width=C)
     student.model.time.append(student.model.pair)
     student.model.pair.forward = lambda x: (x, x)
-    with pytest.raises(TypeError, match="module 'pair' must return a Tensor, got tuple"):
+    with pytest.raises(TypeError, match="the output of module 'pair' must be a Tensor, got tuple"):
         student(TOKENS, T, latents())
 
 
