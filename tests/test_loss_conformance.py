@@ -6,6 +6,7 @@ backend joins by its name in `loss_heads.FAST`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -70,6 +71,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"data_weight": 0.0, "teacher_weight": 0.0, "consistency_weight": 0.3},
     {"teacher_weight": 0.0, "consistency_weight": 0.0},
     {"component_weight": torch.tensor([0.0, 2.0]), "data_weight": torch.tensor([0.3, 0.0])},
+    {"teacher_weight": torch.tensor([0.5, 2.0]), "consistency_weight": torch.tensor([1.5, 0.0])},
     {"positions": 1, "batch": 1},
 ]
 
@@ -83,10 +85,10 @@ def test_settings_are_within_the_bound(settings, reduction, backend):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("kind", ["linear", "linear, bias per position", "logistic", "user"])
-@pytest.mark.parametrize("budget_bytes", [1, 20_000])
+@pytest.mark.parametrize("budget_bytes", [1, 33_000])
 def test_several_chunks_are_within_the_bound(kind, budget_bytes, backend):
     # 64 rows are the least at a time: 16 positions of 4 components, of 60. With 1 byte nothing is
-    # kept between the sweeps, with 20,000 a part.
+    # kept between the sweeps, with 33,000 the q of two chunks.
     problem = make_problem(5, batch=3, components=4, positions=20, vocabulary=8, **FULL)
     assert_within_bound(problem, backend, kind, budget_bytes=budget_bytes)
 
@@ -113,6 +115,17 @@ def test_large_offsets_of_the_logits_are_within_the_bound(offset, backend):
     problem = make_problem(8, components=3, vocabulary=8, **FULL)
     rounded = (problem["student"] + offset).float().double()
     assert_within_bound(problem, backend, tensors={"logits": rounded})
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_one_logit_may_be_far_above_the_others_in_any_column(backend):
+    problem = make_problem(23, components=3, positions=37, vocabulary=37, component_weight=0.5)
+    for name in ("student", "teacher", "consistency"):
+        problem[name] = problem[name] + 120 * torch.eye(37)  # beyond the range of exp
+    for name in ("x0", "consistency_x"):
+        problem[name] = torch.arange(37).expand_as(problem[name])
+    # The loss is 0, as a sum of five terms over 37 positions, each rounded at 6e-8.
+    assert_equals_reference(problem, backend, rtol=2e-5, atol=1.2e-5)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -197,6 +210,19 @@ def test_impossible_targets_and_dead_positions_are_those_of_the_reference(backen
     assert_equals_reference(problem, backend)
 
 
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("content", [300.0, NEG_INF, float("inf"), float("nan")])
+def test_what_the_mask_column_holds_does_not_change_a_bit(content, backend):
+    problem = single(make_problem(22, **FULL))
+    other = dict(problem)
+    for name in ("student", "teacher", "consistency"):
+        other[name] = problem[name].clone()
+        other[name][..., 3] = content
+    expected = loss_and_gradients(problem, backend=backend)
+    for name, value in loss_and_gradients(other, backend=backend).items():
+        assert value.equal(expected[name]), name
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_teacher_rows_without_a_class_have_the_gradient_of_the_reference(backend):
     problem = make_problem(12, teacher_components=3, component_weight=0.7, **{"weighted": True})
@@ -217,6 +243,18 @@ def test_one_hot_teachers_and_components_of_weight_zero(backend):
 
 
 @pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize(("log_weight", "expected"), [(-1e3, math.inf), (NEG_INF, None)])
+def test_an_infinite_divergence_counts_unless_its_weight_is_zero(log_weight, expected, backend):
+    # exp(-1000) is 0 in every dtype, but the weight is not.
+    problem = make_problem(13, components=3, weighted=True, component_weight=0.5)
+    problem["log_weights"][0, 1] = log_weight
+    problem["student"][0, 1, 2, 3] = NEG_INF
+    value = run_loss(single(problem), backend=backend, reduction="none")
+    assert torch.isfinite(value[1])
+    assert value[0] == expected if expected else torch.isfinite(value[0])
+
+
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("name", ["student", "teacher", "consistency"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_in_give_nan_out(backend, name, value):
@@ -231,6 +269,21 @@ def test_nan_and_infinity_in_give_nan_out(backend, name, value):
         result = run_loss(problem | {name: broken}, backend=backend, reduction="none")
         assert torch.isnan(result[0]), place
         assert torch.isfinite(result[1])
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_nan_where_nothing_counts_changes_no_value_and_no_gradient(backend):
+    problem = make_problem(14, components=3, dtype=torch.float32, **FULL)
+    ignored = ~problem["valid"] | (problem["xt"] != problem["mask_id"])
+    shown = ignored.unsqueeze(1) | (problem["xu"] != problem["mask_id"])
+    assert 0 < int(ignored.sum()) < int(shown.sum())
+    masks = {"student": ignored.unsqueeze(1), "teacher": ignored, "consistency": shown}
+    broken = {n: problem[n].masked_fill(m.unsqueeze(-1), float("nan")) for n, m in masks.items()}
+    expected = loss_and_gradients(problem, backend=backend)
+    for name, value in loss_and_gradients(problem | broken, backend=backend).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    drawn = problem | broken | {"consistency_x": None, "generator": torch.Generator()}
+    assert torch.isfinite(run_loss(drawn, backend=backend))
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -364,6 +417,18 @@ def test_strides_do_not_matter(backend):
     twin = row.clone().requires_grad_()
     run_loss(problem | {"student": twin.expand(2, 3, -1, -1)}, backend="reference").backward()
     torch.testing.assert_close(leaf.grad, twin.grad, **CLOSE)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_inactive_positions_have_zero_gradient_in_poisoned_memory(backend, poisoned_memory):
+    problem = single(make_problem(21, batch=3, components=3, vocabulary=11, **FULL))
+    problem["xt"][1] = problem["x0"][1]  # an example without any active position
+    active = problem["valid"] & (problem["xt"] == problem["mask_id"])
+    assert active.any(1).tolist() == [True, False, True]
+    gradient = loss_and_gradients(problem, backend=backend)["student"]
+    assert torch.isfinite(gradient).all()
+    by_position = torch.count_nonzero(gradient, (1, 3))
+    assert (by_position > 0).equal(active)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -238,7 +238,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _settings(pairs: Iterable[str]) -> dict[str, dict[str, int]]:
+def settings_of(pairs: Iterable[str]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     results: dict[str, dict[str, list[Count]]] = {}
     tables = []
-    with tuning.override(**_settings(options.set)):
+    with tuning.override(**settings_of(options.set)):
         for target in options.targets:
             for name in options.shapes:
                 rows = list(counts(SHAPES[name], target))
