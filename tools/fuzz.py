@@ -174,9 +174,8 @@ def check_loss(kind: str, seed: int, backend: str, small: bool) -> None:
     _, components, positions, *_ = next(iter(case["student"]["tensors"].values())).shape
     size = positions * (1 + math.log(case["student"]["classes"]) + math.log(components))
     size += largest(*(v for n, v in truth.items() if not n.startswith("gradient")))
-    factor = largest(*(w for n, w in case["shared"].items() if n.endswith("_weight")))
-    factor *= largest(case["upstream"])
-
+    weight = largest(*(w for n, w in case["shared"].items() if n.endswith("_weight")))
+    examples = len(case["upstream"]) if case.get("reduction") == "sum" else 1
     shared = {"weight", "bias"}  # of all examples
     if case["student"]["layout"] == "expanded":
         shared |= case["student"]["tensors"].keys()
@@ -191,10 +190,12 @@ def check_loss(kind: str, seed: int, backend: str, small: bool) -> None:
                     mine, same, exact = mine[defined], same[defined], exact[defined]
                 elif not bool(defined.all()):
                     continue
+                atol *= weight * largest(case["upstream"])
                 # And one rounding of the result to its dtype.
-                atol = atol * factor + torch.finfo(value.dtype).eps * largest(exact)
+                atol += torch.finfo(value.dtype).eps * largest(exact)
             else:  # Probabilities that underflow in one dtype do not in the other.
                 exact = torch.where(same.isfinite() == exact.isfinite(), exact, same.double())
+                atol *= weight * examples if name == "value" else 1
             atol += 2 * changes.get(name, 0.0)
             assert_close_to_reference(mine, same, exact, atol=atol, name=name)
 
