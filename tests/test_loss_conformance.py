@@ -181,7 +181,7 @@ def test_columns_of_minus_infinity_have_zero_gradient_and_the_value_of_the_refer
     student = problem["student"].clone()
     student[:, 1, :, 5] = NEG_INF  # one component
     student[..., 6] = NEG_INF  # all of them, and neither teacher nor targets want it
-    student[:, 2, 1] = NEG_INF  # a row without a class
+    student[:, 2, 0] = NEG_INF  # a row without a class, at a position that always counts
     for name in ("teacher", "consistency"):
         problem[name][..., 6] = NEG_INF
     problem["teacher"][..., 5] = NEG_INF
