@@ -23,7 +23,7 @@ def describe(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         return f"Tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
@@ -91,6 +91,18 @@ def check_int(value: Any, name: str, *, minimum: int | None = None) -> int:
     if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value
+
+
+def check_mask_id(value: Any, vocabulary: int) -> None:
+    """Check the id of the mask token, or None for no mask."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"mask_id must be an int or None, got {describe(value)}")
+    if not 0 <= value < vocabulary:
+        raise ValueError(f"mask_id must be in [0, V) = [0, {vocabulary}), got {value}")
+    if vocabulary == 1:
+        raise ValueError("mask_id excludes the only class: V must be at least 2, got 1")
 
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from wrong_arguments import Wrong, wrong
 
 from di4c_fast.heads import LinearHead
 from di4c_fast.integrations import dream
@@ -233,32 +234,6 @@ def test_hooks_run_the_models_own_loop():
         assert model.own_loops == 2
 
 
-def test_accelerate_is_undone():
-    model, prompt = FakeDream(6), prompt_of(1)
-    handle = dream.accelerate(model)
-    assert model.diffusion_generate(prompt, Config()).shape == (1, 18)
-    handle.remove()
-    handle.remove()
-    assert torch.equal(model.diffusion_generate(prompt, Config()), prompt)
-    assert "_sample" not in vars(model)
-
-
-def test_draws_are_a_function_of_the_seed():
-    model, prompt = FakeDream(7), prompt_of()
-    config = Config(alg="entropy", temperature=1.0, top_p=0.95, alg_temp=0.5)
-
-    def draw(seed):
-        with dream.accelerate(model, seed=seed):
-            return model.diffusion_generate(prompt, config)
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    torch.manual_seed(0)
-    first = draw(None)
-    torch.manual_seed(0)
-    assert torch.equal(first, draw(None))
-
-
 def test_the_denoiser_returns_the_linear_head_of_the_model():
     model, tokens = FakeDream(8), prompt_of()
     head = dream.denoiser(model)(tokens, torch.ones(2))
@@ -283,33 +258,45 @@ def test_an_output_class_of_our_own_where_the_model_has_none():
     assert bool((output.sequences[:, 6:] == 0).all())
 
 
-@pytest.mark.parametrize(
-    ("model", "options", "error", "message"),
+@wrong(
     [
-        (object(), {}, TypeError, "model must have Dream's method _sample"),
-        (FakeDream(), {"exclude_mask": 1}, TypeError, "exclude_mask must be True or False"),
-        (FakeDream(), {"confidence_dtype": "bf16"}, ValueError, "confidence_dtype must be None or"),
-    ],
+        ({"model": object()}, TypeError, "model must have Dream's method _sample"),
+        ({"exclude_mask": 1}, TypeError, "exclude_mask must be True or False"),
+        ({"confidence_dtype": "bf16"}, ValueError, "confidence_dtype must be None or one of"),
+    ]
 )
-def test_wrong_arguments_are_named(model, options, error, message):
-    with pytest.raises(error, match=message):
-        dream.accelerate(model, **options)
+def test_wrong_arguments_are_named(wrong: Wrong):
+    with wrong.raises():
+        dream.accelerate(**{"model": FakeDream(), **wrong.what})
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@wrong(
     [
-        ({"alg": "greedy"}, "alg must be one of 'origin', 'maskgit_plus'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"eps": 0.0}, r"t_min must be in \(0, 1\), got 0.0"),
-        ({"max_length": 5}, "prompt must not be longer than the sequence, D = 5, got 6"),
-    ],
-    ids=str,
+        ({"alg": "greedy"}, ValueError, "alg must be one of 'origin', 'maskgit_plus'"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"temperature": -0.5}, ValueError, "temperature must be finite and at least 0, got -0.5"),
+        ({"top_p": 0.0}, ValueError, "top_p must be in (0, 1], got 0.0"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"eps": 0.0}, ValueError, "t_min must be in (0, 1), got 0.0"),
+        (
+            {"max_length": 5},
+            ValueError,
+            "prompt must not be longer than the sequence, D = 5, got 6",
+        ),
+    ]
 )
-def test_wrong_configurations_are_named_when_generating(changes, message):
+def test_wrong_configurations_are_named_when_generating(wrong: Wrong):
     model = FakeDream()
-    with dream.accelerate(model), pytest.raises(ValueError, match=message):
-        model.diffusion_generate(prompt_of(), Config(**changes))
+    with dream.accelerate(model), wrong.raises():
+        model.diffusion_generate(prompt_of(), Config(**wrong.what))
+
+
+def test_draws_are_a_function_of_the_seed():
+    model = FakeDream(7)
+    config = Config(alg="entropy", temperature=1.0, top_p=0.95, alg_temp=0.5)
+    drawn = []
+    for seed in (1, 1, 2):
+        with dream.accelerate(model, seed=seed):
+            drawn.append(model.diffusion_generate(prompt_of(), config))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

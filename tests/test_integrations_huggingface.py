@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_models import FAMILIES, MASK, POSITIONS, VOCAB, tiny
 from torch import nn
+from wrong_arguments import Wrong, wrong
 
 from di4c_fast.heads import LinearHead, TensorHead
 from di4c_fast.integrations.huggingface import MaskedLM, has_linear_head
@@ -159,24 +160,18 @@ def test_a_masked_model_is_a_teacher_for_distillation():
     assert student.model.get_output_embeddings().weight.grad is not None
 
 
-@pytest.mark.parametrize(
-    ("model", "options", "error", "message"),
+@wrong(
     [
-        (lambda: "bert", {}, TypeError, "model must be an nn.Module, got str 'bert'"),
+        (("bert", None), TypeError, "model must be an nn.Module, got str 'bert'"),
         (
-            lambda: nn.Linear(2, 2),
-            {"linear_head": True},
+            (nn.Linear(2, 2), True),
             ValueError,
-            r"linear_head=True needs a model whose get_output_embeddings\(\).* got Linear",
+            "linear_head=True needs a model whose get_output_embeddings()... got Linear",
         ),
-        (
-            lambda: nn.Linear(2, 2),
-            {"linear_head": 1},
-            TypeError,
-            "linear_head must be True, False or None, got int 1",
-        ),
-    ],
+        ((nn.Linear(2, 2), 1), TypeError, "linear_head must be True, False or None, got int 1"),
+    ]
 )
-def test_the_adapter_names_what_is_wrong(model, options, error, message):
-    with pytest.raises(error, match=message):
-        MaskedLM(model(), **options)
+def test_the_adapter_names_what_is_wrong(wrong: Wrong):
+    model, linear_head = wrong.what
+    with wrong.raises():
+        MaskedLM(model, linear_head=linear_head)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from dit_models import DIT, MASK, VOCAB, LogLinear, ancestral_law
 from torch import Tensor, nn
+from wrong_arguments import Wrong, wrong
 
 from di4c_fast.heads import LinearHead, TensorHead
 from di4c_fast.integrations.mdlm import accelerate_mdlm, as_model
@@ -83,7 +84,7 @@ def masked(shape: tuple[int, int], fraction: float = 0.5) -> Tensor:
     return torch.where(torch.rand(shape, generator=g) < fraction, MASK, tokens)
 
 
-def test_the_repositorys_entry_samples_through_the_package_and_comes_back():
+def test_the_repositorys_entry_samples_through_the_package():
     model = Diffusion(batch=5, length=7)
     with accelerate_mdlm(model):
         tokens = model.restore_model_and_sample(num_steps=3)
@@ -92,8 +93,6 @@ def test_the_repositorys_entry_samples_through_the_package_and_comes_back():
     assert tokens.shape == (5, 7)
     assert tokens.dtype == torch.int64
     assert int(tokens.max()) < MASK
-    assert model._sample() == "original"
-    assert "_sample" not in vars(model)
 
 
 @pytest.mark.parametrize("time_conditioning", [False, True])
@@ -192,17 +191,6 @@ def test_what_has_another_law_stays_with_the_repository(changes):
         assert model.restore_model_and_sample(7, eps=0.1) == "original"
     assert model.original == [(7, 0.1)]
     assert model.backbone.calls == []
-
-
-def test_default_generator_decides():
-    model = Diffusion(batch=6, length=9).eval()
-    with accelerate_mdlm(model):
-        torch.manual_seed(5)
-        first, second = model._sample(), model._sample()
-        torch.manual_seed(5)
-        again = model._sample()
-    assert torch.equal(first, again)
-    assert not torch.equal(first, second)
 
 
 # The network as a model of this package
@@ -336,15 +324,14 @@ def test_what_is_no_mdlm_is_named():
         as_model(Diffusion(parameterization="sedd"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+@wrong(
     [
         ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
         ({"num_steps": 2.0}, TypeError, "num_steps must be an int"),
-        ({"eps": 0.0}, ValueError, r"t_min must be in \(0, 1\), got 0"),
-    ],
+        ({"eps": 0.0}, ValueError, "t_min must be in (0, 1), got 0"),
+    ]
 )
-def test_wrong_arguments_are_named(arguments, error, message):
+def test_wrong_arguments_are_named(wrong: Wrong):
     model = Diffusion()
-    with accelerate_mdlm(model), pytest.raises(error, match=message):
-        model._sample(**arguments)
+    with accelerate_mdlm(model), wrong.raises():
+        model._sample(**wrong.what)

@@ -6,6 +6,7 @@ backend joins by its name in `loss_heads.FAST`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -242,6 +243,18 @@ def test_one_hot_teachers_and_components_of_weight_zero(backend):
 
 
 @pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize(("log_weight", "expected"), [(-1e3, math.inf), (NEG_INF, None)])
+def test_an_infinite_divergence_counts_unless_its_weight_is_zero(log_weight, expected, backend):
+    # exp(-1000) is 0 in every dtype, but the weight is not.
+    problem = make_problem(13, components=3, weighted=True, component_weight=0.5)
+    problem["log_weights"][0, 1] = log_weight
+    problem["student"][0, 1, 2, 3] = NEG_INF
+    value = run_loss(single(problem), backend=backend, reduction="none")
+    assert torch.isfinite(value[1])
+    assert value[0] == expected if expected else torch.isfinite(value[0])
+
+
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("name", ["student", "teacher", "consistency"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_in_give_nan_out(backend, name, value):
@@ -256,6 +269,21 @@ def test_nan_and_infinity_in_give_nan_out(backend, name, value):
         result = run_loss(problem | {name: broken}, backend=backend, reduction="none")
         assert torch.isnan(result[0]), place
         assert torch.isfinite(result[1])
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_nan_where_nothing_counts_changes_no_value_and_no_gradient(backend):
+    problem = make_problem(14, components=3, dtype=torch.float32, **FULL)
+    ignored = ~problem["valid"] | (problem["xt"] != problem["mask_id"])
+    shown = ignored.unsqueeze(1) | (problem["xu"] != problem["mask_id"])
+    assert 0 < int(ignored.sum()) < int(shown.sum())
+    masks = {"student": ignored.unsqueeze(1), "teacher": ignored, "consistency": shown}
+    broken = {n: problem[n].masked_fill(m.unsqueeze(-1), float("nan")) for n, m in masks.items()}
+    expected = loss_and_gradients(problem, backend=backend)
+    for name, value in loss_and_gradients(problem | broken, backend=backend).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    drawn = problem | broken | {"consistency_x": None, "generator": torch.Generator()}
+    assert torch.isfinite(run_loss(drawn, backend=backend))
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -16,9 +16,23 @@ from ..heads import Head, HeadLike, as_head
 Context = Mapping[str, Tensor]
 
 
+class Wrapper(nn.Module):
+    """A module around a model: its weights, below "model.", and its modes are the model's."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.training = getattr(model, "training", False)  # its parts keep their own modes
+
+
 def check_callable(model: Any, name: str) -> None:
     if not callable(model):
-        raise TypeError(f"{name} must be callable, got {type(model).__name__}")
+        raise TypeError(f"{name} must be callable, got {describe(model)}")
+
+
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {describe(model)}")
 
 
 def check_context(context: Context | None, batch: int, device: torch.device) -> Context:
