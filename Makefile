@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(PYTHON)
 RUN_DIR ?= runs/digits
 
-.PHONY: demo text test sanitize bench report gpu aot docs lint clean
+.PHONY: demo text test sanitize bench report gpu aot count docs lint clean
 
 # Set-up is stamped by extra, so that `make demo` installs only what the demo needs.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -63,6 +63,10 @@ gpu:
 # Registers, shared memory and spills of every kernel for every target; needs no GPU.
 aot: $(VENV)/.stamp-dev
 	env -u TRITON_INTERPRET $(BIN)/python -m tools.compile_report $(ARGS)
+
+# Instructions of the kernels per logit and what they take at least, computed; needs no GPU.
+count: $(VENV)/.stamp-dev
+	env -u TRITON_INTERPRET $(BIN)/python -m tools.count $(ARGS)
 
 # Everything under benchmarks/ in at most 8 minutes; results go to benchmarks/results/.
 bench: $(VENV)/.stamp-dev

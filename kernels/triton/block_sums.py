@@ -139,7 +139,7 @@ def rows_at(
     return wanted, offset, offset_u, t, cold, strength
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin_row", "rows", "first", "plane"])
 def _block_sums_kernel(
     x_ptr,  # logits, in
     u_ptr,  # unconditional logits, in, with GUIDED

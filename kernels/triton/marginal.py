@@ -85,7 +85,7 @@ def _softmax_sum(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _marginal_kernel(
     x_ptr,  # logits of the operand, in
     shift_ptr,  # [A, C] fp32, in

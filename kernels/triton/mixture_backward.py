@@ -66,7 +66,7 @@ def dense_gradient(
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _mixture_backward_kernel(
     z_ptr,  # student logits, in
     shift_ptr,  # [A, N] fp32, in, and so total: the student's row sums

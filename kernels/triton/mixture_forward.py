@@ -65,7 +65,7 @@ def _divergence(q, log2_q, log2_p):
     return tl.where(q == 0.0, 0.0, q * (log2_q - log2_p))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _mixture_forward_kernel(
     z_ptr,  # student logits, in
     t_ptr,  # teacher logits, in, unless STORED_T

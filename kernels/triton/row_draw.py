@@ -53,7 +53,7 @@ class RowDraw:
     powers_of_two = ("elements", "warps", "whole_elements", "rows", "blocks", "joined_rows")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin_row", "part", "rows", "first", "plane"])
 def _row_draw_kernel(
     x_ptr,  # logits, in
     u_ptr,  # unconditional logits, in, with GUIDED

@@ -42,7 +42,7 @@ class RowStatistics:
     powers_of_two = ("elements", "warps")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _row_statistics_kernel(
     x_ptr,  # logits of the operand, in
     tokens_ptr,  # [B, J, D] int64, in, with HAS_TARGETS

@@ -33,7 +33,7 @@ from .tiles import (
 from .tuning import power_of_two
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _target_gradient_kernel(
     tokens_ptr,  # [B, J, D] int64, in
     log_prob_ptr,  # [A, J, N] fp32, in

@@ -2,7 +2,8 @@
 
 Shapes: B examples, C components, D positions, V classes, A slots, W columns of a tile. A *slot*
 counts the positions that a launch visits, from 0; its *place* is its number among all A slots, by
-which statistics are stored; its *position* is b·D + d (see `passes.base.Visit`).
+which statistics are stored; its *position* is b·D + d (see `passes.base.Visit`). Kernels do not
+specialise on counts: those change from step to step, and each would be compiled for anew.
 """
 
 from __future__ import annotations
