@@ -192,7 +192,8 @@ def marginal(
         return
     tuned = launch_parameters("marginal", operand.logits.device)
     block_c = min(power_of_two(operand.components), COMPONENT_TILE)
-    block_v = max(1, min(power_of_two(operand.vocabulary), tuned.elements // block_c))
+    wide = max(1, block_c // 16)  # as many columns per tile for 32 components as for 16
+    block_v = max(1, min(power_of_two(operand.vocabulary), tuned.elements * wide // block_c))
     split = max(tuned.split_columns, block_v)
     _marginal_kernel[(visit.slots, triton.cdiv(operand.vocabulary, split))](
         operand.logits,
@@ -223,5 +224,5 @@ def marginal(
         BLOCK_N=power_of_two(alive.shape[1]),
         BLOCK_V=block_v,
         STAGES=tuned.stages,
-        num_warps=min(tuned.warps, power_of_two(max(1, block_c * block_v // 128))),
+        num_warps=min(tuned.warps * wide, power_of_two(max(1, block_c * block_v // 128))),
     )
