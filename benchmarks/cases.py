@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-Size = Literal["full", "small", "tiny"]
 SIZES = ("full", "small", "tiny")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LETTERS = {
+    "batch": "B",
+    "components": "N",
+    "positions": "D",
+    "vocabulary": "V",
+    "width": "C",
+    "layers": "layers",
+    "steps": "steps",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +46,9 @@ class Case:
     head: str = "logits"  # logits, linear or logistic
     masked: float | None = None  # share of masked positions; None: no masks at all
     cross_entropy: bool = False  # N = 1 and the likelihood alone
-    note: str = ""  # which point of which sweep, for the key
+    note: str = ""  # which point of which sweep, or the condition, for the key
+    threads: int = 0  # 0: those of the run
+    busy: int = 0  # other processes that each keep a core busy meanwhile
 
     @property
     def key(self) -> str:
@@ -48,25 +58,22 @@ class Case:
     @property
     def title(self) -> str:
         """The shape with its sizes, for people."""
-        letters = {
-            "B": self.batch,
-            "N": self.components,
-            "D": self.positions,
-            "V": self.vocabulary,
-            "C": self.width,
-            "layers": self.layers,
-            "steps": self.steps,
-        }
-        hidden = {name for name, value in letters.items() if value == 0}
+        letters = {letter: getattr(self, field) for field, letter in LETTERS.items()}
         if self.kind == "draw":
-            hidden |= {"B", "N"}
-            letters = {"rows" if name == "D" else name: value for name, value in letters.items()}
+            letters = {"rows": self.positions, "V": self.vocabulary, "C": self.width}
         if self.kind == "confidence":
-            hidden |= {"N"}
-        sizes = ", ".join(f"{name}={v}" for name, v in letters.items() if name not in hidden)
-        masked = "" if self.masked is None else f", {self.masked:.0%} masked"
-        head = "" if self.head == "logits" else f", {self.head} head"
-        return f"{self.shape} ({sizes}{masked}{head}, {self.dtype})"
+            del letters["N"]
+        parts = [f"{name}={value}" for name, value in letters.items() if value]
+        if self.masked is not None:
+            parts.append(f"{self.masked:.0%} masked")
+        if self.head != "logits":
+            parts.append(f"{self.head} head")
+        parts.append(self.dtype)
+        if self.threads:
+            parts.append(f"{self.threads} threads" if self.threads > 1 else "1 thread")
+        if self.busy:
+            parts.append("one core busy")
+        return f"{self.shape} ({', '.join(parts)})"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -84,13 +91,6 @@ class Case:
         if self.masked is None:
             return self.positions
         return min(self.positions, math.floor(self.masked * self.positions + 0.5))
-
-    def spec(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_spec(spec: dict[str, Any]) -> Case:
-        return Case(**spec)
 
 
 # fmt: off
@@ -124,6 +124,12 @@ _LOSS = {
                   "head": "logistic"},
         "tiny": {"batch": 2, "components": 3, "positions": 8, "vocabulary": 16,
                  "head": "logistic"},
+    },
+    # the digits of the demo: a vocabulary so small that overheads count
+    "digits": {
+        "full": {"batch": 128, "components": 16, "positions": 64, "vocabulary": 18, "masked": 0.5},
+        "small": {"batch": 8, "components": 16, "positions": 64, "vocabulary": 18, "masked": 0.5},
+        "tiny": {"batch": 2, "components": 4, "positions": 6, "vocabulary": 18, "masked": 0.5},
     },
     # the vocabulary of a large language model
     "large": {
@@ -168,7 +174,7 @@ _ANCESTRAL = {
     "ancestral": {
         "full": {"batch": 16, "positions": 1024, "vocabulary": 50258, "width": 768,
                  "layers": 12, "steps": 16},
-        "small": {"batch": 2, "positions": 256, "vocabulary": 50258, "width": 768,
+        "small": {"batch": 1, "positions": 128, "vocabulary": 50258, "width": 768,
                   "layers": 4, "steps": 16},
         "tiny": {"batch": 2, "positions": 12, "vocabulary": 33, "width": 16, "layers": 1,
                  "steps": 3},
@@ -208,6 +214,7 @@ SHAPES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "confidence": _CONFIDENCE,
     "step": _STEP,
 }
+NAMES = [name for shapes in SHAPES.values() for name in shapes]
 
 # Points of the scaling sweeps, around a base that the dense formulation can follow.
 _SWEEP_BASE: dict[str, dict[str, Any]] = {
@@ -231,14 +238,10 @@ _SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
     "tiny": {"components": (1, 2), "masked": (0.5, 1.0)},
 }
 AXES = {"components": "N", "positions": "D", "vocabulary": "V", "masked": "masked"}
+AXES |= {"threads": "threads"}
 BASE = "base"  # the note of the point that all sweeps share
-
 # Positions at which the peak memory with a linear head is compared.
 _MEMORY_POSITIONS = {"full": (512, 1024, 4096), "small": (128, 512, 1024), "tiny": (8, 16)}
-
-
-def shape_names(kinds: Iterable[str] = SHAPES) -> list[str]:
-    return [name for kind in kinds for name in SHAPES[kind]]
 
 
 def make_case(shape: str, size: str, dtype: str, device: str, **changes: Any) -> Case:
@@ -247,29 +250,51 @@ def make_case(shape: str, size: str, dtype: str, device: str, **changes: Any) ->
     Raises:
         ValueError: an unknown name, with the known ones.
     """
-    check_name(shape, "shape", shape_names())
-    check_name(size, "size", SIZES)
-    check_name(dtype, "dtype", DTYPES)
+    for what, name, known in (
+        ("shape", shape, NAMES),
+        ("size", size, SIZES),
+        ("dtype", dtype, DTYPES),
+    ):
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; known are {', '.join(known)}")
     kind = next(kind for kind, shapes in SHAPES.items() if shape in shapes)
     fields = {**SHAPES[kind][shape][size], **changes}
     return Case(kind=kind, shape=shape, size=size, dtype=dtype, device=device, **fields)
 
 
-def sweep_cases(size: str, dtype: str, device: str) -> list[Case]:
-    """The points of the scaling sweeps over N, D, V and the masked share, each once."""
-    base = _SWEEP_BASE[size]
+def sweep_cases(size: str, dtype: str, device: str, threads: int) -> list[Case]:
+    """The points of the sweeps, each once: N, D, V, masked share, on a CPU threads.
 
-    def case(note: str, **changes: Any) -> Case:
-        fields = {**base, **changes}
-        return Case("loss", "scaling", size, dtype, device, note=note, **fields)
-
+    Then the linear head at growing D, for its memory.
+    """
+    base = {**_SWEEP_BASE[size], "threads": threads if device == "cpu" else 0}
+    sweeps = dict(_SWEEPS[size])
+    if device == "cpu" and threads > 1:
+        sweeps["threads"] = (1, threads)
     changed = [
-        case(f"{AXES[axis]}={point}", **{axis: point})
-        for axis, points in _SWEEPS[size].items()
+        (f"{AXES[axis]}={point}", {axis: point})
+        for axis, points in sweeps.items()
         for point in points
         if point != base[axis]
     ]
-    return [case(BASE), *changed]
+    return [
+        Case("loss", "scaling", size, dtype, device, note=note, **{**base, **change})
+        for note, change in [(BASE, {}), *changed]
+    ] + [
+        make_case("language-hidden", size, dtype, device, positions=points, note=f"D={points}")
+        for points in _MEMORY_POSITIONS[size]
+    ]
+
+
+def condition_cases(size: str, dtype: str, device: str) -> list[Case]:
+    """On a CPU: half precision, and loss and draws while another process keeps a core busy."""
+    if device != "cpu":
+        return []
+    busy = [
+        make_case(shape, size, dtype, device, busy=1, note="busy") for shape in ("language", "rows")
+    ]
+    half = [make_case("language", size, "bf16", device, note="half")] if dtype == "fp32" else []
+    return [*half, *busy]
 
 
 def on_axis(record: Mapping[str, Any], axis: str) -> float | None:
@@ -280,19 +305,3 @@ def on_axis(record: Mapping[str, Any], axis: str) -> float | None:
     if case["note"] != BASE and not case["note"].startswith(f"{AXES[axis]}="):
         return None
     return float(case[axis])
-
-
-def memory_cases(size: str, dtype: str, device: str) -> list[Case]:
-    """The linear head at growing D, for its memory alone."""
-    return [
-        make_case(
-            "language-hidden", size, dtype, device, positions=positions, note=f"D={positions}"
-        )
-        for positions in _MEMORY_POSITIONS[size]
-    ]
-
-
-def check_name(name: str, what: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r}; known are {', '.join(known)}")

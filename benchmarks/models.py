@@ -63,3 +63,28 @@ class Transformer(nn.Module):
 
     def as_head(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> LinearHead:
         return LinearHead(self.hidden(tokens, t, latent), self.output.weight)
+
+
+class TiedModel:
+    """(tokens (B, D), t (B,)) -> logits (B, D, V): embeddings tied to the head, and no layers.
+
+    A position sees its own token, its neighbours and its place, so that what a step fills changes
+    what comes after it. The head is all that costs. `as_head` is a `LinearHead` of the same
+    numbers.
+    """
+
+    def __init__(self, weight: Tensor, place: Tensor):
+        self.weight = weight  # (V, C), entries of size 2 / sqrt(C)
+        self.place = place  # (D, C), entries of size 1
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        # With the channels turned by one, no token predicts itself or its neighbours.
+        x = F.layer_norm(self.weight[tokens], self.weight.shape[1:]).roll(1, -1)
+        x = x + x.roll(1, 1) + x.roll(-1, 1) + self.place
+        return F.layer_norm(x, self.weight.shape[1:])
+
+    def __call__(self, tokens: Tensor, t: Tensor) -> Tensor:
+        return F.linear(self.hidden(tokens), self.weight)
+
+    def as_head(self, tokens: Tensor, t: Tensor) -> LinearHead:
+        return LinearHead(self.hidden(tokens), self.weight)

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -24,13 +25,12 @@ import torch
 from torch import Tensor
 
 from .cases import make_case
-from .draw_group import DrawGroup
+from .draw import DrawGroup
 from .groups import Group
-from .harness import Clock, quantile
-from .loss_group import LossGroup
-from .machine import describe
-from .registry import make_group
-from .store import write_atomically
+from .harness import Clock, make_group
+from .loss import LossGroup
+from .report import write_atomically
+from .truth import relative_error
 
 _LOGITS = ("language", "image")
 _DRAWS = ("rows", "rows-large")
@@ -103,13 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted: keeping what was found", flush=True)
     found = search.found()
     found["_measured"] |= {
-        "device": describe(options.device, torch.get_num_threads())["device"],
+        "device": torch.cuda.get_device_name(options.device) if gpu else "cpu",
         "torch": torch.__version__,
         "dtype": dtype,
         "size": size,
     }
     write_atomically(options.output, json.dumps(found, indent=1) + "\n")
-    print(f"written {options.output.name}: " + json.dumps(_fields(found)))
+    print(f"written {options.output.name}: {json.dumps(by_kernel(search.best))}")
     return 0
 
 
@@ -120,10 +120,6 @@ def by_kernel(fields: dict[str, int]) -> dict[str, dict[str, int]]:
         kernel, name = field.split(".")
         found.setdefault(kernel, {})[name] = value
     return found
-
-
-def _fields(found: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in found.items() if not key.startswith("_")}
 
 
 class Search:
@@ -195,18 +191,19 @@ class Search:
         if isinstance(group, DrawGroup):
             return [group.draw("triton", inputs, step=0).token]
         assert isinstance(group, LossGroup)
-        loss, gradients = group.evaluate("triton", inputs, given=True)
-        return [loss.detach(), *(gradient.detach() for gradient in gradients)]
+        loss, gradients = group.evaluate("triton", inputs)
+        return [loss, *gradients]
 
     def _time(self, problem: Problem) -> float:
         call = functools.partial(problem.group.call, "triton", problem.inputs)
+
+        def seconds(count: int) -> float:
+            return statistics.median(self.clock.round([lambda: call] * count))
+
         if not self.clock.gpu:  # the interpreter: only to go through everything
-            return self.clock.round([call])[0]
-        self.clock.round([call] * 2)  # compiles
-        once = self.clock.round([call])[0]
-        return quantile(
-            self.clock.round([call] * max(3, min(20, int(0.15 / max(once, 1e-6))))), 0.5
-        )
+            return seconds(1)
+        seconds(2)  # compiles
+        return seconds(max(3, min(20, int(0.15 / max(seconds(1), 1e-6)))))
 
     def _try(self, field: str, candidate: int, problems: Sequence[Problem]) -> None:
         entry: dict[str, Any] = {"field": field, "value": candidate}
@@ -245,7 +242,7 @@ class Search:
                 if not different <= TOLERANCE:
                     raise ArithmeticError(f"other tokens in {different:.1%} of the rows")
                 continue
-            error = float((ours.float() - expected.float()).norm() / expected.float().norm())
+            error = relative_error(ours, expected)
             if not error <= limit:
                 raise ArithmeticError(f"another result, relative difference {error:.1e}")
 
