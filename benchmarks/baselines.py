@@ -9,6 +9,7 @@ dense: the teacher runs without a graph, and its logits for identical copies are
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,17 +23,15 @@ from torch import Tensor
 NEGATIVE = -1e6
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
-
-
-def substitute(logits: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
-    """The SUBS parameterisation: no mask column, one-hot at tokens that are not masked.
+def log_probs(logits: Tensor, tokens: Tensor | None, mask_id: int | None) -> Tensor:
+    """log-softmax; with a mask the SUBS parameterisation: no mask column, known tokens certain.
 
     tokens: the leading shape of `logits`, or one that broadcasts to it.
     """
+    if tokens is None or mask_id is None:
+        return logits.float().log_softmax(-1)
     columns = torch.arange(logits.shape[-1], device=logits.device)
-    log_prob = log_softmax(logits.float().masked_fill(columns == mask_id, NEGATIVE))
+    log_prob = logits.float().masked_fill(columns == mask_id, NEGATIVE).log_softmax(-1)
     revealed = (tokens != mask_id).unsqueeze(-1)
     certain = torch.where(columns == tokens.unsqueeze(-1), 0.0, NEGATIVE)
     return torch.where(revealed, certain, log_prob)
@@ -64,19 +63,10 @@ def dense_loss(
         one_gather: gather all targets at once instead of one row of tokens after the other.
     """
     components = student.shape[1]
-    if mask_id is None:
-        log_prob = log_softmax(student)
-    else:
-        assert xt is not None
-        log_prob = substitute(student, xt.unsqueeze(1), mask_id)
+    log_prob = log_probs(student, None if xt is None else xt.unsqueeze(1), mask_id)
     with torch.no_grad():
-        if mask_id is None:
-            log_teacher, log_consistency = log_softmax(teacher), log_softmax(consistency)
-        else:
-            assert xt is not None
-            assert xu is not None
-            log_teacher = substitute(teacher, xt, mask_id)
-            log_consistency = substitute(consistency, xu, mask_id)
+        log_teacher = log_probs(teacher, xt, mask_id)
+        log_consistency = log_probs(consistency, xu, mask_id)
         if consistency_x is None:
             consistency_x = draw_tokens(log_consistency)
         target = log_consistency.exp().mean(1)
@@ -104,9 +94,7 @@ def dense_loss(
     return per_example.mean()
 
 
-def vectorised_loss(student: Tensor, teacher: Tensor, x0: Tensor, **arguments: object) -> Tensor:
-    """`dense_loss` with one gather for all targets, marginals taken at the targets alone."""
-    return dense_loss(student, teacher, x0, one_gather=True, **arguments)  # type: ignore[arg-type]
+vectorised_loss = functools.partial(dense_loss, one_gather=True)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -243,7 +231,6 @@ def distill_step(
     latent_u: Tensor | None = None,
     consistency_x: Tensor | None = None,
     loss: Callable[..., Tensor] | None = None,
-    mark: Callable[[str], None] = lambda phase: None,
 ) -> Tensor:
     """One distillation step as the formulas read: every model sees N copies, all logits exist.
 
@@ -253,10 +240,6 @@ def distill_step(
         t: (B,).
         latent, xt, xu, latent_u, consistency_x: drawn here where None.
         loss: `dense_loss` (None), or what torch.compile makes of it.
-        mark: called with the name of each phase when it ends.
-
-    Returns:
-        The loss, a scalar.
     """
     batch, positions = x0.shape
     rows = batch * components
@@ -273,16 +256,12 @@ def distill_step(
     sizes = (batch, components)
     with torch.no_grad():
         teacher_logits = teacher(copies, t_rows)
-        mark("teacher")
         if xu is None:
             xu = ancestral_step(teacher_logits, copies, t_rows, u_rows, mask_id)
             xu = xu.unflatten(0, sizes)
-        mark("process")
         consistency = student(xu.flatten(0, 1), u_rows, latent_u).unflatten(0, sizes)
-        mark("student at x_u")
     prediction = student(copies, t_rows, latent).unflatten(0, sizes)
-    mark("student at x_t")
-    value = (loss or dense_loss)(
+    return (loss or dense_loss)(
         prediction,
         teacher_logits.unflatten(0, sizes)[:, 0],
         x0,
@@ -293,5 +272,3 @@ def distill_step(
         mask_id=mask_id,
         data_weight=data_weight,
     )
-    mark("loss")
-    return value

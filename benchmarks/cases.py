@@ -16,15 +16,8 @@ import torch
 
 SIZES = ("full", "small", "tiny")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LETTERS = {
-    "batch": "B",
-    "components": "N",
-    "positions": "D",
-    "vocabulary": "V",
-    "width": "C",
-    "layers": "layers",
-    "steps": "steps",
-}
+LETTERS = {"batch": "B", "components": "N", "positions": "D", "vocabulary": "V", "width": "C"}
+LETTERS |= {"layers": "layers", "steps": "steps"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,149 +87,64 @@ class Case:
 
 
 # fmt: off
-_LOSS = {
+_FIELDS = ("batch", "components", "positions", "vocabulary", "masked", "width", "layers", "steps")
+# Kind, what all sizes share, and B, N, D, V, masked share, C, layers, steps of full, small, tiny.
+SHAPES: dict[str, tuple[str, dict[str, Any], tuple[tuple[Any, ...], ...]]] = {
     # the paper's masked language model: OpenWebText with GPT-2's tokens and a mask
-    "language": {
-        "full": {"components": 16, "positions": 1024, "vocabulary": 50258, "masked": 0.5},
-        "small": {"components": 16, "positions": 128, "vocabulary": 8193, "masked": 0.6},
-        "tiny": {"components": 4, "positions": 12, "vocabulary": 65, "masked": 0.6},
-    },
+    "language": ("loss", {}, (
+        (1, 16, 1024, 50258, 0.5), (1, 16, 128, 8193, 0.6), (1, 4, 12, 65, 0.6))),
     # the same from hidden states
-    "language-hidden": {
-        "full": {"components": 16, "positions": 1024, "vocabulary": 50258, "masked": 0.5,
-                 "width": 768, "head": "linear"},
-        "small": {"components": 16, "positions": 128, "vocabulary": 8193, "masked": 0.6,
-                  "width": 256, "head": "linear"},
-        "tiny": {"components": 4, "positions": 12, "vocabulary": 65, "masked": 0.6,
-                 "width": 8, "head": "linear"},
-    },
+    "language-hidden": ("loss", {"head": "linear"}, (
+        (1, 16, 1024, 50258, 0.5, 768), (1, 16, 128, 8193, 0.6, 256), (1, 4, 12, 65, 0.6, 8))),
     # VQ images: MaskGIT on ImageNet, all positions and columns count
-    "image": {
-        "full": {"batch": 2, "components": 32, "positions": 256, "vocabulary": 1025},
-        "small": {"batch": 1, "components": 32, "positions": 64, "vocabulary": 1025},
-        "tiny": {"batch": 2, "components": 4, "positions": 6, "vocabulary": 33},
-    },
+    "image": ("loss", {}, ((2, 32, 256, 1025), (1, 32, 64, 1025), (2, 4, 6, 33))),
     # pixels: two numbers per pixel instead of 256 logits
-    "pixel": {
-        "full": {"batch": 8, "components": 16, "positions": 3072, "vocabulary": 256,
-                 "head": "logistic"},
-        "small": {"batch": 1, "components": 16, "positions": 768, "vocabulary": 256,
-                  "head": "logistic"},
-        "tiny": {"batch": 2, "components": 3, "positions": 8, "vocabulary": 16,
-                 "head": "logistic"},
-    },
+    "pixel": ("loss", {"head": "logistic"}, (
+        (8, 16, 3072, 256), (1, 16, 768, 256), (2, 3, 8, 16))),
     # the digits of the demo: a vocabulary so small that overheads count
-    "digits": {
-        "full": {"batch": 128, "components": 16, "positions": 64, "vocabulary": 18, "masked": 0.5},
-        "small": {"batch": 8, "components": 16, "positions": 64, "vocabulary": 18, "masked": 0.5},
-        "tiny": {"batch": 2, "components": 4, "positions": 6, "vocabulary": 18, "masked": 0.5},
-    },
+    "digits": ("loss", {}, (
+        (128, 16, 64, 18, 0.5), (8, 16, 64, 18, 0.5), (2, 4, 6, 18, 0.5))),
     # the vocabulary of a large language model
-    "large": {
-        "full": {"components": 16, "positions": 512, "vocabulary": 126464, "masked": 0.5,
-                 "width": 4096, "head": "linear"},
-        "small": {"components": 4, "positions": 32, "vocabulary": 126464, "masked": 0.5,
-                  "width": 256, "head": "linear"},
-        "tiny": {"components": 3, "positions": 6, "vocabulary": 129, "masked": 0.5,
-                 "width": 8, "head": "linear"},
-    },
+    "large": ("loss", {"head": "linear"}, (
+        (1, 16, 512, 126464, 0.5, 4096), (1, 4, 32, 126464, 0.5, 256), (1, 3, 6, 129, 0.5, 8))),
     # one component, the likelihood alone: what libraries for language models are made for
-    "cross-entropy": {
-        "full": {"positions": 8192, "vocabulary": 128256, "width": 4096, "head": "linear",
-                 "cross_entropy": True},
-        "small": {"positions": 512, "vocabulary": 32000, "width": 512, "head": "linear",
-                  "cross_entropy": True},
-        "tiny": {"positions": 10, "vocabulary": 33, "width": 8, "head": "linear",
-                 "cross_entropy": True},
-    },
-}
-
-_DRAW = {
-    "rows": {
-        "full": {"positions": 8192, "vocabulary": 50258},
-        "small": {"positions": 1024, "vocabulary": 50258},
-        "tiny": {"positions": 192, "vocabulary": 257},
-    },
-    "rows-large": {
-        "full": {"positions": 4096, "vocabulary": 126464},
-        "small": {"positions": 256, "vocabulary": 126464},
-        "tiny": {"positions": 192, "vocabulary": 513},
-    },
+    "cross-entropy": ("loss", {"head": "linear", "cross_entropy": True}, (
+        (1, 1, 8192, 128256, None, 4096), (1, 1, 512, 32000, None, 512), (1, 1, 10, 33, None, 8))),
+    "rows": ("draw", {}, ((1, 1, 8192, 50258), (1, 1, 1024, 50258), (1, 1, 192, 257))),
+    "rows-large": ("draw", {}, ((1, 1, 4096, 126464), (1, 1, 256, 126464), (1, 1, 192, 513))),
     # rows of a linear head: half of 1024 positions are still masked
-    "head-rows": {
-        "full": {"positions": 512, "vocabulary": 126464, "width": 4096, "head": "linear"},
-        "small": {"positions": 512, "vocabulary": 50258, "width": 512, "head": "linear"},
-        "tiny": {"positions": 192, "vocabulary": 65, "width": 8, "head": "linear"},
-    },
-}
-
-_ANCESTRAL = {
-    "ancestral": {
-        "full": {"batch": 16, "positions": 1024, "vocabulary": 50258, "width": 768,
-                 "layers": 12, "steps": 16},
-        "small": {"batch": 1, "positions": 128, "vocabulary": 50258, "width": 768,
-                  "layers": 4, "steps": 16},
-        "tiny": {"batch": 2, "positions": 12, "vocabulary": 33, "width": 16, "layers": 1,
-                 "steps": 3},
-    },
-}
-
-# The head of a language model of 8 billion parameters, half of the sequence a prompt. Memory is
-# what counts: the small size keeps the vocabulary, so that there, too, the logits of the masked
-# positions are more than the head's budget.
-_CONFIDENCE = {
-    "confidence": {
-        "full": {"positions": 1024, "vocabulary": 126464, "width": 4096, "steps": 4,
-                 "masked": 0.5, "head": "linear"},
-        "small": {"positions": 384, "vocabulary": 126464, "width": 128, "steps": 2,
-                  "masked": 0.5, "head": "linear"},
-        "tiny": {"batch": 2, "positions": 14, "vocabulary": 33, "width": 16, "steps": 3,
-                 "masked": 0.5, "head": "linear"},
-    },
-}
-
-_STEP = {
-    "distill": {
-        "full": {"components": 16, "positions": 1024, "vocabulary": 50258, "width": 768,
-                 "layers": 12, "masked": 0.5},
-        "small": {"components": 8, "positions": 128, "vocabulary": 8193, "width": 256,
-                  "layers": 4, "masked": 0.5},
-        "tiny": {"components": 2, "positions": 12, "vocabulary": 33, "width": 16, "layers": 1,
-                 "masked": 0.5},
-    },
+    "head-rows": ("draw", {"head": "linear"}, (
+        (1, 1, 512, 126464, None, 4096), (1, 1, 512, 50258, None, 512), (1, 1, 192, 65, None, 8))),
+    "ancestral": ("ancestral", {}, (
+        (16, 1, 1024, 50258, None, 768, 12, 16), (1, 1, 128, 50258, None, 768, 4, 16),
+        (2, 1, 12, 33, None, 16, 1, 3))),
+    # The head of a language model of 8 billion parameters, half of the sequence a prompt. Memory
+    # is what counts: the small size keeps the vocabulary, so that there, too, the logits of the
+    # masked positions are more than the head's budget.
+    "confidence": ("confidence", {"head": "linear"}, (
+        (1, 1, 1024, 126464, 0.5, 4096, 0, 4), (1, 1, 384, 126464, 0.5, 128, 0, 2),
+        (2, 1, 14, 33, 0.5, 16, 0, 3))),
+    "distill": ("step", {}, (
+        (1, 16, 1024, 50258, 0.5, 768, 12), (1, 8, 128, 8193, 0.5, 256, 4),
+        (1, 2, 12, 33, 0.5, 16, 1))),
 }
 # fmt: on
 
-SHAPES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
-    "loss": _LOSS,
-    "draw": _DRAW,
-    "ancestral": _ANCESTRAL,
-    "confidence": _CONFIDENCE,
-    "step": _STEP,
-}
-NAMES = [name for shapes in SHAPES.values() for name in shapes]
-
 # Points of the scaling sweeps, around a base that the dense formulation can follow.
+# fmt: off
 _SWEEP_BASE: dict[str, dict[str, Any]] = {
     "full": {"components": 16, "positions": 256, "vocabulary": 50258, "masked": 0.5},
     "small": {"components": 8, "positions": 64, "vocabulary": 4097, "masked": 0.6},
     "tiny": {"components": 2, "positions": 6, "vocabulary": 33, "masked": 0.5},
 }
 _SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "full": {
-        "components": (1, 2, 4, 8, 16, 32, 64),
-        "positions": (64, 128, 256, 512, 1024),
-        "vocabulary": (1025, 8193, 50258, 126464),
-        "masked": (0.05, 0.25, 0.5, 0.75, 1.0),
-    },
-    "small": {
-        "components": (1, 4, 8, 16, 32),
-        "positions": (32, 64, 128, 256),
-        "vocabulary": (1025, 4097, 16385),
-        "masked": (0.1, 0.6, 1.0),
-    },
+    "full": {"components": (1, 2, 4, 8, 16, 32, 64), "positions": (64, 128, 256, 512, 1024),
+             "vocabulary": (1025, 8193, 50258, 126464), "masked": (0.05, 0.25, 0.5, 0.75, 1.0)},
+    "small": {"components": (1, 4, 8, 16, 32), "positions": (32, 64, 128, 256),
+              "vocabulary": (1025, 4097, 16385), "masked": (0.1, 0.6, 1.0)},
     "tiny": {"components": (1, 2), "masked": (0.5, 1.0)},
 }
+# fmt: on
 AXES = {"components": "N", "positions": "D", "vocabulary": "V", "masked": "masked"}
 AXES |= {"threads": "threads"}
 BASE = "base"  # the note of the point that all sweeps share
@@ -251,14 +159,15 @@ def make_case(shape: str, size: str, dtype: str, device: str, **changes: Any) ->
         ValueError: an unknown name, with the known ones.
     """
     for what, name, known in (
-        ("shape", shape, NAMES),
+        ("shape", shape, SHAPES),
         ("size", size, SIZES),
         ("dtype", dtype, DTYPES),
     ):
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}; known are {', '.join(known)}")
-    kind = next(kind for kind, shapes in SHAPES.items() if shape in shapes)
-    fields = {**SHAPES[kind][shape][size], **changes}
+    kind, shared, sizes = SHAPES[shape]
+    given = dict(zip(_FIELDS, sizes[SIZES.index(size)], strict=False))
+    fields = given | shared | changes
     return Case(kind=kind, shape=shape, size=size, dtype=dtype, device=device, **fields)
 
 

@@ -25,15 +25,9 @@ RUN = pytest.StashKey[Run]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("di4c_fast", "benchmarks of di4c_fast")
-    group.addoption(
-        "--device", default="", help="cpu, cuda or cuda:N (default: a GPU if there is one)"
-    )
-    group.addoption(
-        "--dtype", default="", help="fp32, bf16 or fp16 (default: bf16 on a GPU, fp32 on a CPU)"
-    )
-    group.addoption(
-        "--size", default="", help="full, small or tiny (default: full on a GPU, small on a CPU)"
-    )
+    group.addoption("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    group.addoption("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU, fp32 on a CPU)")
+    group.addoption("--size", help="full, small or tiny (default: full on a GPU, small on a CPU)")
     group.addoption("--seconds", type=float, help="seconds of timed calls per variant")
     group.addoption("--rounds", type=int, default=5, help="turns of every variant")
     group.addoption("--time-budget", type=float, help="seconds after which groups are skipped")

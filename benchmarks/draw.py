@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +37,12 @@ BINS = 24
 COPIES = {"multinomial": 2.0, "gumbel-fp32": 4.0, "gumbel-fp64": 8.0, "flashinfer": 2.0}
 
 
-@dataclasses.dataclass
-class Inputs:
+class Inputs(NamedTuple):
     head: Any  # Tensor (R, V) or LinearHead
     seed: int = 0
 
 
-@dataclasses.dataclass
-class Truth:
+class Truth(NamedTuple):
     log_prob: Tensor  # (R', V) float64 of the first rows
     same: Inputs  # every row the same distribution
     probs: Tensor  # (V,) of that distribution, float64, on the CPU

@@ -129,51 +129,40 @@ def _points(
     return {name: sorted(points) for name, points in curves.items()}
 
 
-def _logarithmic(axes: Any, axis: str) -> None:
-    if axis != "masked":
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set_yscale("log")
-    axes.set_xlabel({"masked": "masked share"}.get(axis, f"{axis} {AXES[axis]}"))
-
-
-def _memory(results: Results) -> Any:
-    curves = _points(results.records, "components", "peak_bytes", 1e-6)
-    if not curves:
-        return None
-    figure, axes = plt.subplots(figsize=(5.0, 3.2))
-    sizes = _points(results.records, "components", "logits_bytes", 1e-6)
-    lines = [(_label(name), points, _style(name)) for name, points in curves.items()]
-    dashed = {"color": GREY, "linestyle": "--", "linewidth": 1}
-    lines.append(("the logits", next(iter(sizes.values())), dashed))
-    for label, points, style in lines:
-        axes.plot(*zip(*points, strict=True), **style)
-        axes.annotate(
-            label, points[-1], xytext=(6, 0), textcoords="offset points",
-            color=style["color"], va="center",
-        )  # fmt: skip
-    _logarithmic(axes, "components")
-    axes.set_ylabel("peak memory above the inputs, MB")
-    return figure
-
-
-def _scaling(results: Results) -> Any:
-    curves = {axis: _points(results.records, axis, "seconds", 1e3) for axis in AXES}
-    shown = [axis for axis in AXES if any(len(points) > 1 for points in curves[axis].values())]
+def _curves(
+    results: Results, axes_shown: Sequence[str], column: str, scale: float, label: str
+) -> Any:
+    """One panel per axis, one curve per variant; for memory the size of the logits, too."""
+    curves = {axis: _points(results.records, axis, column, scale) for axis in axes_shown}
+    shown = [axis for axis in curves if any(len(points) > 1 for points in curves[axis].values())]
     if not shown:
         return None
     figure, panels = plt.subplots(
-        1, len(shown), figsize=(2.2 * len(shown) + 0.6, 2.8), sharey=True, squeeze=False
+        1, len(shown), figsize=(2.2 * len(shown) + 1.6, 2.8), sharey=True, squeeze=False
     )
     named: dict[str, Any] = {}
     for axis, axes in zip(shown, panels[0], strict=True):
-        for name, points in curves[axis].items():
-            handle = axes.plot(*zip(*points, strict=True), **_style(name))[0]
-            named.setdefault(_label(name), handle)
-        _logarithmic(axes, axis)
-    panels[0][0].set_ylabel("milliseconds, forward and backward")
-    figure.legend(
-        named.values(), named.keys(), loc="lower center", ncols=len(named),
-        bbox_to_anchor=(0.5, 0.98),
-    )  # fmt: skip
+        lines = [(_label(name), points, _style(name)) for name, points in curves[axis].items()]
+        if column == "peak_bytes":
+            logits = next(iter(_points(results.records, axis, "logits_bytes", scale).values()))
+            lines.append(("the logits", logits, {"color": GREY, "linestyle": "--"}))
+        for name, points, style in lines:
+            named.setdefault(name, axes.plot(*zip(*points, strict=True), **style)[0])
+        if axis != "masked":
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes.set_yscale("log")
+        axes.set_xlabel({"masked": "masked share", "threads": "threads"}.get(axis, AXES[axis]))
+    panels[0][0].set_ylabel(label)
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.98)}
+    figure.legend(named.values(), named.keys(), ncols=len(named), **place)
     return figure
+
+
+def _memory(results: Results) -> Any:
+    label = "peak memory above the inputs, MB"
+    return _curves(results, ("components", "positions"), "peak_bytes", 1e-6, label)
+
+
+def _scaling(results: Results) -> Any:
+    return _curves(results, list(AXES), "seconds", 1e3, "milliseconds, forward and backward")

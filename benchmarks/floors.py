@@ -97,23 +97,6 @@ def loss_floor(case: Case) -> Work | None:
     )
 
 
-def loss_plan(case: Case) -> Work | None:
-    """What the fused kernels are planned to move, on the active positions.
-
-    From logits: 3 reads and 1 write of the student's, 2 reads of the draws'. From hidden
-    states: the products alone, student twice, draws once, gradients of hidden and weight.
-    """
-    if case.head == "logistic":
-        return None
-    size = case.torch_dtype.itemsize
-    rows = case.batch * case.active_positions * case.components
-    if case.head == "logits":
-        return Work(size * 6 * rows * case.vocabulary)
-    product = 2 * case.width * case.vocabulary
-    products = 3 if case.cross_entropy else 5
-    return Work(0, products * rows * product)
-
-
 def draw_floor(case: Case) -> Work:
     """One read of the logits; with a linear head one product, hidden states and weight read."""
     size = case.torch_dtype.itemsize
@@ -130,10 +113,9 @@ def format_bytes(count: float) -> str:
     >>> format_bytes(2_500_000_000)
     '2.50 GB'
     """
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
+    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+    unit = next((u for u in units if abs(count) >= units[u]), "")
+    return f"{count / units[unit]:.2f} {unit}" if unit else f"{count:.0f} B"
 
 
 def format_seconds(seconds: float) -> str:
@@ -141,8 +123,6 @@ def format_seconds(seconds: float) -> str:
     >>> format_seconds(0.0123)
     '12.3 ms'
     """
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            value = seconds / size
-            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-    return f"{seconds * 1e6:.2g} µs"
+    units = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+    unit = next((u for u in units if seconds >= 0.9995 * units[u]), "µs")
+    return f"{seconds / units[unit]:.3g} {unit}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from di4c_fast import backends
 from tools.fuzz import chosen
@@ -60,6 +61,8 @@ class Check:
 class Group(abc.ABC):
     """One case and the variants that compute it."""
 
+    samples = False  # whether samplers choose the backend, see `sampler_backend`
+
     def __init__(self, case: Case):
         self.case = case
         self.calls = 0  # of calls that draw: another seed each
@@ -71,7 +74,28 @@ class Group(abc.ABC):
 
     def unavailable(self, name: str) -> str | None:
         """Why a variant cannot run on this machine; None if it can."""
-        return unavailable(name, self.case)
+        case, device = self.case, torch.device(self.case.device)
+        if name in PEERS:
+            if importlib.util.find_spec(PEERS[name]) is None:
+                return f"{PEERS[name]} is not installed"
+            if device.type != "cuda":
+                return f"{PEERS[name]} needs a GPU"
+        if name == "linear-cross-entropy" and not hasattr(F, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has no F.linear_cross_entropy"
+        if name.endswith("compiled"):
+            if device.type == "cpu" and (case.shape not in COMPILED_ON_CPU or case.size == "tiny"):
+                return "torch.compile would take half a minute"
+            return no_compiler(device.type)
+        backend = name.split("-")[0]
+        if self.samples and backend == "torch" and device.type != "cpu":
+            return "on a GPU samplers take triton"
+        if backend not in BACKENDS:
+            return None
+        # The interpreter goes through everything at tiny sizes; its speed means nothing.
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and case.size == "tiny"
+        if backend == "triton" and device.type == "cpu" and not interpreted:
+            return "it needs a GPU"
+        return backends.unavailable(backend, device)
 
     @abc.abstractmethod
     def make_inputs(self, seed: int) -> Any:
@@ -85,9 +109,9 @@ class Group(abc.ABC):
     def call(self, name: str, inputs: Any) -> Any:
         """What is timed. Returns what it allocated, so that it counts as memory."""
 
-    @abc.abstractmethod
     def truth(self, inputs: Any) -> Any:
-        """What the variants should compute from these inputs."""
+        """What the variants should compute; None where that depends on what a variant draws."""
+        return None
 
     @abc.abstractmethod
     def check(self, name: str, inputs: Any, truth: Any) -> Check:
@@ -104,12 +128,8 @@ class Group(abc.ABC):
         """The bytes and operations that nothing can avoid."""
         return None
 
-    def plan_work(self) -> Work | None:
-        """The bytes and operations of this library's plan, where a target names them."""
-        return None
-
     def details(self, name: str, inputs: Any) -> dict[str, float]:
-        """Seconds of the parts of a variant that passed its check."""
+        """Seconds of the parts of a call, see `parts`."""
         return {}
 
     def compiled(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,47 +151,13 @@ class Group(abc.ABC):
 
 # Shapes whose torch.compile variants are measured on a CPU, where compiling takes half a minute.
 COMPILED_ON_CPU = ("language", "cross-entropy", "rows", "ancestral", "confidence", "distill")
-PEERS = {
-    "liger": "liger_kernel",
-    "cut-cross-entropy": "cut_cross_entropy",
-    "flashinfer": "flashinfer",
-}
-
-
-def unavailable(name: str, case: Case) -> str | None:
-    """Why a variant cannot run for a case on this machine; None if it can."""
-    device = torch.device(case.device)
-    if name in PEERS:
-        if importlib.util.find_spec(PEERS[name]) is None:
-            return f"{PEERS[name]} is not installed"
-        if device.type != "cuda":
-            return f"{PEERS[name]} needs a GPU"
-    if name == "linear-cross-entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has no F.linear_cross_entropy"
-    if name.endswith("compiled"):
-        if device.type == "cpu" and (case.shape not in COMPILED_ON_CPU or case.size == "tiny"):
-            return "torch.compile would take half a minute"
-        return no_compiler(device.type)
-    backend = name.split("-")[0]
-    if backend not in BACKENDS:
-        return None
-    # The interpreter goes through everything at tiny sizes; its speed means nothing.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and case.size == "tiny"
-    if backend == "triton" and device.type == "cpu" and not interpreted:
-        return "it needs a GPU"
-    return backends.unavailable(backend, device)
+PEERS = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+PEERS |= {"flashinfer": "flashinfer"}
 
 
 def sampler_backend(name: str, case: Case) -> contextlib.AbstractContextManager[None]:
     """Samplers take the best backend; within the context that is the one of a variant."""
     return chosen(name) if case.device == "cpu" and name in BACKENDS else contextlib.nullcontext()
-
-
-def sampler_unavailable(name: str, case: Case) -> str | None:
-    """`unavailable` for variants whose backend is chosen by `sampler_backend`."""
-    if name == "torch" and case.device != "cpu":
-        return "on a GPU samplers take triton"
-    return unavailable(name, case)
 
 
 @functools.cache

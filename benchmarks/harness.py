@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 
-from .cases import NAMES, Case, make_case
+from .cases import SHAPES, Case, make_case
 from .draw import DrawGroup
 from .floors import Machine, format_bytes
 from .groups import Group, Variant
 from .loss import LossGroup
 from .memory import (
-    RESIDENT_NOISE,
     MemoryUnknown,
     MemoryWorker,
     available_bytes,
@@ -156,15 +155,16 @@ def peak_of(case: Case, variant: str) -> int:
     known = [known.name for known in group.variants()]
     if variant not in known:
         raise ValueError(f"unknown variant {variant!r}; known are {', '.join(known)}")
-    if case.device == "cpu":
-        # Imports, thread pools and workspaces are not the variant's memory.
-        shape = case.shape if case.shape in NAMES else "language"
-        tiny = make_group(make_case(shape, "tiny", case.dtype, case.device))
-        tiny.call(variant, tiny.make_inputs(0))
-    inputs = group.make_inputs(0)
-    call = functools.partial(group.call, variant, inputs)
+    call = functools.partial(group.call, variant, group.make_inputs(0))
     if case.device != "cpu":
         return peak_on_gpu(call, case.device)
+    # Imports, thread pools, workspaces and compilation are not the variant's memory.
+    if variant.endswith("compiled"):
+        call()
+    else:
+        shape = case.shape if case.shape in SHAPES else "language"
+        tiny = make_group(make_case(shape, "tiny", case.dtype, case.device))
+        tiny.call(variant, tiny.make_inputs(0))
     started = time.monotonic()
     peak = peak_in_this_process(call)
     if time.monotonic() - started < 1.0:
@@ -179,6 +179,10 @@ def peak_of(case: Case, variant: str) -> int:
 class NoRoom(RuntimeError):
     """Something needs more memory than there is."""
 
+    def __init__(self, what: str, need: int, space: int):
+        sizes = f"about {format_bytes(need)}, {format_bytes(space)} are available"
+        super().__init__(f"{what} would take {sizes}")
+
 
 def measure(
     case: Case,
@@ -192,10 +196,10 @@ def measure(
     records = {variant.name: new_record(case, variant) for variant in variants}
     usual = not case.busy and case.threads in (0, torch.get_num_threads())
     _measure(group, records, settings, worker if usual else None)
-    for key, work in (("floor_seconds", group.work()), ("plan_seconds", group.plan_work())):
-        if work is not None and usual:
-            for record in records.values():
-                record[key] = work.seconds(machine, case.dtype)
+    work = group.work()
+    if work is not None and usual:
+        for record in records.values():
+            record["floor_seconds"] = work.seconds(machine, case.dtype)
     return list(records.values())
 
 
@@ -216,7 +220,6 @@ def new_record(case: Case, variant: Variant) -> Record:
         "memory_note": None,
         "logits_bytes": case.logits_bytes,
         "floor_seconds": None,
-        "plan_seconds": None,
         "details": {},
     }
 
@@ -246,10 +249,7 @@ def _measure(
 
     def fits(what: str, bytes_: int) -> None:
         if bytes_ > space:
-            raise NoRoom(
-                f"{what} would take about {format_bytes(bytes_)}, "
-                f"{format_bytes(space)} are available"
-            )
+            raise NoRoom(what, bytes_, space)
 
     def good() -> list[str]:
         return [name for name, record in records.items() if record["status"] == "ok"]
@@ -266,6 +266,7 @@ def _measure(
     if not good():
         return
     inputs: list[Any] = []
+    truth = None
     with trying(good()):
         inputs += [group.make_inputs(seed) for seed in range(input_copies(case.device, need))]
         truth = group.truth(inputs[0])
@@ -306,20 +307,13 @@ def _measure(
     for name in good():
         records[name]["samples"] = samples[name]
     for name in good():
-        with trying([name]):
-            records[name]["details"] = group.details(name, inputs[0])
+        if not name.endswith("compiled"):
+            with trying([name]):
+                records[name]["details"] = group.details(name, inputs[0])
     inputs.clear()
-    for name in good():
-        if worker is not None:
-            _weigh(case, records[name], worker)
-
-
-def _weigh(case: Case, record: Record, worker: MemoryWorker) -> None:
-    try:
-        if case.device == "cpu":
-            record["peak_bytes"] = worker.peak(peak_of, case, record["variant"])
-            record["memory_note"] = f"resident set, ±{format_bytes(RESIDENT_NOISE)}"
-        else:
-            record["peak_bytes"] = peak_of(case, record["variant"])
-    except (MemoryUnknown, torch.OutOfMemoryError) as error:
-        record["memory_note"] = str(error)
+    for name in good() if worker is not None else ():
+        weigh = functools.partial(worker.peak, peak_of) if case.device == "cpu" else peak_of
+        try:
+            records[name]["peak_bytes"] = weigh(case, name)
+        except (MemoryUnknown, torch.OutOfMemoryError) as error:
+            records[name]["memory_note"] = str(error)

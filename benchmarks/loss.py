@@ -14,11 +14,12 @@ from torch import Tensor
 
 import di4c_fast
 from di4c_fast import Head, LinearHead, LogisticHead, TensorHead
+from di4c_fast.testing import relative_l2
 
 from . import baselines
-from .floors import Work, loss_floor, loss_plan
+from .floors import Work, loss_floor
 from .groups import BACKENDS, Check, Group, Variant, library
-from .truth import Problem, Truth, relative_error, solve
+from .truth import Problem, Truth, solve
 
 DATA_WEIGHT = 0.1
 REVEALED = 0.05  # share of the masked positions that a consistency draw has revealed
@@ -213,17 +214,14 @@ class LossGroup(Group):
         loss_error = abs(float(loss.double()) - truth.loss) / max(abs(truth.loss), 1e-12)
         rows, errors = list(gradients), []
         if truth.weight is not None:
-            errors.append(relative_error(rows.pop(1), truth.weight))
+            errors.append(relative_l2(rows.pop(1), truth.weight))
         example = truth.positions // self.case.positions
         position = truth.positions % self.case.positions
         for gradient, expected in zip(rows, truth.rows, strict=True):
-            errors.append(relative_error(gradient[example, :, position], expected))
+            errors.append(relative_l2(gradient[example, :, position], expected))
         # max() would drop a NaN that does not come first.
         gradient_error = math.nan if any(math.isnan(e) for e in errors) else max(errors)
         return Check.of(loss_error, gradient_error, LIMITS[self.case.head][self.case.dtype])
 
     def work(self) -> Work | None:
         return loss_floor(self.case)
-
-    def plan_work(self) -> Work | None:
-        return loss_plan(self.case)

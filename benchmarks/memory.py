@@ -24,8 +24,6 @@ import torch
 
 # glibc: blocks from 64 KiB on are mapped, and unmapped when freed.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-# Python's own allocator and thread stacks move by this much between identical calls.
-RESIDENT_NOISE = 1 << 20
 
 
 class MemoryUnknown(RuntimeError):

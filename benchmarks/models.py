@@ -10,24 +10,6 @@ from di4c_fast import LinearHead
 from di4c_fast.models.latent import LatentEmbedding, LatentToken
 
 
-class Block(nn.Module):
-    """Self-attention and a feed-forward layer, each normalised before and added after."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_attention, self.norm_feed = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.project_in, self.project_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed_in, self.feed_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (R, D, C) -> (R, D, C)
-        qkv = self.project_in(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (R, heads, D, C / heads)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        x = x + self.project_out(mixed.transpose(1, 2).flatten(2))
-        return x + self.feed_out(F.gelu(self.feed_in(self.norm_feed(x))))
-
-
 class Transformer(nn.Module):
     """(tokens (R, D), t (R,)[, latent (R, 1)]) -> logits (R, D, V).
 
@@ -42,7 +24,10 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.randn(positions, width))
         self.time = LatentEmbedding(width)
         self.latent = LatentToken(width) if latent else None
-        self.blocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(layers))
+        options = {"activation": "gelu", "batch_first": True, "norm_first": True, "dropout": 0.0}
+        sizes = (width, max(1, width // 64), 4 * width)
+        blocks = [nn.TransformerEncoderLayer(*sizes, **options) for _ in range(layers)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, vocabulary, bias=False)
 
@@ -52,8 +37,7 @@ class Transformer(nn.Module):
         if self.latent is not None:
             assert latent is not None
             x = self.latent(x, latent)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         if self.latent is not None:
             x = self.latent.strip(x)
         return self.norm(x)

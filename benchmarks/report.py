@@ -8,10 +8,8 @@ benchmarks/results/cpu.json and gpu.json. A page holds a table or a number betwe
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -34,10 +32,6 @@ PAGES = ("docs/speed.md", "README.md")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- results:([\w-]+) -->")
 FIGURE = re.compile(r"benchmarks/figures/([\w.-]+\.svg)")
-
-
-class Inconsistent(RuntimeError):
-    """A page does not say what the results say."""
 
 
 # What a block may hold ---------------------------------------------------------------------------
@@ -131,22 +125,22 @@ def check(name: str, page: str, results: Mapping[str, Results], figures: Path) -
     """Hold a page against the results; the number of its blocks.
 
     Raises:
-        Inconsistent: a block, or a figure that it shows, is not of the newest results.
+        ValueError: a block, or a figure that it shows, is not of the newest results.
     """
     filled = fill(page, results)
     if filled != page:
         pairs = zip(BLOCK.findall(page), BLOCK.findall(filled), strict=True)
         wrong = [old[1] for old, new in pairs if old[2] != new[2]]
-        raise Inconsistent(
+        raise ValueError(
             f"{name}: {', '.join(wrong)} is not what the newest results say; "
             "run `python -m benchmarks.report --write`"
         )
     for figure in sorted(set(FIGURE.findall(page))):
         kind, path = Path(figure).stem.rsplit("-", 1)[-1], figures / figure
         if not path.exists():
-            raise Inconsistent(f"{name} shows {figure}, which does not exist")
+            raise ValueError(f"{name} shows {figure}, which does not exist")
         if kind in results and results[kind].digest() not in path.read_text(encoding="utf-8"):
-            raise Inconsistent(
+            raise ValueError(
                 f"{figure} was not drawn from the newest results; "
                 "run `python -m benchmarks.report --write`"
             )
@@ -154,15 +148,6 @@ def check(name: str, page: str, results: Mapping[str, Results], figures: Path) -
 
 
 # The command -------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it: readers see the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def closing(results: Results) -> str:
@@ -187,16 +172,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.write:
             from .figures import draw
 
+            figures.mkdir(exist_ok=True)
             for kind in results:
                 for path, svg in draw(results[kind], figures):
-                    write_atomically(path, svg)
+                    path.write_text(svg, encoding="utf-8")
         for name in PAGES:
             page = (options.root / name).read_text(encoding="utf-8")
             if options.write:
                 page = fill(page, results)
-                write_atomically(options.root / name, page)
+                (options.root / name).write_text(page, encoding="utf-8")
             print(f"{name}: {check(name, page, results, figures)} blocks agree with the results")
-    except (Inconsistent, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -137,27 +137,24 @@ def parts_table(group: Sequence[Record]) -> Table:
 
 
 def scaling_table(records: Iterable[Record]) -> Table:
-    """One row per point of the sweeps, one column per variant: time, then memory."""
+    """One row per point of the sweeps, one column per variant."""
     points: dict[str, dict[str, Record]] = {}
     for record in records:
         if record["case"]["shape"] == "scaling" and record["seconds"]:
             points.setdefault(record["group"], {})[record["variant"]] = record
     names = list(dict.fromkeys(name for point in points.values() for name in point))
-    rows = [["", *names, *[f"{name} memory" for name in names], "speed-up"]]
+    rows = [["", *names, "speed-up"]]
     for point in points.values():
-        found = [point.get(name) for name in names]
         base = baseline_of(list(point.values()))
         ours = [r["seconds"] for r in point.values() if r["library"]]
         case = next(iter(point.values()))["case"]
         title = case["note"]
         if title == BASE:
             title = ", ".join(f"{axis}={case[name]:g}" for name, axis in AXES.items() if case[name])
-        peaks = [r["peak_bytes"] if r else None for r in found]
         rows.append(
             [
                 title,
-                *[format_seconds(r["seconds"]) if r else "" for r in found],
-                *["" if peak is None else format_bytes(peak) for peak in peaks],
+                *[format_seconds(point[n]["seconds"]) if n in point else "" for n in names],
                 f"{base['seconds'] / min(ours):.1f} ×" if base and ours else "",
             ]
         )

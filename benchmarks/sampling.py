@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import time
 from typing import Any
 
 import torch
@@ -17,15 +16,20 @@ from di4c_fast.testing import assert_draws_match
 
 from . import baselines
 from .floors import Work
-from .groups import Check, Group, Variant, library, sampler_backend, sampler_unavailable
+from .groups import Check, Group, Variant, library, sampler_backend
 from .models import TiedModel, Transformer
+from .parts import parts_of
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear")
 LAW_STEPS, LAW_ROWS = 3, 6000
 # Of what is chosen, relative to the largest logit. Two choices are compared, each with the rounding
 # of a logit and of a logsumexp: 4 units of roundoff (2^-8, 2^-11). In fp32 sums over C weigh more.
 LIMITS = {"fp32": 1e-5, "bf16": 2.0**-6, "fp16": 2.0**-9}
-WEIGHT_BLOCK = 4096  # rows of the weight that are float64 at a time
+
+
+@dataclasses.dataclass
+class Inputs:
+    model: Any
+    prompt: Tensor | None = None  # (B, P)
 
 
 class SamplerGroup(Group):
@@ -40,49 +44,18 @@ class SamplerGroup(Group):
             *library(),
         ]
 
-    def unavailable(self, name: str) -> str | None:
-        return sampler_unavailable(name, self.case)
+    samples = True
 
     @property
     def mask_id(self) -> int:
         return self.case.vocabulary - 1
 
-    def details(self, name: str, inputs: Any) -> dict[str, float]:
-        """On a CPU, seconds of the model's body, of the head's products, and of everything else."""
-        if self.case.device != "cpu" or name.endswith("compiled"):
-            return {}
-        model = inputs.model
-        body = model.hidden
-
-        def hidden(*values: Any) -> Tensor:
-            with torch.profiler.record_function("body"):
-                return body(*values)
-
-        model.hidden = hidden
-        started = time.perf_counter()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            self.call(name, inputs)
-        total = time.perf_counter() - started
-        del model.hidden
-        found = {"model without head": 0.0, "products of the head": 0.0}
-        for event in profile.events():
-            parents, parent = [], event.cpu_parent
-            while parent is not None:
-                parents.append(parent.name)
-                parent = parent.cpu_parent
-            if event.name == "body":
-                found["model without head"] += event.cpu_time_total * 1e-6
-            elif event.name in PRODUCTS and not {"body", *PRODUCTS} & set(parents):
-                found["products of the head"] += event.cpu_time_total * 1e-6
-        return found | {"the rest": max(0.0, total - sum(found.values()))}
+    def details(self, name: str, inputs: Inputs) -> dict[str, float]:
+        named = [(inputs.model, "hidden", "model without head")]
+        return parts_of(lambda: self.call(name, inputs), named, self.case.device)
 
 
 # Ancestral ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class AncestralInputs:
-    model: Transformer
 
 
 class AncestralGroup(SamplerGroup):
@@ -90,12 +63,12 @@ class AncestralGroup(SamplerGroup):
 
     rule = "full logits, softmax, noise for each token"
 
-    def make_inputs(self, seed: int) -> AncestralInputs:
+    def make_inputs(self, seed: int) -> Inputs:
         case = self.case
         torch.manual_seed(seed)
         with torch.device(case.device):
             model = Transformer(case.vocabulary, case.positions, case.width, case.layers)
-        return AncestralInputs(model.to(case.torch_dtype).eval())
+        return Inputs(model.to(case.torch_dtype).eval())
 
     def input_bytes(self) -> int:
         case = self.case
@@ -108,7 +81,7 @@ class AncestralGroup(SamplerGroup):
         copies = 5 if name.startswith("naive") else 1.0 / case.steps
         return int(rows * case.vocabulary * 4 * copies) + rows * case.width * 4 * 16
 
-    def call(self, name: str, inputs: AncestralInputs) -> Tensor:
+    def call(self, name: str, inputs: Inputs) -> Tensor:
         self.calls += 1
         sizes = (self.case.batch, self.case.positions)
         return self.sampled(name, inputs.model, sizes, self.mask_id, self.case.steps, self.calls)
@@ -124,11 +97,11 @@ class AncestralGroup(SamplerGroup):
         with sampler_backend(name, self.case):
             return sample_masked(getattr(model, "as_head", model), shape, seed=seed, **options)
 
-    def truth(self, inputs: AncestralInputs) -> tuple[PairModel, Tensor]:
+    def truth(self, inputs: Inputs) -> tuple[PairModel, Tensor]:
         model = PairModel(self.case.device)
         return model, model.law(LAW_STEPS)
 
-    def check(self, name: str, inputs: AncestralInputs, truth: tuple[PairModel, Tensor]) -> Check:
+    def check(self, name: str, inputs: Inputs, truth: tuple[PairModel, Tensor]) -> Check:
         """Finished rows here, and on a model of two positions the exact law of the pair."""
         tokens = self.call(name, inputs)
         if bool(((tokens < 0) | (tokens >= self.mask_id)).any()):
@@ -174,21 +147,6 @@ class PairModel:
 # Confidence --------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class ConfidenceInputs:
-    model: TiedModel
-    prompt: Tensor  # (B, P)
-
-
-@dataclasses.dataclass
-class Exact:
-    """What float64 logits say of every masked position; elsewhere best = 0 and the rest -inf."""
-
-    best: Tensor  # (B, D), the token of the largest logit
-    top: Tensor  # (B, D), that logit
-    log_prob: Tensor  # (B, D), the logarithm of its probability
-
-
 class ConfidenceGroup(SamplerGroup):
     """Fill the masked part of whole rows of tokens, at temperature 0, behind a prompt."""
 
@@ -199,7 +157,7 @@ class ConfidenceGroup(SamplerGroup):
         share, rest = divmod(self.case.active_positions, self.case.steps)
         return [share + (step < rest) for step in range(self.case.steps)]
 
-    def make_inputs(self, seed: int) -> ConfidenceInputs:
+    def make_inputs(self, seed: int) -> Inputs:
         case = self.case
         generator = torch.Generator(case.device).manual_seed(seed)
 
@@ -212,7 +170,7 @@ class ConfidenceGroup(SamplerGroup):
         model = TiedModel(weight, normal(case.positions, case.width))
         size = (case.batch, case.positions - case.active_positions)
         prompt = torch.randint(self.mask_id, size, generator=generator, device=case.device)
-        return ConfidenceInputs(model, prompt)
+        return Inputs(model, prompt)
 
     def input_bytes(self) -> int:
         case = self.case
@@ -226,9 +184,7 @@ class ConfidenceGroup(SamplerGroup):
         # A chunk of the head's logits, twice, or those of all masked positions.
         return hidden + min(8 * case.batch * case.active_positions * case.vocabulary, 1 << 28)
 
-    def call(
-        self, name: str, inputs: ConfidenceInputs, history: list[Tensor] | None = None
-    ) -> Tensor:
+    def call(self, name: str, inputs: Inputs, history: list[Tensor] | None = None) -> Tensor:
         case, model = self.case, inputs.model
         options: dict[str, Any] = {"mask_id": self.mask_id, "history": history}
         if name.startswith("naive"):
@@ -241,7 +197,8 @@ class ConfidenceGroup(SamplerGroup):
         with sampler_backend(name, case):
             return sample_confidence(model.as_head, shape, **options)
 
-    def start(self, inputs: ConfidenceInputs) -> Tensor:
+    def start(self, inputs: Inputs) -> Tensor:
+        assert inputs.prompt is not None
         return F.pad(inputs.prompt, (0, self.case.active_positions), value=self.mask_id)
 
     def work(self) -> Work:
@@ -255,10 +212,7 @@ class ConfidenceGroup(SamplerGroup):
             2 * rows * weight,
         )
 
-    def truth(self, inputs: ConfidenceInputs) -> None:
-        """The truth of a step depends on the steps before it; see `check`."""
-
-    def check(self, name: str, inputs: ConfidenceInputs, truth: None) -> Check:
+    def check(self, name: str, inputs: Inputs, truth: None) -> Check:
         """Every step: the number of positions, their tokens and their order.
 
         Logits of different tokens round to the same number, and the order among them is nobody's
@@ -283,39 +237,23 @@ class ConfidenceGroup(SamplerGroup):
             numbers = sorted(set(filled.sum(1).tolist()))
             if numbers != [counts[step]]:
                 return Check(f"{number} fills {numbers} positions, not {counts[step]}")
-            exact = self.exact(inputs.model, before)
-            scale = exact.top[masked].abs().max().clamp_min(1.0)
-            model = inputs.model
-            hidden = model.hidden(before)[filled].double()
-            own = (hidden * model.weight[after[filled]].double()).sum(-1)
-            left = exact.log_prob.masked_fill(filled, -torch.inf).amax(1)
-            taken = exact.log_prob.masked_fill(~filled, torch.inf).amin(1)
+            logits = self.exact(inputs.model, before)  # (masked positions, V - 1)
+            top, scale = logits.amax(-1), logits.amax(-1).abs().max().clamp_min(1.0)
+            own = logits.gather(-1, after[masked].clamp_max(self.mask_id - 1)[:, None])[:, 0]
+            confidence = logits.new_full(before.shape, -torch.inf)
+            confidence[masked] = top - logits.logsumexp(-1)
+            left = confidence.masked_fill(filled, -torch.inf).amax(1)
+            taken = confidence.masked_fill(~filled, torch.inf).amin(1)
             for lost, what in (
-                ((exact.top[filled] - own) / scale, "a token is {:.1e} below the argmax"),
-                ((left - taken) / scale, "a position left masked is {:.1e} more confident"),
+                ((top - own)[filled[masked]], "a token is {:.1e} below the argmax"),
+                (left - taken, "a position left masked is {:.1e} more confident"),
             ):
-                worst = max(worst, most := float(lost.max()))
+                worst = max(worst, most := float((lost / scale).max()))
                 if not most <= limit:
                     return Check(f"{number}: {what.format(most)}", worst)
         return Check(None, worst)
 
-    def exact(self, model: TiedModel, tokens: Tensor) -> Exact:
-        """The choices of one step, from float64 products of the model's hidden states."""
-        masked = tokens == self.mask_id
-        hidden = model.hidden(tokens)[masked].double()
-        top = hidden.new_full((len(hidden),), -torch.inf)
-        best = torch.zeros_like(top, dtype=torch.int64)
-        total = top.clone()
-        for first in range(0, self.mask_id, WEIGHT_BLOCK):
-            block = model.weight[first : min(first + WEIGHT_BLOCK, self.mask_id)]
-            logits = hidden @ block.double().T
-            value, place = logits.max(-1)
-            best = torch.where(value > top, place + first, best)
-            top = torch.maximum(top, value)
-            total = torch.logaddexp(total, logits.logsumexp(-1))
-        dense = torch.full(tokens.shape, -torch.inf, dtype=torch.float64, device=tokens.device)
-        return Exact(
-            torch.zeros_like(tokens).masked_scatter(masked, best),
-            dense.masked_scatter(masked, top),
-            dense.masked_scatter(masked, top - total),
-        )
+    def exact(self, model: TiedModel, tokens: Tensor) -> Tensor:
+        """Float64 logits of the masked positions, without the mask's."""
+        hidden = model.hidden(tokens)[tokens == self.mask_id].double()
+        return hidden @ model.weight[: self.mask_id].double().T

@@ -16,9 +16,7 @@ from .cases import SHAPES, Case, condition_cases, make_case, sweep_cases
 from .floors import Machine, measure_ceilings
 from .groups import Variant
 from .harness import Record, Settings, make_group, measure, new_record
-from .memory import MemoryWorker, available_bytes
-
-OUT_OF_TIME = "the time budget of {:.0f} s is spent"
+from .memory import MemoryWorker
 
 
 class Replay:
@@ -60,9 +58,9 @@ class Run:
         ValueError: an unknown name or an impossible number, with what is known or allowed.
     """
 
-    device: str = ""  # a GPU if there is one
-    dtype: str = ""  # bf16 on a GPU, fp32 on a CPU
-    size: str = ""  # full on a GPU, small on a CPU
+    device: str | None = None  # a GPU if there is one
+    dtype: str | None = None  # bf16 on a GPU, fp32 on a CPU
+    size: str | None = None  # full on a GPU, small on a CPU
     seconds: float | None = None
     rounds: int = 5
     time_budget: float | None = None
@@ -93,21 +91,10 @@ class Run:
         self.worker = None if self.no_memory else MemoryWorker()
         self.overrides = contextlib.ExitStack()
         options = (self.size, self.dtype, self.device)
-        named = [self._fitting(shape) for shapes in SHAPES.values() for shape in shapes]
-        sweeps = sweep_cases(*options, torch.get_num_threads())
-        for case in [*named, *condition_cases(*options), *sweeps]:
+        cases = [make_case(shape, *options) for shape in SHAPES]
+        cases += condition_cases(*options) + sweep_cases(*options, torch.get_num_threads())
+        for case in cases:
             self.cases[case.key] = (case, make_group(case).variants())
-
-    def _fitting(self, shape: str) -> Case:
-        """On a GPU the shape at the largest size not above the asked one that fits."""
-        sizes = (self.size, "small") if self.gpu else (self.size,)
-        cases = [make_case(shape, size, self.dtype, self.device) for size in sizes]
-        for case in cases[:-1]:
-            group = make_group(case)
-            needs = [group.call_bytes(v.name) for v in group.variants() if v.library]
-            if group.input_bytes() + min(needs) > available_bytes(self.device):
-                return cases[-1]
-        return cases[0]
 
     def start(self) -> Machine:
         """The machine, measured before the first group."""
@@ -130,28 +117,20 @@ class Run:
             case, known = self.cases[group]
             variants = [v for v in known if v.name in self.asked[group]]
             if self.time_budget is not None and time.monotonic() - self.began > self.time_budget:
-                reason = {"status": "skipped", "reason": OUT_OF_TIME.format(self.time_budget)}
-                records = [new_record(case, v) | reason for v in variants]
-            else:
-                records = measure(case, variants, self.settings, self.start(), self.worker)
+                reason = f"the time budget of {self.time_budget:.0f} s is spent"
+                record = new_record(case, next(v for v in variants if v.name == variant))
+                return record | {"status": "skipped", "reason": reason}
+            records = measure(case, variants, self.settings, self.start(), self.worker)
             self.records[group] = {record["variant"]: record for record in records}
         return self.records[group][variant]
+
+    def complete(self) -> bool:
+        """Whether everything was measured, as far as it can be on this machine."""
+        everything = {key: {v.name for v in known} for key, (_, known) in self.cases.items()}
+        found = {key: set(records) for key, records in self.records.items()}
+        return found == everything and not self.no_memory and self.size != "tiny"
 
     def close(self) -> None:
         self.overrides.close()
         if self.worker is not None:
             self.worker.close()
-
-    def complete(self) -> bool:
-        """Whether everything was measured, as far as it can be on this machine."""
-        spent = "" if self.time_budget is None else OUT_OF_TIME.format(self.time_budget)
-        return (
-            not self.no_memory
-            and self.size != "tiny"
-            and all(
-                variant.name in self.records.get(key, {})
-                and self.records[key][variant.name]["reason"] != spent
-                for key, (_, variants) in self.cases.items()
-                for variant in variants
-            )
-        )

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,22 +10,17 @@ from torch import Tensor
 
 import di4c_fast
 from di4c_fast.processes import MaskedProcess
+from di4c_fast.testing import relative_l2
 from di4c_fast.training import DistillConfig, DistillOutput, distill_step
 
 from . import baselines
-from .groups import Check, Group, Variant, library, sampler_backend, sampler_unavailable
+from .groups import Check, Group, Variant, library, sampler_backend
 from .models import Transformer
-from .truth import relative_error
+from .parts import parts_of
 
 DATA_WEIGHT, TEACHER_STEP = 0.1, 1 / 1024
 # Of loss terms and of the gradient of all parameters, through the whole model.
 LIMITS = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 2e-2}
-SPLIT_ROUNDS = 5
-Mark = Callable[[str], None]  # called with the name of each phase when it ends
-
-
-def no_mark(phase: str) -> None:
-    """Nobody asks for the phases."""
 
 
 @dataclasses.dataclass
@@ -48,18 +40,6 @@ class Inputs:
         return torch.cat(flat)
 
 
-@dataclasses.dataclass
-class Given:
-    """What a step would draw."""
-
-    latent: Tensor  # (B, N, 1)
-    latent_u: Tensor
-    xt: Tensor  # (B, D)
-    u: Tensor  # (B,)
-    xu: Tensor  # (B, N, D)
-    consistency_x: Tensor  # (B, N, D)
-
-
 class StepGroup(Group):
     """Forward and backward of one distillation step of masked diffusion, without optimiser."""
 
@@ -70,8 +50,7 @@ class StepGroup(Group):
             *library(),
         ]
 
-    def unavailable(self, name: str) -> str | None:
-        return sampler_unavailable(name, self.case)
+    samples = True
 
     @property
     def mask_id(self) -> int:
@@ -108,18 +87,14 @@ class StepGroup(Group):
 
     # Calls ---------------------------------------------------------------------------------------
 
-    def call(self, name: str, inputs: Inputs, mark: Mark = no_mark) -> Tensor:
+    def call(self, name: str, inputs: Inputs) -> Tensor:
         self.calls += 1
         if name.startswith("plain"):
             torch.manual_seed(self.calls)
-            loss = self._plain(name, inputs, mark)
-        else:
-            loss = self._library(name, inputs, mark).loss
-        gradient = inputs.gradient(loss)
-        mark("backward")
-        return gradient
+            return inputs.gradient(self._plain(name, inputs))
+        return inputs.gradient(self._library(name, inputs).loss)
 
-    def _plain(self, name: str, inputs: Inputs, mark: Mark = no_mark, **given: Tensor) -> Tensor:
+    def _plain(self, name: str, inputs: Inputs, **given: Tensor) -> Tensor:
         return baselines.distill_step(
             inputs.student,
             inputs.teacher,
@@ -130,31 +105,12 @@ class StepGroup(Group):
             components=self.case.components,
             data_weight=DATA_WEIGHT,
             loss=self.compiled(name, baselines.dense_loss),
-            mark=mark,
             **given,
         )
 
     def _library(
-        self,
-        name: str,
-        inputs: Inputs,
-        mark: Mark = no_mark,
-        consistency_weight: float = 1.0,
-        **given: Tensor,
+        self, name: str, inputs: Inputs, consistency_weight: float = 1.0, **given: Tensor
     ) -> DistillOutput:
-        def student(*values: Any) -> Any:
-            mark("process")
-            head = inputs.student.as_head(*values)
-            # Only the call at x_t has a graph.
-            mark("student at x_t" if torch.is_grad_enabled() else "student at x_u")
-            return head
-
-        def teacher(*values: Any) -> Any:
-            mark("process")
-            head = inputs.teacher.as_head(*values)
-            mark("teacher")
-            return head
-
         config = DistillConfig(
             components=self.case.components,
             teacher_step=TEACHER_STEP,
@@ -165,9 +121,9 @@ class StepGroup(Group):
             low_t_probability=0.0,
         )
         with sampler_backend(name, self.case):
-            output = distill_step(
-                student,
-                teacher,
+            return distill_step(
+                inputs.student.as_head,
+                inputs.teacher.as_head,
                 inputs.x0,
                 process=MaskedProcess(self.mask_id),
                 config=config,
@@ -176,67 +132,54 @@ class StepGroup(Group):
                 return_terms=True,
                 **given,
             )
-        mark("loss")
-        return output
 
     # Checks --------------------------------------------------------------------------------------
 
-    def truth(self, inputs: Inputs) -> None:
-        """The truth depends on the tokens that a variant drew; see `check`."""
-
     def check(self, name: str, inputs: Inputs, truth: None) -> Check:
         """Loss (or its terms that no draw enters) and gradient against the dense reference."""
-        case = self.case
+        case, limit = self.case, LIMITS[self.case.dtype]
         generator = torch.Generator(case.device).manual_seed(inputs.seed)
-        sizes = (2, case.batch, case.components, 1)
-        latent, latent_u = torch.rand(sizes, generator=generator, device=case.device).unbind()
-        given = {"latent": latent, "latent_u": latent_u}
-        backend = "torch" if name.startswith("plain") else name
-        output = self._library(backend, inputs, **given)
-        assert output.xu is not None
+        sizes = (case.batch, case.components, 1)
+        given = {
+            key: torch.rand(sizes, generator=generator, device=case.device)
+            for key in ("latent", "latent_u")
+        }
+        output = self._library("torch" if name.startswith("plain") else name, inputs, **given)
+        xu = output.xu
+        assert xu is not None
         # Rows as draws are: with one class at every masked position all components would be
         # as likely, and their differences lost in fp32 on either side.
-        drawn = torch.randint(
-            self.mask_id, output.xu.shape, generator=generator, device=case.device
-        )
-        x_k = torch.where(output.xu == self.mask_id, drawn, output.xu)
-        all_given = Given(latent, latent_u, output.xt, output.u, output.xu, x_k)
+        drawn = torch.randint(self.mask_id, xu.shape, generator=generator, device=case.device)
+        drawn = torch.where(xu == self.mask_id, drawn, xu)
+        expected, terms = self._reference(inputs, output, drawn, **given)
         if name.startswith("plain"):
-            loss = self._plain(
-                name,
-                inputs,
-                latent=latent.flatten(0, 1),
-                latent_u=latent_u.flatten(0, 1),
-                xt=output.xt,
-                xu=output.xu,
-                consistency_x=x_k,
-            )
-            expected, _ = self._reference(inputs, all_given)
-            actual, truth_loss = loss.detach().view(1), expected.detach().view(1)
+            flat = {key: value.flatten(0, 1) for key, value in given.items()}
+            loss = self._plain(name, inputs, xt=output.xt, xu=xu, consistency_x=drawn, **flat)
+            error = relative_l2(loss, expected)
         else:
-            # Without the consistency terms, whose tokens the library draws itself, but for
-            # the one that no draw enters.
-            _, terms = self._reference(inputs, all_given)
-            fields = ("data_correlation", "teacher_marginal", "consistency_marginal")
-            actual, truth_loss = (
-                torch.cat([getattr(given_terms, field) for field in fields])
-                for given_terms in (output.terms, terms)
+            # The library draws the consistency tokens itself: the terms that none enters, and
+            # the gradient without the others.
+            names = ("data_correlation", "teacher_marginal", "consistency_marginal")
+            mine, wanted = (
+                torch.cat([getattr(t, n) for n in names]) for t in (output.terms, terms)
             )
-            again = self._library(name, inputs, consistency_weight=0.0, **given)
-            loss = again.loss
-            all_given = dataclasses.replace(all_given, xt=again.xt, u=again.u)
-            expected, _ = self._reference(inputs, all_given, consistency=False)
-        return Check.of(
-            relative_error(actual, truth_loss),
-            relative_error(inputs.gradient(loss), inputs.gradient(expected)),
-            LIMITS[case.dtype],
-        )
+            error = relative_l2(mine, wanted)
+            output = self._library(name, inputs, consistency_weight=0.0, **given)
+            loss = output.loss
+            expected, _ = self._reference(inputs, output, None, **given)
+        error_of_gradient = relative_l2(inputs.gradient(loss), inputs.gradient(expected))
+        return Check.of(error, error_of_gradient, limit)
 
     def _reference(
-        self, inputs: Inputs, given: Given, consistency: bool = True
+        self,
+        inputs: Inputs,
+        output: DistillOutput,
+        consistency_x: Tensor | None,
+        latent: Tensor,
+        latent_u: Tensor,
     ) -> tuple[Tensor, di4c_fast.LossTerms]:
-        """Loss and terms from dense logits."""
-        sizes = given.latent.shape[:2]
+        """Loss and terms from dense logits; without consistency tokens, without their terms."""
+        sizes = latent.shape[:2]
 
         def student(tokens: Tensor, t: Tensor, latent: Tensor) -> Tensor:
             times = t.repeat_interleave(sizes[1])
@@ -245,18 +188,16 @@ class StepGroup(Group):
 
         arguments: dict[str, Any] = {"consistency_weight": 0.0}
         with torch.no_grad():
-            teacher = inputs.teacher(given.xt, inputs.t)
-            if consistency:
-                drawn = student(given.xu, given.u, given.latent_u)
-                arguments = {
-                    "consistency": drawn, "consistency_x": given.consistency_x, "xu": given.xu
-                }  # fmt: skip
-        copies = given.xt.unsqueeze(1).expand(-1, sizes[1], -1)
+            teacher = inputs.teacher(output.xt, inputs.t)
+            if consistency_x is not None:
+                drawn = student(output.xu, output.u, latent_u)
+                arguments = {"consistency": drawn, "consistency_x": consistency_x, "xu": output.xu}
+        copies = output.xt.unsqueeze(1).expand(-1, sizes[1], -1)
         return di4c_fast.loss(
-            student(copies, inputs.t, given.latent),
+            student(copies, inputs.t, latent),
             teacher,
             inputs.x0,
-            xt=given.xt,
+            xt=output.xt,
             mask_id=self.mask_id,
             data_weight=DATA_WEIGHT,
             backend="reference",
@@ -265,25 +206,9 @@ class StepGroup(Group):
         )
 
     def details(self, name: str, inputs: Inputs) -> dict[str, float]:
-        """Median seconds of each phase."""
-        rounds = [self._phases(name, inputs) for _ in range(SPLIT_ROUNDS)]
-        return {phase: statistics.median(r[phase] for r in rounds) for phase in rounds[0]}
-
-    def _phases(self, name: str, inputs: Inputs) -> dict[str, float]:
-        seconds: dict[str, float] = {}
-
-        def now() -> float:
-            if self.case.device != "cpu":
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        last = now()
-
-        def mark(phase: str) -> None:
-            nonlocal last
-            present = now()
-            seconds[phase] = seconds.get(phase, 0.0) + present - last
-            last = present
-
-        self.call(name, inputs, mark)
-        return seconds
+        named = [
+            (inputs.teacher, "hidden", "teacher"),
+            (inputs.student, "hidden", "student, twice"),
+            (inputs, "gradient", "backward"),
+        ]
+        return parts_of(lambda: self.call(name, inputs), named, self.case.device)

@@ -166,10 +166,3 @@ class _Solver:
 
 def _kl(target: Tensor, log_prob: Tensor) -> Tensor:
     return (torch.xlogy(target, target) - target * log_prob).sum(-1)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||; NaN anywhere gives NaN."""
-    difference = actual.detach().double() - expected.double()
-    norm = float(expected.double().norm())
-    return float(difference.norm()) / norm if norm > 0 else float(difference.norm())
