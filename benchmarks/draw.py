@@ -52,7 +52,10 @@ class DrawGroup(Group):
     """Draw one token per row; "-all" with its log-probability and the statistics of the row."""
 
     def variants(self) -> list[Variant]:
-        return [MULTINOMIAL, *library("", ", token alone")] if self.case.note else VARIANTS
+        if self.case.note:
+            return [MULTINOMIAL, *library("", ", token alone")]
+        others = self.case.shape != "rows"  # Gumbel noise at one shape is enough
+        return [v for v in VARIANTS if not (others and v.name.startswith("gumbel"))]
 
     def make_inputs(self, seed: int) -> Inputs:
         case = self.case

@@ -158,13 +158,10 @@ def peak_of(case: Case, variant: str) -> int:
     call = functools.partial(group.call, variant, group.make_inputs(0))
     if case.device != "cpu":
         return peak_on_gpu(call, case.device)
-    # Imports, thread pools, workspaces and compilation are not the variant's memory.
-    if variant.endswith("compiled"):
-        call()
-    else:
-        shape = case.shape if case.shape in SHAPES else "language"
-        tiny = make_group(make_case(shape, "tiny", case.dtype, case.device))
-        tiny.call(variant, tiny.make_inputs(0))
+    # Imports, thread pools and workspaces are not the variant's memory.
+    shape = case.shape if case.shape in SHAPES else "language"
+    tiny = make_group(make_case(shape, "tiny", case.dtype, case.device))
+    tiny.call(variant, tiny.make_inputs(0))
     started = time.monotonic()
     peak = peak_in_this_process(call)
     if time.monotonic() - started < 1.0:
@@ -195,7 +192,8 @@ def measure(
     group = make_group(case)
     records = {variant.name: new_record(case, variant) for variant in variants}
     usual = not case.busy and case.threads in (0, torch.get_num_threads())
-    _measure(group, records, settings, worker if usual else None)
+    weighed = usual and not case.note.startswith(("V=", "masked="))
+    _measure(group, records, settings, worker if weighed else None)
     work = group.work()
     if work is not None and usual:
         for record in records.values():
@@ -270,9 +268,12 @@ def _measure(
     with trying(good()):
         inputs += [group.make_inputs(seed) for seed in range(input_copies(case.device, need))]
         truth = group.truth(inputs[0])
+    expected: dict[str, float] = {}
     for name in good():
         with trying([name]):
+            began = time.monotonic()
             check = group.check(name, inputs[0], truth)
+            expected[name] = time.monotonic() - began
             errors = {"loss_error": check.loss_error, "gradient_error": check.gradient_error}
             # JSON has no NaN; the reason says it.
             records[name] |= {k: e for k, e in errors.items() if e is not None and math.isfinite(e)}
@@ -294,16 +295,13 @@ def _measure(
                 return clock.round([functools.partial(prepare, first + i) for i in range(count)])
         return []
 
-    expected = {}
     with conditions(case):
         for name in good():
-            # Warm up, and drop what does not survive a call as it will be timed.
-            seconds = turn(name, 0, 1)
-            if seconds and seconds[0] < 0.5 * settings.seconds:
-                seconds = turn(name, 0, 1)
-            if seconds:
-                expected[name] = seconds[0]
-        samples = time_interleaved(turn, expected, settings)
+            # Warm up, and see how long a call takes; a slow one has run long enough by its check.
+            if name.endswith("compiled") or expected[name] < 2 * settings.seconds:
+                seconds = turn(name, 0, 1) and turn(name, 0, 1)
+                expected[name] = seconds[0] if seconds else 0.0
+        samples = time_interleaved(turn, {name: expected[name] for name in good()}, settings)
     for name in good():
         records[name]["samples"] = samples[name]
     for name in good():
@@ -312,6 +310,8 @@ def _measure(
                 records[name]["details"] = group.details(name, inputs[0])
     inputs.clear()
     for name in good() if worker is not None else ():
+        if case.device == "cpu" and name.endswith("compiled"):
+            continue  # compiling again in the child takes too long
         weigh = functools.partial(worker.peak, peak_of) if case.device == "cpu" else peak_of
         try:
             records[name]["peak_bytes"] = weigh(case, name)
