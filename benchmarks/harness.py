@@ -124,16 +124,14 @@ def time_interleaved(
     return samples
 
 
-SPIN = [sys.executable, "-c", "while True: pass"]
-
-
 @contextlib.contextmanager
 def conditions(case: Case) -> Iterator[None]:
     """The number of threads and the busy cores of a case; no collection of garbage meanwhile."""
     threads, enabled = torch.get_num_threads(), gc.isenabled()
     gc.collect()
     gc.disable()
-    spinning = [subprocess.Popen(SPIN) for _ in range(case.busy)]
+    spin = [sys.executable, "-c", "while True: pass"]
+    spinning = [subprocess.Popen(spin) for _ in range(case.busy)]
     try:
         torch.set_num_threads(case.threads or threads)
         yield

@@ -50,8 +50,6 @@ LIMITS = {
     "linear": {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2},
     "logistic": {"fp32": 5e-4, "bf16": 2e-2, "fp16": 5e-3},
 }
-# Peak of the dense formulations above the inputs, in fp32 copies of the student's logits.
-DENSE_COPIES = 6.5
 
 
 @dataclasses.dataclass
@@ -150,9 +148,8 @@ class LossGroup(Group):
         if case.cross_entropy:
             return gradients + (3 * dense if base == "eager" else dense // 4)
         if base in ("dense", "vectorised"):
-            # The bins are computed and differentiated before the loss begins.
-            bins = 5 if case.head == "logistic" else 0
-            return gradients + int((DENSE_COPIES + bins) * dense)
+            # Copies of the logits; bins are computed and differentiated before the loss begins.
+            return gradients + int((11.5 if case.head == "logistic" else 6.5) * dense)
         return gradients + (dense // 2 if case.head == "logits" else 1 << 30)
 
     # Calls ---------------------------------------------------------------------------------------

@@ -39,8 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     partial.unlink(missing_ok=True)
     given += ["-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "-v", "--tb=short"]
     given += ["--benchmark-quiet", f"--benchmark-json={partial}"]
-    if str(FOLDER.parent) not in sys.path:
-        sys.path.insert(0, str(FOLDER.parent))
     status = int(pytest.main([str(FOLDER / "bench_speed.py"), *given]))
     if partial.exists() and partial.stat().st_size:
         results = Results.load(partial)

@@ -26,8 +26,7 @@ from benchmarks.memory import MemoryUnknown, MemoryWorker, peak_in_this_process
 from benchmarks.session import Replay, Run
 
 ROOT = Path(__file__).resolve().parent.parent
-MACHINE = Machine(10e9, dict.fromkeys(DTYPES, 1e11))
-QUICK = Settings(seconds=0.001, rounds=2)
+MACHINE, QUICK = Machine(10e9, dict.fromkeys(DTYPES, 1e11)), Settings(seconds=0.001, rounds=2)
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +117,7 @@ def test_truth_agrees_with_the_dense_reference(shape):
     inputs.problem["student"] = student.with_tensors([*inputs.leaves, *others])
     check = group.check("reference", inputs, truth)
     # The teacher and the draws stay fp32 in the reference.
-    assert check.loss_error < 1e-7
-    assert check.gradient_error < 1e-6
+    assert max(10 * check.loss_error, check.gradient_error) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -150,16 +148,13 @@ def test_a_wrong_variant_has_no_speed(monkeypatch, broken):
     assert (found["dense"]["status"], found["dense"]["samples"]) == ("wrong", [])
     assert "off by" in found["dense"]["reason"]
     json.dumps(found["dense"], allow_nan=False)
-    for name in ("torch", "cpu-in-place"):
-        assert found[name]["status"] in ("ok", "skipped"), found[name]["reason"]
+    assert found["cpu-in-place"]["status"] in ("ok", "skipped")
     assert min(found["torch"]["samples"]) > 0
 
 
 def test_a_biased_draw_has_no_speed(monkeypatch):
-    def biased(logits):
-        return torch.multinomial((logits.float() * 0.8).softmax(-1), 1).squeeze(-1)
-
-    monkeypatch.setattr(baselines, "multinomial_draw", biased)
+    honest = baselines.multinomial_draw
+    monkeypatch.setattr(baselines, "multinomial_draw", lambda logits: honest(logits * 0.8))
     torch.manual_seed(0)
     record = measured(tiny("rows", positions=4096), "multinomial")["multinomial"]
     assert (record["status"], record["samples"]) == ("wrong", [])
@@ -173,16 +168,14 @@ def test_a_variant_that_raises_is_reported_and_the_others_go_on(monkeypatch):
 
 
 def test_what_does_not_fit_is_skipped_with_the_sizes(monkeypatch):
-    monkeypatch.setattr(harness, "available_bytes", lambda device: 10_000)
-    record = measured(tiny("language"), "torch")["torch"]
-    assert record["status"] == "skipped"
-    assert record["reason"].startswith("the inputs would take about")
-    assert record["reason"].endswith("10.00 kB are available")
     group = make_group(tiny("image"))
     space = group.input_bytes() + group.call_bytes("torch") + 10
-    monkeypatch.setattr(harness, "available_bytes", lambda device: space)
-    found = measured(group.case, "dense", "torch")
-    assert [record["status"] for record in found.values()] == ["skipped", "ok"]
+    for what, room in (("the inputs", 10), ("the call", space)):
+        monkeypatch.setattr(harness, "available_bytes", lambda device, room=room: room)
+        found = measured(group.case, "dense", "torch")
+        assert found["dense"]["status"] == "skipped"
+        assert found["dense"]["reason"].startswith(f"{what} would take about")
+        assert found["torch"]["status"] == ("ok" if room == space else "skipped")
 
 
 def test_missing_peers_backends_and_compilers_are_reasons(monkeypatch):
@@ -400,16 +393,14 @@ def test_report_fails_unless_the_pages_say_what_was_measured(checkout, capsys):
     refused("which does not exist")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (BLOCK.format("loss-tpu"), "known are machine-cpu"),
-        ("<!-- results:loss-cpu -->\nno end\n", "has no <!-- /results -->"),
-    ],
-)
-def test_broken_blocks_and_results_are_named(text, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        report.fill(text, {})
+def test_broken_blocks_and_results_are_named(tmp_path):
+    broken = "<!-- results:loss-cpu -->\nno end\n"
+    for text, message in (
+        (BLOCK.format("loss-tpu"), "known are machine"),
+        (broken, "has no <!-- /"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            report.fill(text, {})
     assert results.newest(tmp_path) == {}
     (tmp_path / "cpu.json").write_text('{"benchmarks": 99}')
     with pytest.raises(ValueError, match=r"cpu\.json holds no results"):
