@@ -152,10 +152,9 @@ def check(name: str, page: str, results: Mapping[str, Results], figures: Path) -
 
 def closing(results: Results) -> str:
     """Everything that a terminal shows of a run."""
-    parts = [BLOCKS[name](results) for name in ("machine", "loss", "sample", "step")]
-    parts += ["scaling\n\n" + _scaling(results), "promises\n\n" + _promises(results)]
-    parts.append("complete" if results.complete else "Partial: not everything was measured.")
-    return "\n\n".join(parts)
+    names = ("machine", "loss", "sample", "step", "scaling", "promises")
+    end = "Complete." if results.complete else "Partial: not everything was measured."
+    return "\n\n".join(filter(None, [*(BLOCKS[name](results) for name in names), end]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
