@@ -72,7 +72,7 @@ count: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-# Tables and figures from the newest complete results; ARGS=--write puts them into the README.
+# Tables of the newest complete results; ARGS=--write puts them into docs/speed.md and README.md.
 report: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.report $(ARGS)
 

@@ -9,9 +9,11 @@ dense: the teacher runs without a graph, and its logits for identical copies are
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +23,15 @@ from torch import Tensor
 NEGATIVE = -1e6
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
-
-
-def substitute(logits: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
-    """The SUBS parameterisation: no mask column, one-hot at tokens that are not masked.
+def log_probs(logits: Tensor, tokens: Tensor | None, mask_id: int | None) -> Tensor:
+    """log-softmax; with a mask the SUBS parameterisation: no mask column, known tokens certain.
 
     tokens: the leading shape of `logits`, or one that broadcasts to it.
     """
+    if tokens is None or mask_id is None:
+        return logits.float().log_softmax(-1)
     columns = torch.arange(logits.shape[-1], device=logits.device)
-    log_prob = log_softmax(logits.float().masked_fill(columns == mask_id, NEGATIVE))
+    log_prob = logits.float().masked_fill(columns == mask_id, NEGATIVE).log_softmax(-1)
     revealed = (tokens != mask_id).unsqueeze(-1)
     certain = torch.where(columns == tokens.unsqueeze(-1), 0.0, NEGATIVE)
     return torch.where(revealed, certain, log_prob)
@@ -63,19 +63,10 @@ def dense_loss(
         one_gather: gather all targets at once instead of one row of tokens after the other.
     """
     components = student.shape[1]
-    if mask_id is None:
-        log_prob = log_softmax(student)
-    else:
-        assert xt is not None
-        log_prob = substitute(student, xt.unsqueeze(1), mask_id)
+    log_prob = log_probs(student, None if xt is None else xt.unsqueeze(1), mask_id)
     with torch.no_grad():
-        if mask_id is None:
-            log_teacher, log_consistency = log_softmax(teacher), log_softmax(consistency)
-        else:
-            assert xt is not None
-            assert xu is not None
-            log_teacher = substitute(teacher, xt, mask_id)
-            log_consistency = substitute(consistency, xu, mask_id)
+        log_teacher = log_probs(teacher, xt, mask_id)
+        log_consistency = log_probs(consistency, xu, mask_id)
         if consistency_x is None:
             consistency_x = draw_tokens(log_consistency)
         target = log_consistency.exp().mean(1)
@@ -103,9 +94,7 @@ def dense_loss(
     return per_example.mean()
 
 
-def vectorised_loss(student: Tensor, teacher: Tensor, x0: Tensor, **arguments: object) -> Tensor:
-    """`dense_loss` with one gather for all targets, marginals taken at the targets alone."""
-    return dense_loss(student, teacher, x0, one_gather=True, **arguments)  # type: ignore[arg-type]
+vectorised_loss = functools.partial(dense_loss, one_gather=True)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -116,26 +105,35 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 # Draws of one token per row ---------------------------------------------------------------------
 
 
-def multinomial_draw(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax, `torch.multinomial`, gather: tokens (R,) and their log-probabilities."""
-    probs = logits.float().softmax(-1)
-    token = torch.multinomial(probs, 1)
-    return token.squeeze(-1), probs.gather(-1, token).squeeze(-1).log()
+def multinomial_draw(logits: Tensor) -> Tensor:
+    """softmax, then `torch.multinomial`: tokens (R,)."""
+    return torch.multinomial(logits.float().softmax(-1), 1).squeeze(-1)
 
 
-def gumbel_draw(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """argmax of exp(logits) / -log u, computed in `dtype`, and the token's log-probability."""
+def gumbel_draw(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """argmax of exp(logits) / -log u, computed in `dtype`."""
     wide = logits.to(dtype)
     noise = -torch.rand_like(wide).clamp_min(torch.finfo(dtype).tiny).log()
-    peak = wide.amax(-1, keepdim=True)
-    token = ((wide - peak).exp() / noise).argmax(-1)
-    log_total = wide.logsumexp(-1)
-    return token, wide.gather(-1, token.unsqueeze(-1)).squeeze(-1) - log_total
+    return ((wide - wide.amax(-1, keepdim=True)).exp() / noise).argmax(-1)
 
 
 # Samplers and steps -----------------------------------------------------------------------------
 
 Model = Callable[..., Tensor]
+
+
+def ancestral_step(logits: Tensor, tokens: Tensor, t: Tensor, s: Tensor, mask_id: int) -> Tensor:
+    """One step of masked diffusion from t to s (R,), for rows (R, D) with logits (R, D, V)."""
+    t, s = t[:, None, None], s[:, None, None]
+    q = _without_mask(logits, mask_id).softmax(-1) * (t - s)
+    q[..., mask_id] = s.squeeze(-1)
+    noise = -(torch.rand_like(q) + 1e-10).log() + 1e-10
+    return torch.where(tokens == mask_id, (q / noise).argmax(-1), tokens)
+
+
+def ancestral_call(model: Model, tokens: Tensor, t: Tensor, s: Tensor, mask_id: int) -> Tensor:
+    """A call of the model and the step."""
+    return ancestral_step(model(tokens, t), tokens, t, s, mask_id)
 
 
 @torch.no_grad()
@@ -147,22 +145,20 @@ def ancestral_sample(
     steps: int,
     t_min: float = 1e-5,
     device: torch.device | str = "cpu",
+    call: Callable[..., Tensor] = ancestral_call,
 ) -> Tensor:
     """The usual loop of masked diffusion: full logits, softmax and noise for each token.
 
     Args:
         model: (tokens (B, D), t (B,)) -> logits (B, D, V).
+        call: `ancestral_call`, or what torch.compile makes of it.
     """
     tokens = torch.full(shape, mask_id, dtype=torch.int64, device=device)
-    times = torch.linspace(1.0, t_min, steps + 1, device=device)
+    times = torch.linspace(1.0, t_min, steps + 1, device=device)[:, None].expand(-1, shape[0])
     for t, s in itertools.pairwise(times):
-        q = _without_mask(model(tokens, t.expand(shape[0])), mask_id).softmax(-1) * (t - s)
-        q[..., mask_id] = s
-        noise = -(torch.rand_like(q) + 1e-10).log() + 1e-10
-        drawn = (q / noise).argmax(-1)
-        tokens = torch.where(tokens == mask_id, drawn, tokens)
+        tokens = call(model, tokens, t, s, mask_id)
     if bool((tokens == mask_id).any()):
-        logits = _without_mask(model(tokens, times[-1].expand(shape[0])), mask_id)
+        logits = _without_mask(model(tokens, times[-1]), mask_id)
         tokens = torch.where(tokens == mask_id, logits.argmax(-1), tokens)
     return tokens
 
@@ -173,70 +169,50 @@ def _without_mask(logits: Tensor, mask_id: int) -> Tensor:
     return logits
 
 
-@torch.no_grad()
-def confidence_sample(
-    model: Model,
-    prompt: Tensor,
-    *,
-    positions: int,
-    mask_id: int,
-    steps: int,
-    temperature: float = 0.0,
-    history: list[Tensor] | None = None,
-) -> Tensor:
-    """The usual loop of a masked language model behind a prompt, in one block.
+def confidence_step(logits: Tensor, tokens: Tensor, *, count: int, mask_id: int) -> Tensor:
+    """Fill the `count` masked positions of each row whose best token is the most probable.
 
-    Args:
-        model: (tokens (B, D), t (B,)) -> logits (B, D, V).
-        prompt: (B, P), without masks.
-        positions: D, the prompt included.
-        history: where the tokens at the start and after every step are appended.
-    """
-    batch, known = prompt.shape
-    tokens = prompt.new_full((batch, positions), mask_id)
-    tokens[:, :known] = prompt
-    if history is not None:
-        history.append(tokens)
-    share, rest = divmod(positions - known, steps)
-    for step in range(steps):
-        t = (tokens == mask_id).float().mean(1)
-        count = share + (step < rest)
-        # The logits have no name here, so that they are gone before the next ones come.
-        tokens = confidence_step(
-            model(tokens, t), tokens, count=count, mask_id=mask_id, temperature=temperature
-        )
-        if history is not None:
-            history.append(tokens)
-    return tokens
-
-
-def confidence_step(
-    logits: Tensor, tokens: Tensor, *, count: int, mask_id: int, temperature: float
-) -> Tensor:
-    """Fill the `count` masked positions of each row whose drawn token is the most probable.
-
-    Half-precision logits stay as they are; noise is drawn in fp64.
+    Half-precision logits stay as they are.
     """
     logits[..., mask_id] = float("-inf")
-    if temperature:
-        noise = -torch.rand_like(logits, dtype=torch.float64).log()
-        drawn = (logits.double() / temperature - noise.log()).argmax(-1)
-    else:
-        drawn = logits.argmax(-1)
+    drawn = logits.argmax(-1)
     prob = logits.softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
     confidence = torch.where(tokens == mask_id, prob.float(), float("-inf"))
     chosen = confidence.topk(count, dim=-1).indices
     return tokens.scatter(-1, chosen, drawn.gather(-1, chosen))
 
 
+def confidence_call(model: Model, tokens: Tensor, **options: Any) -> Tensor:
+    """A call of the model and the step; the logits have no name, so that they are gone after it."""
+    t = (tokens == options["mask_id"]).float().mean(1)
+    return confidence_step(model(tokens, t), tokens, **options)
+
+
 @torch.no_grad()
-def ancestral_step(logits: Tensor, xt: Tensor, t: Tensor, u: Tensor, mask_id: int) -> Tensor:
-    """One step of a masked diffusion teacher from t to u, for rows (R, D) with logits (R, D, V)."""
-    t, u = t[:, None, None], u[:, None, None]
-    q = _without_mask(logits, mask_id).softmax(-1) * (t - u)
-    q[..., mask_id] = u.squeeze(-1)
-    noise = -(torch.rand_like(q) + 1e-10).log() + 1e-10
-    return torch.where(xt == mask_id, (q / noise).argmax(-1), xt)
+def confidence_sample(
+    model: Model,
+    tokens: Tensor,
+    *,
+    counts: Sequence[int],
+    mask_id: int,
+    history: list[Tensor] | None = None,
+    call: Callable[..., Tensor] = confidence_call,
+) -> Tensor:
+    """The usual loop of a masked language model, in one block.
+
+    Args:
+        model: (tokens (B, D), t (B,)) -> logits (B, D, V).
+        tokens: (B, D), masked but for the prompt.
+        counts: how many positions of each row every step fills.
+        history: where the tokens at the start and after every step are appended.
+        call: `confidence_call`, or what torch.compile makes of it.
+    """
+    history = [] if history is None else history
+    history.append(tokens)
+    for count in counts:
+        tokens = call(model, tokens, count=count, mask_id=mask_id)
+        history.append(tokens)
+    return tokens
 
 
 def distill_step(
@@ -254,7 +230,7 @@ def distill_step(
     xu: Tensor | None = None,
     latent_u: Tensor | None = None,
     consistency_x: Tensor | None = None,
-    mark: Callable[[str], None] = lambda phase: None,
+    loss: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """One distillation step as the formulas read: every model sees N copies, all logits exist.
 
@@ -263,10 +239,7 @@ def distill_step(
         teacher: (tokens (R, D), t (R,)) -> logits (R, D, V).
         t: (B,).
         latent, xt, xu, latent_u, consistency_x: drawn here where None.
-        mark: called with the name of each phase when it ends.
-
-    Returns:
-        The loss, a scalar.
+        loss: `dense_loss` (None), or what torch.compile makes of it.
     """
     batch, positions = x0.shape
     rows = batch * components
@@ -283,16 +256,12 @@ def distill_step(
     sizes = (batch, components)
     with torch.no_grad():
         teacher_logits = teacher(copies, t_rows)
-        mark("teacher")
         if xu is None:
             xu = ancestral_step(teacher_logits, copies, t_rows, u_rows, mask_id)
             xu = xu.unflatten(0, sizes)
-        mark("process")
         consistency = student(xu.flatten(0, 1), u_rows, latent_u).unflatten(0, sizes)
-        mark("student at x_u")
     prediction = student(copies, t_rows, latent).unflatten(0, sizes)
-    mark("student at x_t")
-    loss = dense_loss(
+    return (loss or dense_loss)(
         prediction,
         teacher_logits.unflatten(0, sizes)[:, 0],
         x0,
@@ -303,5 +272,3 @@ def distill_step(
         mask_id=mask_id,
         data_weight=data_weight,
     )
-    mark("loss")
-    return loss

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-Size = Literal["full", "small", "tiny"]
 SIZES = ("full", "small", "tiny")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LETTERS = {"batch": "B", "components": "N", "positions": "D", "vocabulary": "V", "width": "C"}
+LETTERS |= {"layers": "layers", "steps": "steps"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Case:
     head: str = "logits"  # logits, linear or logistic
     masked: float | None = None  # share of masked positions; None: no masks at all
     cross_entropy: bool = False  # N = 1 and the likelihood alone
-    note: str = ""  # which point of which sweep, for the key
+    note: str = ""  # which point of which sweep, or the condition, for the key
+    threads: int = 0  # 0: those of the run
+    busy: int = 0  # other processes that each keep a core busy meanwhile
 
     @property
     def key(self) -> str:
@@ -48,25 +51,22 @@ class Case:
     @property
     def title(self) -> str:
         """The shape with its sizes, for people."""
-        letters = {
-            "B": self.batch,
-            "N": self.components,
-            "D": self.positions,
-            "V": self.vocabulary,
-            "C": self.width,
-            "layers": self.layers,
-            "steps": self.steps,
-        }
-        hidden = {name for name, value in letters.items() if value == 0}
+        letters = {letter: getattr(self, field) for field, letter in LETTERS.items()}
         if self.kind == "draw":
-            hidden |= {"B", "N"}
-            letters = {"rows" if name == "D" else name: value for name, value in letters.items()}
+            letters = {"rows": self.positions, "V": self.vocabulary, "C": self.width}
         if self.kind == "confidence":
-            hidden |= {"N"}
-        sizes = ", ".join(f"{name}={v}" for name, v in letters.items() if name not in hidden)
-        masked = "" if self.masked is None else f", {self.masked:.0%} masked"
-        head = "" if self.head == "logits" else f", {self.head} head"
-        return f"{self.shape} ({sizes}{masked}{head}, {self.dtype})"
+            del letters["N"]
+        parts = [f"{name}={value}" for name, value in letters.items() if value]
+        if self.masked is not None:
+            parts.append(f"{self.masked:.0%} masked")
+        if self.head != "logits":
+            parts.append(f"{self.head} head")
+        parts.append(self.dtype)
+        if self.threads:
+            parts.append(f"{self.threads} threads" if self.threads > 1 else "1 thread")
+        if self.busy:
+            parts.append("one core busy")
+        return f"{self.shape} ({', '.join(parts)})"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -85,160 +85,71 @@ class Case:
             return self.positions
         return min(self.positions, math.floor(self.masked * self.positions + 0.5))
 
-    def spec(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_spec(spec: dict[str, Any]) -> Case:
-        return Case(**spec)
-
 
 # fmt: off
-_LOSS = {
+_FIELDS = ("batch", "components", "positions", "vocabulary", "masked", "width", "layers", "steps")
+# Kind, what all sizes share, and B, N, D, V, masked share, C, layers, steps of full, small, tiny.
+SHAPES: dict[str, tuple[str, dict[str, Any], tuple[tuple[Any, ...], ...]]] = {
     # the paper's masked language model: OpenWebText with GPT-2's tokens and a mask
-    "language": {
-        "full": {"components": 16, "positions": 1024, "vocabulary": 50258, "masked": 0.5},
-        "small": {"components": 16, "positions": 128, "vocabulary": 8193, "masked": 0.6},
-        "tiny": {"components": 4, "positions": 12, "vocabulary": 65, "masked": 0.6},
-    },
+    "language": ("loss", {}, (
+        (1, 16, 1024, 50258, 0.5), (1, 16, 128, 8193, 0.6), (1, 4, 12, 65, 0.6))),
     # the same from hidden states
-    "language-hidden": {
-        "full": {"components": 16, "positions": 1024, "vocabulary": 50258, "masked": 0.5,
-                 "width": 768, "head": "linear"},
-        "small": {"components": 16, "positions": 128, "vocabulary": 8193, "masked": 0.6,
-                  "width": 256, "head": "linear"},
-        "tiny": {"components": 4, "positions": 12, "vocabulary": 65, "masked": 0.6,
-                 "width": 8, "head": "linear"},
-    },
+    "language-hidden": ("loss", {"head": "linear"}, (
+        (1, 16, 1024, 50258, 0.5, 768), (1, 16, 128, 8193, 0.6, 256), (1, 4, 12, 65, 0.6, 8))),
     # VQ images: MaskGIT on ImageNet, all positions and columns count
-    "image": {
-        "full": {"batch": 2, "components": 32, "positions": 256, "vocabulary": 1025},
-        "small": {"batch": 1, "components": 32, "positions": 64, "vocabulary": 1025},
-        "tiny": {"batch": 2, "components": 4, "positions": 6, "vocabulary": 33},
-    },
+    "image": ("loss", {}, ((2, 32, 256, 1025), (1, 32, 64, 1025), (2, 4, 6, 33))),
     # pixels: two numbers per pixel instead of 256 logits
-    "pixel": {
-        "full": {"batch": 8, "components": 16, "positions": 3072, "vocabulary": 256,
-                 "head": "logistic"},
-        "small": {"batch": 1, "components": 16, "positions": 768, "vocabulary": 256,
-                  "head": "logistic"},
-        "tiny": {"batch": 2, "components": 3, "positions": 8, "vocabulary": 16,
-                 "head": "logistic"},
-    },
+    "pixel": ("loss", {"head": "logistic"}, (
+        (8, 16, 3072, 256), (1, 16, 768, 256), (2, 3, 8, 16))),
+    # the digits of the demo: a vocabulary so small that overheads count
+    "digits": ("loss", {}, (
+        (128, 16, 64, 18, 0.5), (8, 16, 64, 18, 0.5), (2, 4, 6, 18, 0.5))),
     # the vocabulary of a large language model
-    "large": {
-        "full": {"components": 16, "positions": 512, "vocabulary": 126464, "masked": 0.5,
-                 "width": 4096, "head": "linear"},
-        "small": {"components": 4, "positions": 32, "vocabulary": 126464, "masked": 0.5,
-                  "width": 256, "head": "linear"},
-        "tiny": {"components": 3, "positions": 6, "vocabulary": 129, "masked": 0.5,
-                 "width": 8, "head": "linear"},
-    },
+    "large": ("loss", {"head": "linear"}, (
+        (1, 16, 512, 126464, 0.5, 4096), (1, 4, 32, 126464, 0.5, 256), (1, 3, 6, 129, 0.5, 8))),
     # one component, the likelihood alone: what libraries for language models are made for
-    "cross-entropy": {
-        "full": {"positions": 8192, "vocabulary": 128256, "width": 4096, "head": "linear",
-                 "cross_entropy": True},
-        "small": {"positions": 512, "vocabulary": 32000, "width": 512, "head": "linear",
-                  "cross_entropy": True},
-        "tiny": {"positions": 10, "vocabulary": 33, "width": 8, "head": "linear",
-                 "cross_entropy": True},
-    },
-}
-
-_DRAW = {
-    "rows": {
-        "full": {"positions": 8192, "vocabulary": 50258},
-        "small": {"positions": 1024, "vocabulary": 50258},
-        "tiny": {"positions": 192, "vocabulary": 257},
-    },
-    "rows-large": {
-        "full": {"positions": 4096, "vocabulary": 126464},
-        "small": {"positions": 256, "vocabulary": 126464},
-        "tiny": {"positions": 192, "vocabulary": 513},
-    },
+    "cross-entropy": ("loss", {"head": "linear", "cross_entropy": True}, (
+        (1, 1, 8192, 128256, None, 4096), (1, 1, 512, 32000, None, 512), (1, 1, 10, 33, None, 8))),
+    "rows": ("draw", {}, ((1, 1, 8192, 50258), (1, 1, 1024, 50258), (1, 1, 192, 257))),
+    "rows-large": ("draw", {}, ((1, 1, 4096, 126464), (1, 1, 256, 126464), (1, 1, 192, 513))),
     # rows of a linear head: half of 1024 positions are still masked
-    "head-rows": {
-        "full": {"positions": 512, "vocabulary": 126464, "width": 4096, "head": "linear"},
-        "small": {"positions": 512, "vocabulary": 50258, "width": 512, "head": "linear"},
-        "tiny": {"positions": 192, "vocabulary": 65, "width": 8, "head": "linear"},
-    },
-}
-
-_ANCESTRAL = {
-    "ancestral": {
-        "full": {"batch": 16, "positions": 1024, "vocabulary": 50258, "width": 768,
-                 "layers": 12, "steps": 16},
-        "small": {"batch": 2, "positions": 256, "vocabulary": 50258, "width": 768,
-                  "layers": 4, "steps": 16},
-        "tiny": {"batch": 2, "positions": 12, "vocabulary": 33, "width": 16, "layers": 1,
-                 "steps": 3},
-    },
-}
-
-# The head of a language model of 8 billion parameters, half of the sequence a prompt. Memory is
-# what counts: the small size keeps the vocabulary, so that there, too, the logits of the masked
-# positions are more than the head's budget.
-_CONFIDENCE = {
-    "confidence": {
-        "full": {"positions": 1024, "vocabulary": 126464, "width": 4096, "steps": 4,
-                 "masked": 0.5, "head": "linear"},
-        "small": {"positions": 384, "vocabulary": 126464, "width": 128, "steps": 2,
-                  "masked": 0.5, "head": "linear"},
-        "tiny": {"batch": 2, "positions": 14, "vocabulary": 33, "width": 16, "steps": 3,
-                 "masked": 0.5, "head": "linear"},
-    },
-}
-
-_STEP = {
-    "distill": {
-        "full": {"components": 16, "positions": 1024, "vocabulary": 50258, "width": 768,
-                 "layers": 12, "masked": 0.5},
-        "small": {"components": 8, "positions": 128, "vocabulary": 8193, "width": 256,
-                  "layers": 4, "masked": 0.5},
-        "tiny": {"components": 2, "positions": 12, "vocabulary": 33, "width": 16, "layers": 1,
-                 "masked": 0.5},
-    },
+    "head-rows": ("draw", {"head": "linear"}, (
+        (1, 1, 512, 126464, None, 4096), (1, 1, 512, 50258, None, 512), (1, 1, 192, 65, None, 8))),
+    "ancestral": ("ancestral", {}, (
+        (16, 1, 1024, 50258, None, 768, 12, 16), (1, 1, 128, 50258, None, 768, 4, 16),
+        (2, 1, 12, 33, None, 16, 1, 3))),
+    # The head of a language model of 8 billion parameters, half of the sequence a prompt. Memory
+    # is what counts: the small size keeps the vocabulary, so that there, too, the logits of the
+    # masked positions are more than the head's budget.
+    "confidence": ("confidence", {"head": "linear"}, (
+        (1, 1, 1024, 126464, 0.5, 4096, 0, 4), (1, 1, 384, 126464, 0.5, 128, 0, 2),
+        (2, 1, 14, 33, 0.5, 16, 0, 3))),
+    "distill": ("step", {}, (
+        (1, 16, 1024, 50258, 0.5, 768, 12), (1, 8, 128, 8193, 0.5, 256, 4),
+        (1, 2, 12, 33, 0.5, 16, 1))),
 }
 # fmt: on
 
-SHAPES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
-    "loss": _LOSS,
-    "draw": _DRAW,
-    "ancestral": _ANCESTRAL,
-    "confidence": _CONFIDENCE,
-    "step": _STEP,
-}
-
 # Points of the scaling sweeps, around a base that the dense formulation can follow.
+# fmt: off
 _SWEEP_BASE: dict[str, dict[str, Any]] = {
     "full": {"components": 16, "positions": 256, "vocabulary": 50258, "masked": 0.5},
     "small": {"components": 8, "positions": 64, "vocabulary": 4097, "masked": 0.6},
     "tiny": {"components": 2, "positions": 6, "vocabulary": 33, "masked": 0.5},
 }
 _SWEEPS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "full": {
-        "components": (1, 2, 4, 8, 16, 32, 64),
-        "positions": (64, 128, 256, 512, 1024),
-        "vocabulary": (1025, 8193, 50258, 126464),
-        "masked": (0.05, 0.25, 0.5, 0.75, 1.0),
-    },
-    "small": {
-        "components": (1, 4, 8, 16, 32),
-        "positions": (32, 64, 128, 256),
-        "vocabulary": (1025, 4097, 16385),
-        "masked": (0.1, 0.6, 1.0),
-    },
+    "full": {"components": (1, 2, 4, 8, 16, 32, 64), "positions": (64, 128, 256, 512, 1024),
+             "vocabulary": (1025, 8193, 50258, 126464), "masked": (0.05, 0.25, 0.5, 0.75, 1.0)},
+    "small": {"components": (1, 4, 8, 16, 32), "positions": (32, 64, 128, 256),
+              "vocabulary": (1025, 4097, 16385), "masked": (0.1, 0.6, 1.0)},
     "tiny": {"components": (1, 2), "masked": (0.5, 1.0)},
 }
+# fmt: on
 AXES = {"components": "N", "positions": "D", "vocabulary": "V", "masked": "masked"}
+AXES |= {"threads": "threads"}
 BASE = "base"  # the note of the point that all sweeps share
-
 # Positions at which the peak memory with a linear head is compared.
 _MEMORY_POSITIONS = {"full": (512, 1024, 4096), "small": (128, 512, 1024), "tiny": (8, 16)}
-
-
-def shape_names(kinds: Iterable[str] = SHAPES) -> list[str]:
-    return [name for kind in kinds for name in SHAPES[kind]]
 
 
 def make_case(shape: str, size: str, dtype: str, device: str, **changes: Any) -> Case:
@@ -247,29 +158,52 @@ def make_case(shape: str, size: str, dtype: str, device: str, **changes: Any) ->
     Raises:
         ValueError: an unknown name, with the known ones.
     """
-    check_name(shape, "shape", shape_names())
-    check_name(size, "size", SIZES)
-    check_name(dtype, "dtype", DTYPES)
-    kind = next(kind for kind, shapes in SHAPES.items() if shape in shapes)
-    fields = {**SHAPES[kind][shape][size], **changes}
+    for what, name, known in (
+        ("shape", shape, SHAPES),
+        ("size", size, SIZES),
+        ("dtype", dtype, DTYPES),
+    ):
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; known are {', '.join(known)}")
+    kind, shared, sizes = SHAPES[shape]
+    given = dict(zip(_FIELDS, sizes[SIZES.index(size)], strict=False))
+    fields = given | shared | changes
     return Case(kind=kind, shape=shape, size=size, dtype=dtype, device=device, **fields)
 
 
-def sweep_cases(size: str, dtype: str, device: str) -> list[Case]:
-    """The points of the scaling sweeps over N, D, V and the masked share, each once."""
-    base = _SWEEP_BASE[size]
+def sweep_cases(size: str, dtype: str, device: str, threads: int) -> list[Case]:
+    """The points of the sweeps, each once: N, D, V, masked share, on a CPU threads.
 
-    def case(note: str, **changes: Any) -> Case:
-        fields = {**base, **changes}
-        return Case("loss", "scaling", size, dtype, device, note=note, **fields)
-
+    Then the linear head at growing D, for its memory.
+    """
+    base = {**_SWEEP_BASE[size], "threads": threads if device == "cpu" else 0}
+    sweeps = dict(_SWEEPS[size])
+    if device == "cpu" and threads > 1:
+        sweeps["threads"] = (1, threads)
     changed = [
-        case(f"{AXES[axis]}={point}", **{axis: point})
-        for axis, points in _SWEEPS[size].items()
+        (f"{AXES[axis]}={point}", {axis: point})
+        for axis, points in sweeps.items()
         for point in points
         if point != base[axis]
     ]
-    return [case(BASE), *changed]
+    return [
+        Case("loss", "scaling", size, dtype, device, note=note, **{**base, **change})
+        for note, change in [(BASE, {}), *changed]
+    ] + [
+        make_case("language-hidden", size, dtype, device, positions=points, note=f"D={points}")
+        for points in _MEMORY_POSITIONS[size]
+    ]
+
+
+def condition_cases(size: str, dtype: str, device: str) -> list[Case]:
+    """On a CPU: half precision, and loss and draws while another process keeps a core busy."""
+    if device != "cpu":
+        return []
+    busy = [
+        make_case(shape, size, dtype, device, busy=1, note="busy") for shape in ("language", "rows")
+    ]
+    half = [make_case("language", size, "bf16", device, note="half")] if dtype == "fp32" else []
+    return [*half, *busy]
 
 
 def on_axis(record: Mapping[str, Any], axis: str) -> float | None:
@@ -280,19 +214,3 @@ def on_axis(record: Mapping[str, Any], axis: str) -> float | None:
     if case["note"] != BASE and not case["note"].startswith(f"{AXES[axis]}="):
         return None
     return float(case[axis])
-
-
-def memory_cases(size: str, dtype: str, device: str) -> list[Case]:
-    """The linear head at growing D, for its memory alone."""
-    return [
-        make_case(
-            "language-hidden", size, dtype, device, positions=positions, note=f"D={positions}"
-        )
-        for positions in _MEMORY_POSITIONS[size]
-    ]
-
-
-def check_name(name: str, what: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r}; known are {', '.join(known)}")

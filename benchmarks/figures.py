@@ -2,13 +2,13 @@
 
 Readable on light and on dark pages: no background, text and axes in a grey that stands out from
 both, colours of medium lightness that people with a colour vision deficiency tell apart, and a
-marker of its own for every variant.
+marker of its own for every role.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,210 +19,150 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from .cases import AXES, on_axis
-from .store import ResultSet, write_atomically
-from .tables import grouped, is_main
+from .groups import BACKENDS
+from .results import Record, Results
 
 GREY = "#7a828c"
-# Colour and marker of a variant; the library's own are filled.
+# Colour and marker of a variant; those that play the same role look alike.
+PLAIN, BETTER, PEER = ("#d55e00", "s"), ("#cc79a7", "D"), ("#b8860b", "<")
 STYLES = {
-    "dense": ("#d55e00", "s"),
-    "vectorised": ("#cc79a7", "D"),
-    "dense-compiled": ("#d55e00", "^"),
-    "vectorised-compiled": ("#cc79a7", "v"),
+    **dict.fromkeys(("dense", "eager", "multinomial", "naive", "plain"), PLAIN),
+    **dict.fromkeys(("vectorised", "linear-cross-entropy", "gumbel-fp32"), BETTER),
+    **dict.fromkeys(("liger", "cut-cross-entropy", "flashinfer", "gumbel-fp64"), PEER),
     "torch": ("#0f8fd0", "o"),
-    "triton": ("#009e73", "o"),
-    "torch-all": ("#0f8fd0", "P"),
     "cpu": ("#cc3311", "o"),
-    "cpu-all": ("#cc3311", "P"),
-    "triton-all": ("#009e73", "P"),
-    "eager": ("#d55e00", "s"),
-    "eager-compiled": ("#d55e00", "^"),
-    "linear-cross-entropy": ("#cc79a7", "D"),
-    "liger": ("#b8860b", "v"),
-    "cut-cross-entropy": ("#b8860b", "<"),
-    "multinomial": ("#d55e00", "s"),
-    "gumbel-fp32": ("#cc79a7", "D"),
-    "gumbel-fp32-compiled": ("#cc79a7", "v"),
-    "gumbel-fp64": ("#b8860b", "^"),
-    "flashinfer": ("#b8860b", "<"),
-    "naive": ("#d55e00", "s"),
-    "plain": ("#d55e00", "s"),
-    "di4c-fast": ("#0f8fd0", "o"),
+    "triton": ("#009e73", "o"),
 }
-FILLED = {"torch", "triton", "cpu", "cpu-all", "torch-all", "triton-all", "di4c-fast"}
-FLOOR: dict[str, Any] = {
-    "marker": "|",
-    "markersize": 16,
-    "markeredgewidth": 2,
-    "color": GREY,
-}
+SUFFIXES = {"-compiled": "^", "-all": "P", "-in-place": "X"}  # other markers, the same colour
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "di4c_fast",
     "font.size": 9,
     "font.family": "sans-serif",
-    "text.color": GREY,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "axes.titlecolor": GREY,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), GREY),
+    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), GREY),
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "grid.color": GREY,
+    "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "savefig.transparent": True,
 }
 
 
-def draw(results: ResultSet, folder: Path, digest: str) -> list[Path]:
-    """Draw what the records allow, each with the digest of the results; the files written."""
-    kind = results.header["machine"]["kind"]
-    paths = []
-    with plt.rc_context(SETTINGS):
-        for name, figure in (
-            ("speed", _speed(results.records)),
-            ("memory", _memory(results.records)),
-            ("scaling", _scaling(results.records)),
-        ):
+def draw(results: Results, folder: Path) -> Iterator[tuple[Path, str]]:
+    """What the records allow: files and their SVG, with the digest of the results in it."""
+    for name, function in (("speed", _speed), ("memory", _memory), ("scaling", _scaling)):
+        with plt.rc_context(SETTINGS):
+            figure = function(results)
             if figure is None:
                 continue
             buffer = io.StringIO()
             figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
             plt.close(figure)
-            text = buffer.getvalue().replace("<svg ", f"<!-- results {digest} -->\n<svg ", 1)
-            path = folder / f"{name}-{kind}.svg"
-            write_atomically(path, text)
-            paths.append(path)
-    return paths
+        mark = f"<!-- results {results.digest()} -->\n<svg "
+        path = folder / f"{name}-{results.machine['kind']}.svg"
+        yield path, buffer.getvalue().replace("<svg ", mark, 1)
 
 
 def _style(variant: str) -> dict[str, Any]:
-    colour, marker = STYLES.get(variant, (GREY, "."))
-    face = colour if variant in FILLED or marker in "x." else "none"
-    return {"color": colour, "marker": marker, "markerfacecolor": face, "markersize": 6}
+    marker = None
+    for suffix, other in SUFFIXES.items():
+        if variant.endswith(suffix):
+            variant, marker = variant.removesuffix(suffix), other
+    colour, usual = STYLES.get(variant, (GREY, "."))
+    face = colour if variant in BACKENDS else "none"
+    style = {"color": colour, "marker": marker or usual, "markerfacecolor": face}
+    return style | {"markersize": 6}
 
 
-def _speed(records: Sequence[dict[str, Any]]) -> Any:
+def _label(variant: str) -> str:
+    return f"di4c_fast: {variant}" if variant.split("-")[0] in BACKENDS else variant
+
+
+def _speed(results: Results) -> Any:
     """One line per shape: every variant's time, and the floor as an upright bar."""
-    groups = [
-        [r for r in group if r["seconds"]]
-        for group in grouped(r for r in records if is_main(r)).values()
-    ]
+    groups = [[r for r in group if r["seconds"]] for group in results.groups()]
     groups = [group for group in groups if group]
     if not groups:
         return None
-    figure, axes = plt.subplots(figsize=(7.5, 0.55 * len(groups) + 1.4))
-    # A marker stands for the same role at every shape, so the legend joins its names.
-    handles: dict[Any, Any] = {}
-    names: dict[Any, list[str]] = {}
+    figure, axes = plt.subplots(figsize=(7.5, 0.45 * len(groups) + 1.4))
+    named: dict[Any, tuple[Any, list[str]]] = {}  # by style, so that the legend joins names
     for line, group in enumerate(groups):
-        times = [r["seconds"] * 1e3 for r in group]
-        axes.plot([min(times), max(times)], [line, line], color=GREY, alpha=0.3, linewidth=1)
-        for record, milliseconds in zip(group, times, strict=True):
-            variant = record["variant"]
-            handle = axes.plot(milliseconds, line, linestyle="", **_style(variant))[0]
-            key = (*STYLES.get(variant, (GREY, ".")), variant in FILLED)
-            handles.setdefault(key, handle)
-            if variant not in names.setdefault(key, []):
-                names[key].append(variant)
-        floor = group[0]["floor_seconds"]
-        if floor:
-            handle = axes.plot(floor * 1e3, line, linestyle="", **FLOOR)[0]
-            handles.setdefault("floor", handle)
-            names["floor"] = ["floor of this machine"]
-    labels = [
-        ("di4c_fast: " if "di4c-fast" in names[key] or names[key][0] in FILLED else "")
-        + " / ".join(names[key])
-        for key in handles
-    ]
-    axes.set_yticks(range(len(groups)), [g[0]["case"]["shape"] for g in groups])
+        marks = [(_label(r["variant"]), r["seconds"] * 1e3, _style(r["variant"])) for r in group]
+        ends = [end(time for _, time, _ in marks) for end in (min, max)]
+        axes.plot(ends, [line, line], color=GREY, alpha=0.3, linewidth=1)
+        if floor := group[0]["floor_seconds"]:
+            style = {"marker": "|", "markersize": 16, "markeredgewidth": 2, "color": GREY}
+            marks.append(("floor of this machine", floor * 1e3, style))
+        for label, milliseconds, style in marks:
+            handle = axes.plot(milliseconds, line, linestyle="", **style)[0]
+            names = named.setdefault(tuple(style.items()), (handle, []))[1]
+            if label not in names:
+                names.append(label)
+    axes.set_yticks(range(len(groups)), [_line(group[0]) for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds per call (further left is faster)")
-    axes.grid(axis="x")
-    axes.legend(handles.values(), labels, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    axes.grid(visible=False, axis="y")
+    handles = [handle for handle, _ in named.values()]
+    labels = [" / ".join(names) for _, names in named.values()]
+    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
+def _line(record: Record) -> str:
+    note = {"busy": ", one core busy", "half": ", bf16"}.get(record["case"]["note"], "")
+    return record["case"]["shape"] + note
+
+
 def _points(
-    records: Sequence[dict[str, Any]], axis: str, column: str
+    records: Sequence[Record], axis: str, column: str, scale: float
 ) -> dict[str, list[tuple[float, float]]]:
-    """Per variant, (value on the axis, value of the column)."""
+    """Per variant, (value on the axis, scaled value of the column)."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         place = on_axis(record, axis)
-        if place is not None and record[column] is not None:
-            point = (place, float(record[column]))
+        if place is not None and record["seconds"] and record[column] is not None:
+            point = (place, max(float(record[column]) * scale, 1e-6))
             curves.setdefault(record["variant"], []).append(point)
     return {name: sorted(points) for name, points in curves.items()}
 
 
-def _memory(records: Sequence[dict[str, Any]]) -> Any:
-    curves = _points(records, "components", "peak_bytes")
-    if not curves:
-        return None
-    figure, axes = plt.subplots(figsize=(5.0, 3.2))
-    for name, points in curves.items():
-        style = _style(name)
-        axes.plot(*zip(*[(n, max(b, 1.0) / 1e6) for n, b in points], strict=True), **style)
-        axes.annotate(
-            _label(name), (points[-1][0], max(points[-1][1], 1.0) / 1e6), xytext=(6, 0),
-            textcoords="offset points", color=style["color"], va="center",
-        )  # fmt: skip
-    sizes = {
-        place: r["logits_bytes"] / 1e6
-        for r in records
-        if (place := on_axis(r, "components")) is not None
-    }
-    axes.plot(*zip(*sorted(sizes.items()), strict=True), color=GREY, linestyle="--", linewidth=1)
-    last = max(sizes)
-    axes.annotate(
-        "the logits", (last, sizes[last]), xytext=(6, -3), textcoords="offset points", va="top"
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set_xlabel("components N")
-    axes.set_ylabel("peak memory above the inputs, MB")
-    axes.grid()
-    return figure
-
-
-def _label(variant: str) -> str:
-    return f"di4c_fast: {variant}" if variant in FILLED else variant
-
-
-def _scaling(records: Sequence[dict[str, Any]]) -> Any:
-    curves = {axis: _points(records, axis, "seconds") for axis in AXES}
-    shown = [axis for axis in AXES if curves[axis]]
+def _curves(
+    results: Results, axes_shown: Sequence[str], column: str, scale: float, label: str
+) -> Any:
+    """One panel per axis, one curve per variant; for memory the size of the logits, too."""
+    curves = {axis: _points(results.records, axis, column, scale) for axis in axes_shown}
+    shown = [axis for axis in curves if any(len(points) > 1 for points in curves[axis].values())]
     if not shown:
         return None
     figure, panels = plt.subplots(
-        1, len(shown), figsize=(2.4 * len(shown) + 0.6, 2.8), sharey=True, squeeze=False
+        1, len(shown), figsize=(2.2 * len(shown) + 1.6, 2.8), sharey=True, squeeze=False
     )
-    titles = {
-        "components": "components N",
-        "positions": "positions D",
-        "vocabulary": "vocabulary V",
-        "masked": "masked share",
-    }
     named: dict[str, Any] = {}
     for axis, axes in zip(shown, panels[0], strict=True):
-        for name, points in curves[axis].items():
-            values, seconds = zip(*points, strict=True)
-            handle = axes.plot(values, [s * 1e3 for s in seconds], **_style(name))[0]
-            named.setdefault(_label(name), handle)
+        lines = [(_label(name), points, _style(name)) for name, points in curves[axis].items()]
+        if column == "peak_bytes":
+            logits = next(iter(_points(results.records, axis, "logits_bytes", scale).values()))
+            lines.append(("the logits", logits, {"color": GREY, "linestyle": "--"}))
+        for name, points, style in lines:
+            named.setdefault(name, axes.plot(*zip(*points, strict=True), **style)[0])
         if axis != "masked":
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axes.set_yscale("log")
-        axes.set_xlabel(titles[axis])
-        axes.grid()
-    panels[0][0].set_ylabel("milliseconds, forward and backward")
-    figure.legend(
-        named.values(), named.keys(), loc="lower center", ncols=len(named),
-        bbox_to_anchor=(0.5, 0.98),
-    )  # fmt: skip
+        axes.set_xlabel({"masked": "masked share", "threads": "threads"}.get(axis, AXES[axis]))
+    panels[0][0].set_ylabel(label)
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.98)}
+    figure.legend(named.values(), named.keys(), ncols=len(named), **place)
     return figure
+
+
+def _memory(results: Results) -> Any:
+    label = "peak memory above the inputs, MB"
+    return _curves(results, ("components", "positions"), "peak_bytes", 1e-6, label)
+
+
+def _scaling(results: Results) -> Any:
+    return _curves(results, list(AXES), "seconds", 1e3, "milliseconds, forward and backward")

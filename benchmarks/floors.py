@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
 
-from .cases import Case
+import torch
+
+from .cases import DTYPES, Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +35,36 @@ class Work:
         if not self.flops:
             return moving
         return max(moving, self.flops / machine.flops[dtype])
+
+
+def measure_ceilings(device: str, dtype: str, quick: bool = False) -> Machine:
+    """Copy bandwidth (bytes read plus written) and rate of a large matrix product."""
+    gpu = device.startswith("cuda")
+
+    def seconds(call: Callable[[], Any]) -> float:
+        samples = []
+        for _ in range(3 if quick else 9):
+            started = time.perf_counter()
+            call()
+            if gpu:
+                torch.cuda.synchronize(device)
+            samples.append(time.perf_counter() - started)
+        return statistics.median(samples[1:])
+
+    # Several times the last cache, so that the copy measures memory.
+    size = 1 << (22 if quick else 31 if gpu else 29)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    source.view(torch.int32).random_()
+    copy = torch.empty_like(source)
+    bandwidth = 2 * size / seconds(functools.partial(copy.copy_, source))
+    del source, copy
+
+    side = 128 if quick else 8192 if gpu else 2048
+    flops = {}
+    for name in {"fp32", dtype}:
+        left, right = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
+        flops[name] = 2 * side**3 / seconds(functools.partial(torch.matmul, left, right))
+    return Machine(bandwidth, flops)
 
 
 def loss_floor(case: Case) -> Work | None:
@@ -60,23 +97,6 @@ def loss_floor(case: Case) -> Work | None:
     )
 
 
-def loss_plan(case: Case) -> Work | None:
-    """What the fused kernels are planned to move, on the active positions.
-
-    From logits: 3 reads and 1 write of the student's, 2 reads of the draws'. From hidden
-    states: the products alone, student twice, draws once, gradients of hidden and weight.
-    """
-    if case.head == "logistic":
-        return None
-    size = case.torch_dtype.itemsize
-    rows = case.batch * case.active_positions * case.components
-    if case.head == "logits":
-        return Work(size * 6 * rows * case.vocabulary)
-    product = 2 * case.width * case.vocabulary
-    products = 3 if case.cross_entropy else 5
-    return Work(0, products * rows * product)
-
-
 def draw_floor(case: Case) -> Work:
     """One read of the logits; with a linear head one product, hidden states and weight read."""
     size = case.torch_dtype.itemsize
@@ -86,3 +106,23 @@ def draw_floor(case: Case) -> Work:
         size * case.width * (case.positions + case.vocabulary),
         2 * case.positions * case.width * case.vocabulary,
     )
+
+
+def format_bytes(count: float) -> str:
+    """
+    >>> format_bytes(2_500_000_000)
+    '2.50 GB'
+    """
+    units = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+    unit = next((u for u in units if abs(count) >= units[u]), "")
+    return f"{count / units[unit]:.2f} {unit}" if unit else f"{count:.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """
+    >>> format_seconds(0.0123)
+    '12.3 ms'
+    """
+    units = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+    unit = next((u for u in units if seconds >= 0.9995 * units[u]), "µs")
+    return f"{seconds / units[unit]:.3g} {unit}"

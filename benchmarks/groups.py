@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from di4c_fast import backends
+from tools.fuzz import chosen
 
 from .cases import Case
 from .floors import Work
@@ -25,7 +29,15 @@ class Variant:
     name: str
     title: str
     library: bool = False  # di4c_fast itself, not something to compare with
-    timed: bool = True  # False: it destroys its inputs, so that only its memory is measured
+
+
+# The names of the library's backends; a suffix says what else is asked of them.
+BACKENDS = ("torch", "cpu", "triton")
+
+
+def library(suffix: str = "", what: str = "", names: Sequence[str] = BACKENDS) -> list[Variant]:
+    """The library on its backends."""
+    return [Variant(name + suffix, f"di4c_fast {name}{what}", library=True) for name in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +47,26 @@ class Check:
     problem: str | None
     loss_error: float | None = None
     gradient_error: float | None = None
-    limit: float | None = None
-    p_value: float | None = None
 
-
-class Unavailable(RuntimeError):
-    """A variant cannot run here; the text says why."""
+    @staticmethod
+    def of(loss: float, gradient: float, limit: float) -> Check:
+        """Errors of a loss and of its gradient against a limit; NaN is over any."""
+        for what, error in (("loss", loss), ("gradient", gradient)):
+            if not error <= limit:
+                problem = f"the {what} is off by {error:.1e}, at most {limit:.0e} allowed"
+                return Check(problem, loss, gradient)
+        return Check(None, loss, gradient)
 
 
 class Group(abc.ABC):
     """One case and the variants that compute it."""
 
+    samples = False  # whether samplers choose the backend, see `sampler_backend`
+
     def __init__(self, case: Case):
         self.case = case
+        self.calls = 0  # of calls that draw: another seed each
+        self._compiled: dict[str, Callable[..., Any]] = {}
 
     @abc.abstractmethod
     def variants(self) -> list[Variant]:
@@ -55,19 +74,44 @@ class Group(abc.ABC):
 
     def unavailable(self, name: str) -> str | None:
         """Why a variant cannot run on this machine; None if it can."""
-        return unavailable(name, self.case)
+        case, device = self.case, torch.device(self.case.device)
+        if name in PEERS:
+            if importlib.util.find_spec(PEERS[name]) is None:
+                return f"{PEERS[name]} is not installed"
+            if device.type != "cuda":
+                return f"{PEERS[name]} needs a GPU"
+        if name == "linear-cross-entropy" and not hasattr(F, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has no F.linear_cross_entropy"
+        if name.endswith("compiled"):
+            if device.type == "cpu" and (case.shape not in COMPILED_ON_CPU or case.size == "tiny"):
+                return "torch.compile would take half a minute"
+            return no_compiler(device.type)
+        backend = name.split("-")[0]
+        if self.samples and backend == "torch" and device.type != "cpu":
+            return "on a GPU samplers take triton"
+        if backend not in BACKENDS:
+            return None
+        # The interpreter goes through everything at tiny sizes; its speed means nothing.
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and case.size == "tiny"
+        if backend == "triton" and device.type == "cpu" and not interpreted:
+            return "it needs a GPU"
+        return backends.unavailable(backend, device)
 
     @abc.abstractmethod
     def make_inputs(self, seed: int) -> Any:
         """Fresh random inputs on the case's device."""
 
+    def fresh(self, name: str, inputs: Any) -> Any:
+        """The inputs for one call: a copy where the call overwrites them."""
+        return inputs
+
     @abc.abstractmethod
     def call(self, name: str, inputs: Any) -> Any:
         """What is timed. Returns what it allocated, so that it counts as memory."""
 
-    @abc.abstractmethod
     def truth(self, inputs: Any) -> Any:
-        """What the variants should compute from these inputs."""
+        """What the variants should compute; None where that depends on what a variant draws."""
+        return None
 
     @abc.abstractmethod
     def check(self, name: str, inputs: Any, truth: Any) -> Check:
@@ -84,13 +128,17 @@ class Group(abc.ABC):
         """The bytes and operations that nothing can avoid."""
         return None
 
-    def plan_work(self) -> Work | None:
-        """The bytes and operations of this library's plan, where a target names them."""
-        return None
-
-    def details(self, name: str, inputs: Any) -> dict[str, Any]:
-        """Further measurements of a variant that passed its check."""
+    def details(self, name: str, inputs: Any) -> dict[str, float]:
+        """Seconds of the parts of a call, see `parts`."""
         return {}
+
+    def compiled(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, or for a variant "...-compiled" what torch.compile makes of it."""
+        if not name.endswith("-compiled"):
+            return function
+        if name not in self._compiled:
+            self._compiled[name] = torch.compile(function, dynamic=False)
+        return self._compiled[name]
 
     def reset(self) -> None:
         """Forget what was compiled; called before the group is measured.
@@ -98,37 +146,18 @@ class Group(abc.ABC):
         The limit of recompilations would silently turn later shapes into eager ones.
         """
         torch.compiler.reset()
+        self._compiled.clear()
 
 
-PEERS = {
-    "liger": "liger_kernel",
-    "cut-cross-entropy": "cut_cross_entropy",
-    "flashinfer": "flashinfer",
-}
+# Shapes whose torch.compile variants are measured on a CPU, where compiling takes half a minute.
+COMPILED_ON_CPU = ("language", "cross-entropy", "rows", "ancestral", "confidence", "distill")
+PEERS = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+PEERS |= {"flashinfer": "flashinfer"}
 
 
-def unavailable(name: str, case: Case) -> str | None:
-    """Why a variant cannot run for a case on this machine; None if it can."""
-    device = torch.device(case.device)
-    if name in PEERS:
-        if importlib.util.find_spec(PEERS[name]) is None:
-            return f"{PEERS[name]} is not installed"
-        if device.type != "cuda":
-            return f"{PEERS[name]} needs a GPU"
-    if name == "linear-cross-entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has no F.linear_cross_entropy"
-    if name.endswith("compiled"):
-        return no_compiler(device.type)
-    backend = name.split("-")[0]
-    return _no_backend(backend, case, device) if backend in backends.names()[1:] else None
-
-
-def _no_backend(backend: str, case: Case, device: torch.device) -> str | None:
-    # The interpreter goes through everything at tiny sizes; its speed means nothing.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and case.size == "tiny"
-    if backend == "triton" and device.type == "cpu" and not interpreted:
-        return "it needs a GPU"
-    return backends.unavailable(backend, device)
+def sampler_backend(name: str, case: Case) -> contextlib.AbstractContextManager[None]:
+    """Samplers take the best backend; within the context that is the one of a variant."""
+    return chosen(name) if case.device == "cpu" and name in BACKENDS else contextlib.nullcontext()
 
 
 @functools.cache

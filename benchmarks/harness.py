@@ -12,19 +12,43 @@ import dataclasses
 import functools
 import gc
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from . import machine as machines
-from .cases import Case
-from .floors import Machine
-from .groups import Check, Group, Variant
-from .memory import RESIDENT_NOISE, MemoryUnknown, MemoryWorker, available_bytes, peak_on_gpu
+from .cases import SHAPES, Case, make_case
+from .draw import DrawGroup
+from .floors import Machine, format_bytes
+from .groups import Group, Variant
+from .loss import LossGroup
+from .memory import (
+    MemoryUnknown,
+    MemoryWorker,
+    available_bytes,
+    peak_in_this_process,
+    peak_on_gpu,
+)
+from .sampling import AncestralGroup, ConfidenceGroup
+from .step import StepGroup
 
-Progress = Callable[[str], None]
+KINDS: dict[str, type[Group]] = {
+    "loss": LossGroup,
+    "draw": DrawGroup,
+    "ancestral": AncestralGroup,
+    "confidence": ConfidenceGroup,
+    "step": StepGroup,
+}
+Record = dict[str, Any]
+SAMPLES_PER_ROUND = 20
+
+
+def make_group(case: Case) -> Group:
+    """The group of a case."""
+    return KINDS[case.kind](case)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,49 +58,9 @@ class Settings:
     seconds: float = 2.0  # of timed calls per variant, where the rounds allow
     rounds: int = 5  # turns of every variant
     slow_rounds: int = 2  # turns of a variant that would take several times `seconds`
-    samples_per_round: int = 20
-    memory: bool = True
-    details: bool = True
 
 
-def quantile(samples: Sequence[float], share: float) -> float:
-    """Linear interpolation between order statistics.
-
-    >>> quantile([3.0, 1.0, 2.0], 0.5)
-    2.0
-    """
-    ordered = sorted(samples)
-    if not ordered:
-        raise ValueError("samples must not be empty")
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def format_bytes(count: float) -> str:
-    """
-    >>> format_bytes(2_500_000_000)
-    '2.50 GB'
-    """
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
-            return (
-                f"{count / size:.3g} {unit}" if count / size < 1 else f"{count / size:.2f} {unit}"
-            )
-    return f"{count:.0f} B"
-
-
-def format_seconds(seconds: float) -> str:
-    """
-    >>> format_seconds(0.0123)
-    '12.3 ms'
-    """
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            value = seconds / size
-            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-    return f"{seconds * 1e6:.2g} µs"
+# Time --------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -84,42 +68,28 @@ class Clock:
 
     def __init__(self, device: str):
         self.gpu = device.startswith("cuda")
-        self.device = torch.device(device)
 
-    def round(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
-        """Seconds of each call."""
-        if not self.gpu:
-            seconds = []
-            for call in calls:
-                started = time.perf_counter()
-                result = call()
-                seconds.append(time.perf_counter() - started)
-                del result
-            return seconds
-        pairs = []
-        with torch.cuda.device(self.device):
+    def round(self, calls: Sequence[Callable[[], Callable[[], Any]]]) -> list[float]:
+        """Seconds of each call; each is given by a function that prepares it, untimed."""
+        seconds, pairs = [], []
+        if self.gpu:
             torch.cuda.synchronize()
-            for call in calls:
+        for prepare in calls:
+            call = prepare()
+            if self.gpu:
                 first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 first.record()
                 result = call()
                 last.record()
-                del result
                 pairs.append((first, last))
+            else:
+                started = time.perf_counter()
+                result = call()
+                seconds.append(time.perf_counter() - started)
+            del result, call
+        if self.gpu:
             torch.cuda.synchronize()
-        return [first.elapsed_time(last) * 1e-3 for first, last in pairs]
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+        return seconds or [first.elapsed_time(last) * 1e-3 for first, last in pairs]
 
 
 def input_copies(device: str, input_bytes: int) -> int:
@@ -132,251 +102,216 @@ def input_copies(device: str, input_bytes: int) -> int:
 
 
 def time_interleaved(
-    calls: dict[str, Callable[[int], Any]],
-    expected: dict[str, float],
-    clock: Clock,
-    settings: Settings,
+    turn: Callable[[str, int, int], list[float]], expected: dict[str, float], settings: Settings
 ) -> dict[str, list[float]]:
-    """Samples in seconds of every call; `calls[name](i)` is the i-th call of a variant.
+    """Samples in seconds of every variant; `turn(name, first, count)` times consecutive calls.
 
     Slow variants, by the seconds that are expected of them, get fewer turns; the order is
     rotated from round to round. A turn of several calls begins with one that is not counted: it
     pays for the memory that the variant before has given back.
     """
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    turns, per_turn = {}, {}
-    for name, seconds in expected.items():
-        fitting = settings.seconds / max(seconds, 1e-7)
-        turns[name] = settings.rounds
-        if fitting < settings.rounds:
-            turns[name] = max(min(settings.slow_rounds, settings.rounds), int(fitting))
-        per_turn[name] = max(1, min(settings.samples_per_round, int(fitting / settings.rounds)))
-    names = list(calls)
-    with no_collection():
-        for turn in range(settings.rounds):
-            shift = turn % len(names) if names else 0
-            for name in names[shift:] + names[:shift]:
-                if turn < turns[name]:
-                    done = len(samples[name])
-                    if per_turn[name] > 1:
-                        clock.round([functools.partial(calls[name], done)])
-                    batch = [
-                        functools.partial(calls[name], done + k) for k in range(per_turn[name])
-                    ]
-                    samples[name] += clock.round(batch)
+    samples: dict[str, list[float]] = {name: [] for name in expected}
+    names = list(expected)
+    for round_ in range(settings.rounds):
+        shift = round_ % max(1, len(names))
+        for name in names[shift:] + names[:shift]:
+            fitting = settings.seconds / max(expected[name], 1e-7)
+            if round_ >= max(min(settings.slow_rounds, settings.rounds), int(fitting)):
+                continue
+            count = max(1, min(SAMPLES_PER_ROUND, int(fitting / settings.rounds)))
+            extra = count > 1
+            samples[name] += turn(name, len(samples[name]), count + extra)[extra:]
     return samples
 
 
+@contextlib.contextmanager
+def conditions(case: Case) -> Iterator[None]:
+    """The number of threads and the busy cores of a case; no collection of garbage meanwhile."""
+    threads, enabled = torch.get_num_threads(), gc.isenabled()
+    gc.collect()
+    gc.disable()
+    spin = [sys.executable, "-c", "while True: pass"]
+    spinning = [subprocess.Popen(spin) for _ in range(case.busy)]
+    try:
+        torch.set_num_threads(case.threads or threads)
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+        torch.set_num_threads(threads)
+        if enabled:
+            gc.enable()
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+def peak_of(case: Case, variant: str) -> int:
+    """The peak of one variant above its inputs, in this process or on its GPU."""
+    group = make_group(case)
+    known = [known.name for known in group.variants()]
+    if variant not in known:
+        raise ValueError(f"unknown variant {variant!r}; known are {', '.join(known)}")
+    call = functools.partial(group.call, variant, group.make_inputs(0))
+    if case.device != "cpu":
+        return peak_on_gpu(call, case.device)
+    # Imports, thread pools and workspaces are not the variant's memory.
+    shape = case.shape if case.shape in SHAPES else "language"
+    tiny = make_group(make_case(shape, "tiny", case.dtype, case.device))
+    tiny.call(variant, tiny.make_inputs(0))
+    started = time.monotonic()
+    peak = peak_in_this_process(call)
+    if time.monotonic() - started < 1.0:
+        # The first call of this size also sets up what later calls reuse.
+        peak = min(peak, peak_in_this_process(call))
+    return peak
+
+
+# All of it ---------------------------------------------------------------------------------------
+
+
+class NoRoom(RuntimeError):
+    """Something needs more memory than there is."""
+
+    def __init__(self, what: str, need: int, space: int):
+        sizes = f"about {format_bytes(need)}, {format_bytes(space)} are available"
+        super().__init__(f"{what} would take {sizes}")
+
+
 def measure(
-    group: Group,
+    case: Case,
     variants: Sequence[Variant],
     settings: Settings,
     machine: Machine,
-    worker: MemoryWorker | None,
-    progress: Progress = lambda text: None,
-    timed: bool = True,
-) -> list[dict[str, Any]]:
-    """One record per variant, whatever happens to it."""
-    case = group.case
-    records = {v.name: _new_record(case, v) for v in variants}
-    space = available_bytes(case.device)
-    need = group.input_bytes()
-    if need > space:
+    worker: MemoryWorker | None = None,
+) -> list[Record]:
+    """One record per variant, whatever happens to it. worker: for peaks; None: not measured."""
+    group = make_group(case)
+    records = {variant.name: new_record(case, variant) for variant in variants}
+    usual = not case.busy and case.threads in (0, torch.get_num_threads())
+    weighed = usual and not case.note.startswith(("V=", "masked="))
+    _measure(group, records, settings, worker if weighed else None)
+    work = group.work()
+    if work is not None and usual:
         for record in records.values():
-            _skip(record, _does_not_fit("the inputs", need, space))
-        return list(records.values())
-    group.reset()
-    runnable = []
-    for variant in variants:
-        reason = group.unavailable(variant.name)
-        whole = need + group.call_bytes(variant.name)
-        if reason is None and whole > space:
-            reason = _does_not_fit("the call", whole, space)
-        if reason is None:
-            runnable.append(variant)
-        else:
-            _skip(records[variant.name], reason)
-    if not runnable:
-        return list(records.values())
-
-    try:
-        inputs = [group.make_inputs(seed) for seed in range(input_copies(case.device, need))]
-        truth = group.truth(inputs[0])
-    except torch.OutOfMemoryError as error:
-        for variant in runnable:
-            _skip(records[variant.name], f"out of memory: {_first_line(error)}")
-        return list(records.values())
-    passed = []
-    for variant in runnable:
-        progress(f"checking {variant.title}")
-        if _checked(group, variant, inputs[0], truth, records[variant.name]):
-            passed.append(variant)
-    del truth
-    if timed:
-        _time(group, [v for v in passed if v.timed], inputs, settings, records, progress)
-    if settings.details and timed:
-        for variant in passed:
-            records[variant.name]["details"] = group.details(variant.name, inputs[0])
-    if settings.memory:
-        for variant in passed:
-            progress(f"memory of {variant.title}")
-            _weigh(group, variant, inputs[0], worker, records[variant.name])
-    del inputs
-    _release(case.device)
-    _add_floors(group, machine, records)
+            record["floor_seconds"] = work.seconds(machine, case.dtype)
     return list(records.values())
 
 
-def _new_record(case: Case, variant: Variant) -> dict[str, Any]:
+def new_record(case: Case, variant: Variant) -> Record:
     return {
         "group": case.key,
         "variant": variant.name,
         "title": variant.title,
         "library": variant.library,
-        "case": case.spec(),
+        "case": dataclasses.asdict(case),
         "shape": case.title,
         "status": "ok",
         "reason": None,
         "loss_error": None,
         "gradient_error": None,
-        "error_limit": None,
-        "seconds": None,
-        "p20": None,
-        "p80": None,
         "samples": [],
         "peak_bytes": None,
         "memory_note": None,
         "logits_bytes": case.logits_bytes,
         "floor_seconds": None,
-        "plan_seconds": None,
         "details": {},
     }
 
 
-def _skip(record: dict[str, Any], reason: str, status: str = "skipped") -> None:
-    record["status"], record["reason"] = status, reason
-
-
-def _does_not_fit(what: str, need: int, space: int) -> str:
-    return f"{what} would take about {format_bytes(need)}, {format_bytes(space)} are available"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-def _release(device: str) -> None:
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-
-
-def _checked(
-    group: Group, variant: Variant, inputs: Any, truth: Any, record: dict[str, Any]
-) -> bool:
-    """Run the variant's correctness check; False if it may not be timed."""
-    try:
-        check: Check = group.check(variant.name, inputs, truth)
-    except torch.OutOfMemoryError as error:
-        _release(group.case.device)
-        _skip(record, f"out of memory: {_first_line(error)}")
-        return False
-    except MemoryError as error:
-        _skip(record, f"out of memory: {_first_line(error)}")
-        return False
-    except Exception as error:
-        _release(group.case.device)
-        _skip(record, _first_line(error), "failed")
-        return False
-    record["loss_error"], record["gradient_error"] = check.loss_error, check.gradient_error
-    record["error_limit"] = check.limit
-    if check.problem is not None:
-        _skip(record, check.problem, "wrong")
-        return False
-    return True
-
-
-def _time(
-    group: Group,
-    variants: Sequence[Variant],
-    inputs: Sequence[Any],
-    settings: Settings,
-    records: dict[str, dict[str, Any]],
-    progress: Progress,
-) -> None:
-    if not variants:
-        return
-    progress(f"timing {len(variants)} variants in turn")
-
-    def nth(name: str) -> Callable[[int], Any]:
-        return lambda i: group.call(name, inputs[i % len(inputs)])
-
-    remaining, clock = list(variants), Clock(group.case.device)
-    while remaining:
-        # Warm up, and drop what does not survive a call as it will be timed.
-        expected: dict[str, float] = {}
-        for variant in list(remaining):
-            warm = [functools.partial(nth(variant.name), 0)]
-            try:
-                seconds = clock.round(warm)[0]
-                if seconds < 0.5 * settings.seconds:
-                    seconds = clock.round(warm)[0]
-                expected[variant.name] = seconds
-            except Exception as error:
-                _release(group.case.device)
-                status = "skipped" if isinstance(error, torch.OutOfMemoryError) else "failed"
-                _skip(records[variant.name], _first_line(error), status)
-                remaining.remove(variant)
-        try:
-            calls = {variant.name: nth(variant.name) for variant in remaining}
-            samples = time_interleaved(calls, expected, clock, settings)
-        except torch.OutOfMemoryError:
-            # The hungriest variant goes, the others start again.
-            _release(group.case.device)
-            worst = max(remaining, key=lambda v: group.call_bytes(v.name))
-            _skip(records[worst.name], "out of memory while timing")
-            remaining.remove(worst)
-            continue
-        for name, values in samples.items():
-            record = records[name]
-            record["samples"] = [round(value, 9) for value in values]
-            record["seconds"] = quantile(values, 0.5)
-            record["p20"], record["p80"] = quantile(values, 0.2), quantile(values, 0.8)
-        return
-
-
-def _weigh(
-    group: Group,
-    variant: Variant,
-    inputs: Any,
-    worker: MemoryWorker | None,
-    record: dict[str, Any],
+def _measure(
+    group: Group, records: dict[str, Record], settings: Settings, worker: MemoryWorker | None
 ) -> None:
     case = group.case
-    try:
-        if case.device.startswith("cuda"):
-            record["peak_bytes"] = peak_on_gpu(
-                lambda: group.call(variant.name, inputs), case.device
-            )
-        elif worker is not None:
-            record["peak_bytes"] = worker.peak(case.spec(), variant.name)
-            record["memory_note"] = f"resident set, ±{format_bytes(RESIDENT_NOISE)}"
-    except MemoryUnknown as error:
-        record["memory_note"] = str(error)
-    except torch.OutOfMemoryError as error:
-        _release(case.device)
-        record["memory_note"] = _first_line(error)
+    space, need = available_bytes(case.device), group.input_bytes()
 
+    @contextlib.contextmanager
+    def trying(names: Sequence[str]) -> Iterator[None]:
+        """What is raised is the reason why variants are not measured."""
+        try:
+            yield
+        except Exception as error:
+            gc.collect()
+            if case.device != "cpu":
+                torch.cuda.empty_cache()
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError, NoRoom))
+            reason = (str(error).strip().splitlines() or [""])[0][:300]
+            if not isinstance(error, NoRoom):
+                reason = f"{type(error).__name__}: {reason}"
+            for name in names:
+                status = "skipped" if memory else "failed"
+                records[name] |= {"status": status, "reason": reason, "samples": []}
 
-def _add_floors(group: Group, machine: Machine, records: dict[str, dict[str, Any]]) -> None:
-    for key, work in (("floor_seconds", group.work()), ("plan_seconds", group.plan_work())):
-        if work is not None:
-            seconds = work.seconds(machine, group.case.dtype)
-            for record in records.values():
-                record[key] = seconds
+    def fits(what: str, bytes_: int) -> None:
+        if bytes_ > space:
+            raise NoRoom(what, bytes_, space)
 
+    def good() -> list[str]:
+        return [name for name, record in records.items() if record["status"] == "ok"]
 
-def ceilings(device: str, dtype: str, quick: bool = False) -> Machine:
-    """The measured ceilings of this machine; see `machine.measure_ceilings`."""
-    return machines.measure_ceilings(device, dtype, quick)
+    group.reset()
+    for name, record in records.items():
+        with trying([name]):
+            fits("the inputs", need)
+            reason = group.unavailable(name)
+            if reason is None:
+                fits("the call", need + group.call_bytes(name))
+            else:
+                record |= {"status": "skipped", "reason": reason}
+    if not good():
+        return
+    inputs: list[Any] = []
+    truth = None
+    with trying(good()):
+        inputs += [group.make_inputs(seed) for seed in range(input_copies(case.device, need))]
+        truth = group.truth(inputs[0])
+    expected: dict[str, float] = {}
+    for name in good():
+        with trying([name]):
+            began = time.monotonic()
+            check = group.check(name, inputs[0], truth)
+            expected[name] = time.monotonic() - began
+            errors = {"loss_error": check.loss_error, "gradient_error": check.gradient_error}
+            # JSON has no NaN; the reason says it.
+            records[name] |= {k: e for k, e in errors.items() if e is not None and math.isfinite(e)}
+            records[name] |= {
+                "status": "ok" if check.problem is None else "wrong",
+                "reason": check.problem,
+            }
+    del truth
+
+    clock = Clock(case.device)
+
+    def turn(name: str, first: int, count: int) -> list[float]:
+        def prepare(number: int) -> Callable[[], Any]:
+            given = group.fresh(name, inputs[number % len(inputs)])
+            return functools.partial(group.call, name, given)
+
+        with trying([name]):
+            if records[name]["status"] == "ok":
+                return clock.round([functools.partial(prepare, first + i) for i in range(count)])
+        return []
+
+    with conditions(case):
+        for name in good():
+            # Warm up, and see how long a call takes; a slow one has run long enough by its check.
+            if name.endswith("compiled") or expected[name] < 2 * settings.seconds:
+                seconds = turn(name, 0, 1) and turn(name, 0, 1)
+                expected[name] = seconds[0] if seconds else 0.0
+        samples = time_interleaved(turn, {name: expected[name] for name in good()}, settings)
+    for name in good():
+        records[name]["samples"] = samples[name]
+    for name in good():
+        if not name.endswith("compiled"):
+            with trying([name]):
+                records[name]["details"] = group.details(name, inputs[0])
+    inputs.clear()
+    for name in good() if worker is not None else ():
+        if case.device == "cpu" and name.endswith("compiled"):
+            continue  # compiling again in the child takes too long
+        weigh = functools.partial(worker.peak, peak_of) if case.device == "cpu" else peak_of
+        try:
+            records[name]["peak_bytes"] = weigh(case, name)
+        except (MemoryUnknown, torch.OutOfMemoryError) as error:
+            records[name]["memory_note"] = str(error)

@@ -8,26 +8,22 @@ leaves the resident set at once and cannot hide in the heap.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
-import json
+import multiprocessing
 import os
-import resource
-import select
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 # glibc: blocks from 64 KiB on are mapped, and unmapped when freed.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-# Python's own allocator and thread stacks move by this much between identical calls.
-RESIDENT_NOISE = 1 << 20
 
 
 class MemoryUnknown(RuntimeError):
@@ -38,16 +34,12 @@ def available_bytes(device: str) -> int:
     """Memory that a new process (CPU) or this process (GPU) can still take."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(torch.device(device))[0]
-    limits = []
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024)
-    used, limit = _read("/sys/fs/cgroup/memory.current"), _read("/sys/fs/cgroup/memory.max")
-    if used.strip().isdigit() and limit.strip().isdigit():
-        limits.append(int(limit) - int(used))
-    if not limits:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return max(0, min(limits))
+    limits = [_field("/proc/meminfo", "MemAvailable")]
+    group = [_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current")]
+    if all(text.isdigit() for text in group):
+        limits.append(int(group[0]) - int(group[1]))
+    known = [limit for limit in limits if limit is not None]
+    return max(0, min(known)) if known else 1 << 32
 
 
 def peak_on_gpu(call: Callable[[], Any], device: str) -> int:
@@ -69,46 +61,26 @@ def peak_on_gpu(call: Callable[[], Any], device: str) -> int:
 def peak_in_this_process(call: Callable[[], Any]) -> int:
     """Growth of this process's resident set at the worst moment of `call`.
 
-    Exact only where freed memory is returned at once, as in the child that `MemoryWorker` starts.
+    Exact only where freed memory is returned at once, as in the child of `MemoryWorker`.
 
     Raises:
-        MemoryUnknown: the system tells no peak, or only one from before the call.
+        MemoryUnknown: the system cannot reset the high-water mark.
     """
     gc.collect()
-    _trim()
-    if reset_high_water_mark():
-        before = _status_bytes("VmRSS")
-        result = call()
-        peak = _status_bytes("VmHWM")
-        del result
-        return max(0, peak - before)
-    before, earlier = _resident_bytes(), _largest_resident_bytes()
-    result = call()
-    peak = _largest_resident_bytes()
-    del result
-    if peak <= earlier:
-        raise MemoryUnknown(
-            "the system cannot reset the high-water mark, and building the inputs took more "
-            "memory than the call"
-        )
-    return max(0, peak - before)
-
-
-def reset_high_water_mark() -> bool:
-    """Make the kernel's VmHWM start again from the present resident set; False if it cannot."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        return _status_bytes("VmHWM") <= _status_bytes("VmRSS") + (4 << 20)
-    except (OSError, MemoryUnknown):
-        return False
-
-
-def _trim() -> None:
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # not glibc
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise MemoryUnknown(f"the high-water mark cannot be reset: {error}") from error
+    before, mark = (_field("/proc/self/status", name) for name in ("VmRSS", "VmHWM"))
+    if before is None or mark is None or mark > before + (4 << 20):
+        raise MemoryUnknown("the high-water mark cannot be reset")
+    result = call()
+    peak = _field("/proc/self/status", "VmHWM")
+    del result
+    assert peak is not None
+    return max(0, peak - before)
 
 
 def _read(path: str) -> str:
@@ -118,101 +90,46 @@ def _read(path: str) -> str:
         return ""
 
 
-def _status_bytes(field: str) -> int:
-    for line in _read("/proc/self/status").splitlines():
-        if line.startswith(field + ":"):
+def _field(path: str, name: str) -> int | None:
+    """A line "name: 123 kB" of a file, in bytes."""
+    for line in _read(path).splitlines():
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise MemoryUnknown(f"/proc/self/status has no {field}")
-
-
-def _resident_bytes() -> int:
-    try:
-        return _status_bytes("VmRSS")
-    except MemoryUnknown:
-        return _largest_resident_bytes()
-
-
-def _largest_resident_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return None
 
 
 class MemoryWorker:
-    """A child process that measures one request after the other; started again if it dies.
+    """A child process in which one call after the other is weighed; started again if it dies."""
 
-    A request is a case and the name of a variant; the answer is the peak in bytes.
-    """
-
-    def __init__(self, threads: int, timeout: float = 240.0):
-        self.threads = threads
+    def __init__(self, timeout: float = 240.0):
         self.timeout = timeout
-        self.process: subprocess.Popen[str] | None = None
+        self.pool: ProcessPoolExecutor | None = None
 
-    def peak(self, spec: dict[str, Any], variant: str) -> int:
-        """The peak of one variant on the inputs of one case.
+    def peak(self, weigh: Callable[..., int], *arguments: Any) -> int:
+        """What `weigh(*arguments)`, a function of a module, returns in the child.
 
         Raises:
             MemoryUnknown: the child died (usually for lack of memory), failed, or took too long.
         """
-        process = self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        request = json.dumps({"case": spec, "variant": variant})
+        if self.pool is None:
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(1, mp_context=context)
         try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer below will be missing
-        deadline = time.monotonic() + self.timeout
-        while True:
-            left = deadline - time.monotonic()
-            ready = select.select([process.stdout], [], [], max(0.0, left))[0]
-            if not ready:
+            # The child is started by the first request; glibc reads its settings then.
+            with mock.patch.dict(os.environ, ENVIRONMENT):
+                future = self.pool.submit(weigh, *arguments)
+            return future.result(self.timeout)
+        except BrokenProcessPool as error:
+            self.close()
+            raise MemoryUnknown("the measuring process ended, likely out of memory") from error
+        except Exception as error:
+            if isinstance(error, TimeoutError):
                 self.close()
-                raise MemoryUnknown(f"no answer within {self.timeout:.0f} s")
-            line = process.stdout.readline()
-            if not line:
-                status = process.wait()
-                self.close()
-                how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-                raise MemoryUnknown(f"the measuring process ended ({how}), likely out of memory")
-            if line.startswith("{"):  # anything else was printed by a library
-                break
-        answer = json.loads(line)
-        if "error" in answer:
-            raise MemoryUnknown(answer["error"])
-        if not answer["resettable"]:
-            self.close()  # its high-water mark cannot be used a second time
-        return int(answer["peak"])
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self.process is None or self.process.poll() is not None:
-            threads = str(self.threads)
-            environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": threads}
-            environment["PYTHONPATH"] = os.pathsep.join(
-                path for path in (str(ROOT), os.environ.get("PYTHONPATH", "")) if path
-            )
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.memory_worker", threads],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                bufsize=1,
-                env=environment,
-                cwd=ROOT,
-            )
-        return self.process
+            raise MemoryUnknown(f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        process, self.process = self.process, None
-        if process is None:
-            return
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except OSError:
-                    continue
+        pool, self.pool = self.pool, None
+        if pool is not None:
+            for process in multiprocessing.active_children():
+                process.kill()
+            pool.shutdown(wait=True, cancel_futures=True)

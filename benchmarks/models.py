@@ -10,24 +10,6 @@ from di4c_fast import LinearHead
 from di4c_fast.models.latent import LatentEmbedding, LatentToken
 
 
-class Block(nn.Module):
-    """Self-attention and a feed-forward layer, each normalised before and added after."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_attention, self.norm_feed = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.project_in, self.project_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed_in, self.feed_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (R, D, C) -> (R, D, C)
-        qkv = self.project_in(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (R, heads, D, C / heads)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        x = x + self.project_out(mixed.transpose(1, 2).flatten(2))
-        return x + self.feed_out(F.gelu(self.feed_in(self.norm_feed(x))))
-
-
 class Transformer(nn.Module):
     """(tokens (R, D), t (R,)[, latent (R, 1)]) -> logits (R, D, V).
 
@@ -42,7 +24,10 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(torch.randn(positions, width))
         self.time = LatentEmbedding(width)
         self.latent = LatentToken(width) if latent else None
-        self.blocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(layers))
+        options = {"activation": "gelu", "batch_first": True, "norm_first": True, "dropout": 0.0}
+        sizes = (width, max(1, width // 64), 4 * width)
+        blocks = [nn.TransformerEncoderLayer(*sizes, **options) for _ in range(layers)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, vocabulary, bias=False)
 
@@ -52,8 +37,7 @@ class Transformer(nn.Module):
         if self.latent is not None:
             assert latent is not None
             x = self.latent(x, latent)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         if self.latent is not None:
             x = self.latent.strip(x)
         return self.norm(x)
@@ -63,3 +47,28 @@ class Transformer(nn.Module):
 
     def as_head(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> LinearHead:
         return LinearHead(self.hidden(tokens, t, latent), self.output.weight)
+
+
+class TiedModel:
+    """(tokens (B, D), t (B,)) -> logits (B, D, V): embeddings tied to the head, and no layers.
+
+    A position sees its own token, its neighbours and its place, so that what a step fills changes
+    what comes after it. The head is all that costs. `as_head` is a `LinearHead` of the same
+    numbers.
+    """
+
+    def __init__(self, weight: Tensor, place: Tensor):
+        self.weight = weight  # (V, C), entries of size 2 / sqrt(C)
+        self.place = place  # (D, C), entries of size 1
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        # With the channels turned by one, no token predicts itself or its neighbours.
+        x = F.layer_norm(self.weight[tokens], self.weight.shape[1:]).roll(1, -1)
+        x = x + x.roll(1, 1) + x.roll(-1, 1) + self.place
+        return F.layer_norm(x, self.weight.shape[1:])
+
+    def __call__(self, tokens: Tensor, t: Tensor) -> Tensor:
+        return F.linear(self.hidden(tokens), self.weight)
+
+    def as_head(self, tokens: Tensor, t: Tensor) -> LinearHead:
+        return LinearHead(self.hidden(tokens), self.weight)

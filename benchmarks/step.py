@@ -1,0 +1,214 @@
+"""A whole distillation step: process, teacher, student twice, loss, backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import di4c_fast
+from di4c_fast.processes import MaskedProcess
+from di4c_fast.testing import relative_l2
+from di4c_fast.training import DistillConfig, DistillOutput, distill_step
+
+from . import baselines
+from .groups import Check, Group, Variant, library, sampler_backend
+from .models import Transformer
+from .parts import parts_of
+
+DATA_WEIGHT, TEACHER_STEP = 0.1, 1 / 1024
+# Of loss terms and of the gradient of all parameters, through the whole model.
+LIMITS = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 2e-2}
+
+
+@dataclasses.dataclass
+class Inputs:
+    student: Transformer
+    teacher: Transformer
+    x0: Tensor
+    t: Tensor
+    seed: int
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """Of all parameters of the student, flat, in fp32."""
+        parameters = list(self.student.parameters())
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        pairs = zip(found, parameters, strict=True)
+        flat = [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]
+        return torch.cat(flat)
+
+
+class StepGroup(Group):
+    """Forward and backward of one distillation step of masked diffusion, without optimiser."""
+
+    def variants(self) -> list[Variant]:
+        return [
+            Variant("plain", "plain: teacher on N copies, dense logits, autograd"),
+            Variant("plain-compiled", "plain, torch.compile of the loss"),
+            *library(),
+        ]
+
+    samples = True
+
+    @property
+    def mask_id(self) -> int:
+        return self.case.vocabulary - 1
+
+    def make_inputs(self, seed: int) -> Inputs:
+        case = self.case
+        torch.manual_seed(seed)
+        sizes = (case.vocabulary, case.positions, case.width, case.layers)
+        with torch.device(case.device):
+            student, teacher = Transformer(*sizes, latent=True), Transformer(*sizes)
+            x0 = torch.randint(self.mask_id, (case.batch, case.positions))
+            t = torch.full((case.batch,), float(case.masked or 0.5))
+        dtype = case.torch_dtype
+        teacher.requires_grad_(False)
+        return Inputs(student.to(dtype), teacher.to(dtype).eval(), x0, t, seed)
+
+    def input_bytes(self) -> int:
+        case = self.case
+        parameters = 12 * case.layers * case.width**2 + 2 * case.vocabulary * case.width
+        return 2 * parameters * case.torch_dtype.itemsize
+
+    def call_bytes(self, name: str) -> int:
+        """Gradients, 16 numbers per channel and layer that autograd keeps, and the logits."""
+        case = self.case
+        size = case.torch_dtype.itemsize
+        rows = case.batch * case.components
+        kept = 16 * rows * case.positions * case.width * (case.layers + 1) * size
+        logits = rows * case.positions * case.vocabulary
+        if name.startswith("plain"):  # teacher, draws, student, and six in fp32 for the loss
+            return self.input_bytes() // 2 + kept + logits * (3 * size + 6 * 4)
+        head = min(2**29, logits * 4) + case.vocabulary * case.width * 4
+        return self.input_bytes() // 2 + kept + head
+
+    # Calls ---------------------------------------------------------------------------------------
+
+    def call(self, name: str, inputs: Inputs) -> Tensor:
+        self.calls += 1
+        if name.startswith("plain"):
+            torch.manual_seed(self.calls)
+            return inputs.gradient(self._plain(name, inputs))
+        return inputs.gradient(self._library(name, inputs).loss)
+
+    def _plain(self, name: str, inputs: Inputs, **given: Tensor) -> Tensor:
+        return baselines.distill_step(
+            inputs.student,
+            inputs.teacher,
+            inputs.x0,
+            t=inputs.t,
+            teacher_step=TEACHER_STEP,
+            mask_id=self.mask_id,
+            components=self.case.components,
+            data_weight=DATA_WEIGHT,
+            loss=self.compiled(name, baselines.dense_loss),
+            **given,
+        )
+
+    def _library(
+        self, name: str, inputs: Inputs, consistency_weight: float = 1.0, **given: Tensor
+    ) -> DistillOutput:
+        config = DistillConfig(
+            components=self.case.components,
+            teacher_step=TEACHER_STEP,
+            data_weight=DATA_WEIGHT,
+            data_schedule="constant",
+            consistency_weight=consistency_weight,
+            low_t=0.0,
+            low_t_probability=0.0,
+        )
+        with sampler_backend(name, self.case):
+            return distill_step(
+                inputs.student.as_head,
+                inputs.teacher.as_head,
+                inputs.x0,
+                process=MaskedProcess(self.mask_id),
+                config=config,
+                generator=torch.Generator().manual_seed(self.calls),
+                t=inputs.t,
+                return_terms=True,
+                **given,
+            )
+
+    # Checks --------------------------------------------------------------------------------------
+
+    def check(self, name: str, inputs: Inputs, truth: None) -> Check:
+        """Loss (or its terms that no draw enters) and gradient against the dense reference."""
+        case, limit = self.case, LIMITS[self.case.dtype]
+        generator = torch.Generator(case.device).manual_seed(inputs.seed)
+        sizes = (case.batch, case.components, 1)
+        given = {
+            key: torch.rand(sizes, generator=generator, device=case.device)
+            for key in ("latent", "latent_u")
+        }
+        output = self._library("torch" if name.startswith("plain") else name, inputs, **given)
+        xu = output.xu
+        assert xu is not None
+        # Rows as draws are: with one class at every masked position all components would be
+        # as likely, and their differences lost in fp32 on either side.
+        drawn = torch.randint(self.mask_id, xu.shape, generator=generator, device=case.device)
+        drawn = torch.where(xu == self.mask_id, drawn, xu)
+        expected, terms = self._reference(inputs, output, drawn, **given)
+        if name.startswith("plain"):
+            flat = {key: value.flatten(0, 1) for key, value in given.items()}
+            loss = self._plain(name, inputs, xt=output.xt, xu=xu, consistency_x=drawn, **flat)
+            error = relative_l2(loss, expected)
+        else:
+            # The library draws the consistency tokens itself: the terms that none enters, and
+            # the gradient without the others.
+            names = ("data_correlation", "teacher_marginal", "consistency_marginal")
+            mine, wanted = (
+                torch.cat([getattr(t, n) for n in names]) for t in (output.terms, terms)
+            )
+            error = relative_l2(mine, wanted)
+            output = self._library(name, inputs, consistency_weight=0.0, **given)
+            loss = output.loss
+            expected, _ = self._reference(inputs, output, None, **given)
+        error_of_gradient = relative_l2(inputs.gradient(loss), inputs.gradient(expected))
+        return Check.of(error, error_of_gradient, limit)
+
+    def _reference(
+        self,
+        inputs: Inputs,
+        output: DistillOutput,
+        consistency_x: Tensor | None,
+        latent: Tensor,
+        latent_u: Tensor,
+    ) -> tuple[Tensor, di4c_fast.LossTerms]:
+        """Loss and terms from dense logits; without consistency tokens, without their terms."""
+        sizes = latent.shape[:2]
+
+        def student(tokens: Tensor, t: Tensor, latent: Tensor) -> Tensor:
+            times = t.repeat_interleave(sizes[1])
+            logits = inputs.student(tokens.flatten(0, 1), times, latent.flatten(0, 1))
+            return logits.unflatten(0, sizes)
+
+        arguments: dict[str, Any] = {"consistency_weight": 0.0}
+        with torch.no_grad():
+            teacher = inputs.teacher(output.xt, inputs.t)
+            if consistency_x is not None:
+                drawn = student(output.xu, output.u, latent_u)
+                arguments = {"consistency": drawn, "consistency_x": consistency_x, "xu": output.xu}
+        copies = output.xt.unsqueeze(1).expand(-1, sizes[1], -1)
+        return di4c_fast.loss(
+            student(copies, inputs.t, latent),
+            teacher,
+            inputs.x0,
+            xt=output.xt,
+            mask_id=self.mask_id,
+            data_weight=DATA_WEIGHT,
+            backend="reference",
+            return_terms=True,
+            **arguments,
+        )
+
+    def details(self, name: str, inputs: Inputs) -> dict[str, float]:
+        named = [
+            (inputs.teacher, "hidden", "teacher"),
+            (inputs.student, "hidden", "student, twice"),
+            (inputs, "gradient", "backward"),
+        ]
+        return parts_of(lambda: self.call(name, inputs), named, self.case.device)
