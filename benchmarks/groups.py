@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from di4c_fast import backends
-from tools.fuzz import chosen
 
 from .cases import Case
 from .floors import Work
@@ -157,7 +156,11 @@ PEERS |= {"flashinfer": "flashinfer"}
 
 def sampler_backend(name: str, case: Case) -> contextlib.AbstractContextManager[None]:
     """Samplers take the best backend; within the context that is the one of a variant."""
-    return chosen(name) if case.device == "cpu" and name in BACKENDS else contextlib.nullcontext()
+    return (
+        backends.preferred(name)
+        if case.device == "cpu" and name in BACKENDS
+        else contextlib.nullcontext()
+    )
 
 
 @functools.cache

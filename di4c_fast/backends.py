@@ -11,12 +11,13 @@ have it as dense formulas of their own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -32,6 +33,7 @@ class _Passes(NamedTuple):
 
 
 _known: dict[str, _Passes] = {}
+_preferred: list[str] = []
 
 
 def register(
@@ -63,6 +65,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
         RuntimeError: the backend that is asked for by name cannot run on the device.
     """
     better = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
+    if _preferred:
+        better = _preferred[-1]
     chosen = better if name == "auto" else name
     reason = unavailable(chosen, device)
     if reason is not None:
@@ -71,6 +75,23 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
         _warn_fallback(reason)
         return "torch"
     return chosen if dtype != torch.float64 or _known[chosen].float64 else "torch"
+
+
+@contextlib.contextmanager
+def preferred(name: str) -> Iterator[None]:
+    """Within a `with` block "auto" is this backend, for samplers and trainers, too.
+
+    >>> with preferred("torch"):
+    ...     resolve("auto", torch.device("cpu"), torch.float32)
+    'torch'
+    """
+    if name not in _known:
+        raise ValueError(f"name must be one of {', '.join(_known)}, got {name!r}")
+    _preferred.append(name)
+    try:
+        yield
+    finally:
+        _preferred.pop()
 
 
 def passes_for(name: str, device: torch.device, dtype: torch.dtype) -> Any:
