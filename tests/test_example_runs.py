@@ -161,6 +161,8 @@ def test_the_command_runs_reports_and_does_not_repeat_finished_work(
     assert main(name, *arguments, "--layers", "2") == 2
     assert "layers is 1 there and 2 here" in capsys.readouterr().err
     assert content(run) == before
+    if name in ("maskgit", "gaussian"):
+        return  # the same code as for "masked", after the training of the same classifier
     checkpoint = run / "seed-3" / "student.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
     assert main(name, *arguments) == 2
