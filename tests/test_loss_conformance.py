@@ -249,6 +249,8 @@ def test_an_infinite_divergence_counts_unless_its_weight_is_zero(log_weight, exp
     value = run_loss(single(problem), backend=backend, reduction="none")
     assert torch.isfinite(value[1])
     assert value[0] == expected if expected else torch.isfinite(value[0])
+    problem["teacher"][0, 1] = float("nan")
+    assert torch.isnan(run_loss(single(problem), backend=backend, reduction="none")[0])
 
 
 @pytest.mark.parametrize("backend", EVERY)

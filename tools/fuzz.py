@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import math
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -374,6 +374,25 @@ def difference(kind: str, seed: int, backend: str) -> str | None:
     return None
 
 
+@dataclasses.dataclass
+class Tally:
+    """What was done of a kind on a backend."""
+
+    cases: int = 0
+    found: int = 0
+    seconds: float = 0.0
+
+    def add(self, backend: str, kind: str, seed: int) -> None:
+        start = time.monotonic()
+        message = difference(kind, seed, backend)
+        self.seconds += time.monotonic() - start
+        self.cases += 1
+        if message is not None:
+            self.found += 1
+            command = f"python -m tools.fuzz --backend {backend} --kind {kind} --only {seed}"
+            print(f"{command}  # {message}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, help="default: all that run here")
@@ -395,24 +414,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = options.seed if options.only is None else options.only
     cases = options.cases if options.only is None else 1
     end = time.monotonic() + 60 * options.minutes
-    done: Counter[tuple[str, str]] = Counter()
-    found: Counter[tuple[str, str]] = Counter()
-    seconds: Counter[tuple[str, str]] = Counter()
-    for seed in range(first, first + cases):
-        if time.monotonic() > end:
-            break
-        for name, kind in wanted:
-            start = time.monotonic()
-            message = difference(kind, seed, name)
-            done[name, kind] += 1
-            seconds[name, kind] += time.monotonic() - start  # type: ignore[assignment]
-            if message is not None:
-                found[name, kind] += 1
-                command = f"python -m tools.fuzz --backend {name} --kind {kind} --only {seed}"
-                print(f"{command}  # {message}", flush=True)
-    for at, count in done.items():
-        rate = count / max(seconds[at], 1e-9)
-        print(f"{' '.join(at)}: {count} cases, {found[at]} differences, {rate:.1f} cases/s")
+    tally = {at: Tally() for at in wanted}
+    with contextlib.suppress(KeyboardInterrupt):  # what was done is told all the same
+        for seed in range(first, first + cases):
+            if time.monotonic() > end:
+                break
+            for name, kind in wanted:
+                tally[name, kind].add(name, kind, seed)
+    for at, t in tally.items():
+        rate = t.cases / max(t.seconds, 1e-9)
+        print(f"{' '.join(at)}: {t.cases} cases, {t.found} differences, {rate:.1f} cases/s")
+    found, done = (sum(getattr(t, n) for t in tally.values()) for n in ("found", "cases"))
     return 1 if found or not done else 0
 
 

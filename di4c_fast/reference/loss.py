@@ -182,8 +182,9 @@ def evaluate(problem: Problem) -> Values:
         infinite = torch.isinf(divergence)
         finite = torch.where(counted & ~infinite, divergence, torch.zeros_like(divergence)).sum(-1)
         component = (log_weights.exp() * finite).sum(1)
-        # An infinite divergence has no gradient.
-        component = component.masked_fill((counted & infinite).any(-1).any(-1), float("inf"))
+        # An infinite divergence has no gradient; NaN stays NaN.
+        beyond = (counted & infinite).any(-1).any(-1) & ~component.isnan()
+        component = component.masked_fill(beyond, float("inf"))
     return Values(rows, marginal, component, teacher_kl.detach(), consistency_kl.detach())
 
 
