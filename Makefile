@@ -47,7 +47,7 @@ SANITIZED_SETS ?= plain avx2 avx512
 SANITIZED_TESTS = tests/test_loss_conformance.py tests/test_loss_op.py \
 	tests/test_draw_conformance.py tests/test_cpu_passes.py tests/test_cpu_vectors.py
 sanitize: $(VENV)/.stamp-dev
-	@export CXX=g++ XDG_CACHE_HOME=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0 \
+	@export CXX="env -u LD_PRELOAD g++" XDG_CACHE_HOME=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0 \
 		DI4C_FAST_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		LD_PRELOAD="$$(for name in asan ubsan stdc++; do \
 			printf '%s ' "$$(g++ -print-file-name=lib$$name.so)"; done)" OMP_NUM_THREADS=1; \

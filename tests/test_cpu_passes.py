@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from loss_cases import loss_and_gradients, make_problem, run_loss
-from loss_heads import FULL, HEADS, assert_within_bound, head_tensors
+from loss_heads import CLOSE, FULL, HEADS, assert_within_bound, head_tensors
 from sample_cases import assert_near, assert_same_draw, normal
 
 from benchmarks.memory import peak_in_this_process, reset_high_water_mark
@@ -46,6 +46,17 @@ def test_losses_of_every_width_are_within_the_bound(instruction_set, width):
     full = FULL if width > 4 else {"weighted": True, "component_weight": 0.5}
     sizes = {"components": 3, "teacher_components": 2, "vocabulary": width}
     assert_within_bound(make_problem(width, **sizes, **full), "cpu")
+
+
+@pytest.mark.parametrize("width", [5, 129, 1025, 2050])
+def test_losses_that_draw_their_targets_are_those_of_the_reference(instruction_set, width):
+    problem = full_problem(6, vocabulary=width, consistency_x=None)
+    found, expected = (
+        loss_and_gradients(problem, backend=name, generator=torch.Generator().manual_seed(1))
+        for name in ("cpu", "reference")
+    )
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
