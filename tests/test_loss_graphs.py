@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from loss_cases import TIGHT, loss_and_gradients, make_problem, naive_loss, run_loss
-from loss_heads import FULL
+from loss_heads import EVERY, FULL
 from torch import Tensor
 
 import di4c_fast
@@ -197,6 +197,7 @@ def test_loss_is_in_float32_or_float64_and_gradients_in_the_dtype_of_their_tenso
         assert all(term.dtype == expected for term in terms)
 
 
+@pytest.mark.parametrize("backend", EVERY)
 def test_dtypes_of_teacher_and_consistency_may_differ(backend):
     problem = make_problem(38, **FULL, dtype=torch.float32)
     mixed = problem | {

@@ -285,7 +285,17 @@ def prepare_teacher(teacher: HeadLike, student: Head) -> Head:
         )
     check_same_device(head, "teacher", student, "student")
     _check_tensors(head, "teacher")
-    return head.detach()
+    return _target(head, student)
+
+
+def _target(head: Head, student: Head) -> Head:
+    """Detached, and no wider than what it is computed in: passes in fp32 read no fp64."""
+    head = head.detach()
+    if head.dtype != torch.float64 or student.work_dtype == torch.float64:
+        return head
+    return head.with_tensors(
+        [t.float() if t is not None and t.dtype == torch.float64 else t for t in head.tensors()]
+    )
 
 
 def prepare_consistency(consistency: HeadLike, student: Head) -> Head:
@@ -300,7 +310,7 @@ def prepare_consistency(consistency: HeadLike, student: Head) -> Head:
         )
     check_same_device(head, "consistency", student, "student")
     _check_tensors(head, "consistency")
-    return head.detach()
+    return _target(head, student)
 
 
 @dataclasses.dataclass(frozen=True)
