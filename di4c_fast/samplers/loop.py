@@ -20,6 +20,7 @@ from ..checks import (
     check_floating,
     check_int,
     check_int64,
+    check_number,
     check_same_device,
     check_shape,
     check_token_range,
@@ -125,6 +126,7 @@ class Run:
         names = ("temperature", "top_k", "top_p", "confidence_dtype")
         self.draws: dict[str, Any] = {name: given[name] for name in names if name in given}
         # A draw of no rows checks its options before the first call of the model.
+        check_number(self.draws.get("temperature", 1.0), "temperature", minimum=0.0)
         sample(torch.empty(0, 2).double(), seed=0, want=(), backend="torch", **self.draws)
         self.draws["mask_id"] = self.mask_id if exclude_mask and start is None else None
         self.device = device_of(given["device"], (given["prompt"], start), model)
