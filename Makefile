@@ -44,8 +44,8 @@ test: lint
 # The C++ passes under GCC's sanitizers of addresses and undefined behaviour, on every instruction
 # set. Python does not know them, so they are loaded before it; what it never frees is no leak.
 SANITIZED_SETS ?= plain avx2 avx512
-SANITIZED_TESTS = tests/test_loss_conformance.py tests/test_draw_conformance.py \
-	tests/test_cpu_passes.py tests/test_cpu_vectors.py
+SANITIZED_TESTS = tests/test_loss_conformance.py tests/test_loss_op.py \
+	tests/test_draw_conformance.py tests/test_cpu_passes.py tests/test_cpu_vectors.py
 sanitize: $(VENV)/.stamp-dev
 	@export CXX=g++ XDG_CACHE_HOME=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0 \
 		DI4C_FAST_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \

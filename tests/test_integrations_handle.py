@@ -115,14 +115,14 @@ def sdtt_case():
     return model, "sample", accelerate, lambda: model.sample(4, 3, 9)
 
 
-def maskgit_case(accelerate=maskgit.accelerate_di4c, network=maskgit_cases.ForkNetwork):
-    trainer = maskgit_cases.ViTTrainer(network())
+def maskgit_case(accelerate=maskgit.accelerate_di4c):
+    trainer = maskgit_cases.ViTTrainer(maskgit_cases.Network())
     draw = {"nb_sample": 3, "step": 3}
     return trainer, "sample", lambda: accelerate(trainer), lambda: trainer.sample(**draw)[1][-1]
 
 
 def first_maskgit_case():
-    return maskgit_case(maskgit.accelerate_valeoai, maskgit_cases.FirstNetwork)
+    return maskgit_case(maskgit.accelerate_valeoai)
 
 
 def own_maskgit_case():
@@ -212,7 +212,7 @@ def mdlm_models():
 
 
 def maskgit_models():
-    networks = [maskgit_cases.ForkNetwork(seed) for seed in (0, 1)]
+    networks = [maskgit_cases.Network(seed) for seed in (0, 1)]
     models = [maskgit.as_model(maskgit_cases.ViTTrainer(network)) for network in networks]
     context = {"labels": torch.tensor([0, 1]), "drop": torch.tensor([True, False])}
     process = MaskGITProcess(maskgit_cases.CODES, exclude_mask=False)

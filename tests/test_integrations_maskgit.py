@@ -31,28 +31,11 @@ class Network(nn.Module):
         self.table = nn.Parameter(2 * torch.randn(CLASSES + 1, CODES + 1))
         self.calls: list[SimpleNamespace] = []
 
-    def answer(self, img_token: Tensor, y: Tensor, drop_label: Tensor, z: Tensor | None):
-        assert img_token.shape[1:] == (SIDE, SIDE)
-        self.calls.append(
-            SimpleNamespace(rows=len(y), y=y, drop=drop_label, z=z, training=self.training)
-        )
-        label = torch.where(drop_label, self.nclass, y)
+    def forward(self, codes: Tensor, y: Tensor, drop: Tensor, z: Tensor | None = None) -> Tensor:
+        assert codes.shape[1:] == (SIDE, SIDE)
+        self.calls.append(SimpleNamespace(rows=len(y), y=y, drop=drop, z=z, training=self.training))
+        label = torch.where(drop, self.nclass, y)
         return self.table[label].unsqueeze(1).expand(-1, POSITIONS, -1)
-
-
-class FirstNetwork(Network):
-    def forward(self, img_token, y=None, drop_label=None, return_attn=False):
-        return self.answer(img_token, y, drop_label, None)
-
-
-class ForkNetwork(Network):
-    def forward(self, img_token, y=None, drop_label=None, return_attn=False, z=None):
-        return self.answer(img_token, y, drop_label, z)
-
-
-class TodaysNetwork(Network):
-    def forward(self, x, y, drop_label, mask=None):
-        return self.answer(x, y, drop_label, None)
 
 
 class Decoder:
@@ -78,8 +61,8 @@ class TodaysTrainer:
     """The names of today's version."""
 
     def __init__(self, sampler, use_ema: bool = False):
-        self.vit, self.ae, self.sampler = TodaysNetwork(), Decoder(), sampler
-        self.ema = TodaysNetwork(1)
+        self.vit, self.ae, self.sampler = Network(), Decoder(), sampler
+        self.ema = Network(1)
         self.input_size = SIDE
         self.args = SimpleNamespace(
             device="cpu", mask_value=CODES, codebook_size=CODES, use_ema=use_ema
@@ -90,7 +73,7 @@ LABELS = torch.tensor([0, 1, 2])
 
 
 def test_the_fork_samples_through_the_package():
-    trainer = ViTTrainer(ForkNetwork(), is_student=True)
+    trainer = ViTTrainer(Network(), is_student=True)
     with accelerate_di4c(trainer):
         images, codes, masks = trainer.sample(nb_sample=3, labels=LABELS, step=4, w=6)
     assert images.shape == (3, 1, SIDE, SIDE)
@@ -103,7 +86,7 @@ def test_the_fork_samples_through_the_package():
 
 
 def test_the_fork_draws_a_latent_per_step_shared_by_both_halves():
-    network = ForkNetwork()
+    network = Network()
     trainer = ViTTrainer(network, is_student=True)
     with accelerate_di4c(trainer):
         trainer.sample(nb_sample=3, labels=LABELS, step=3)
@@ -120,7 +103,7 @@ def test_the_fork_draws_a_latent_per_step_shared_by_both_halves():
 
 
 def test_a_teacher_that_is_no_student_is_called_without_a_latent():
-    network = ForkNetwork()
+    network = Network()
     trainer = ViTTrainer(network, is_student=False)
     with accelerate_di4c(trainer):
         trainer.sample(nb_sample=3, labels=LABELS, step=2, w=0)
@@ -128,7 +111,7 @@ def test_a_teacher_that_is_no_student_is_called_without_a_latent():
 
 
 def test_the_teacher_of_the_fork_gives_the_unconditional_logits():
-    student, teacher = ForkNetwork(0), ForkNetwork(1)
+    student, teacher = Network(0), Network(1)
     trainer = ViTTrainer(student, is_student=True)
     with accelerate_di4c(trainer):
         trainer.sample(nb_sample=3, labels=LABELS, step=3, teacher=SimpleNamespace(vit=teacher))
@@ -141,7 +124,7 @@ def test_the_teacher_of_the_fork_gives_the_unconditional_logits():
 
 
 def test_one_step_of_the_fork_works():
-    trainer = ViTTrainer(ForkNetwork(), is_student=True)
+    trainer = ViTTrainer(Network(), is_student=True)
     with accelerate_di4c(trainer):
         _, codes, masks = trainer.sample(nb_sample=2, labels=LABELS[:2], step=1)
     assert len(codes) == 1
@@ -149,7 +132,7 @@ def test_one_step_of_the_fork_works():
 
 
 def test_the_softmax_temperature_multiplies_the_logits():
-    network = ForkNetwork()
+    network = Network()
     trainer = ViTTrainer(network)
     with accelerate_di4c(trainer):
         _, codes, _ = trainer.sample(nb_sample=3, labels=LABELS, sm_temp=1e4, w=0, step=2)
@@ -158,7 +141,7 @@ def test_the_softmax_temperature_multiplies_the_logits():
 
 
 def test_own_counts_and_given_codes_are_respected():
-    trainer = ViTTrainer(ForkNetwork())
+    trainer = ViTTrainer(Network())
     init = torch.full((3, SIDE, SIDE), CODES)
     init[:, 0] = 5
     with accelerate_di4c(trainer):
@@ -171,7 +154,7 @@ def test_own_counts_and_given_codes_are_respected():
 
 
 def test_the_mask_is_drawn_and_clamped_on_request_only():
-    network = ForkNetwork()
+    network = Network()
     with torch.no_grad():
         network.table[:, CODES] = 30.0
     trainer = ViTTrainer(network)
@@ -185,7 +168,7 @@ def test_the_mask_is_drawn_and_clamped_on_request_only():
 
 
 def test_labels_are_drawn_where_there_are_none():
-    network = ForkNetwork()
+    network = Network()
     trainer = ViTTrainer(network)
     with accelerate_di4c(trainer):
         images, _, _ = trainer.sample(nb_sample=7, step=2)
@@ -195,7 +178,7 @@ def test_labels_are_drawn_where_there_are_none():
 
 
 def test_the_first_version_follows_its_own_counts():
-    trainer = ViTTrainer(FirstNetwork())
+    trainer = ViTTrainer(Network())
     with accelerate_valeoai(trainer):
         _, _, masks = trainer.sample(nb_sample=3, labels=LABELS, step=4)
     left = [POSITIONS, *(int(mask[0].sum()) for mask in masks)]
@@ -245,7 +228,7 @@ def test_what_is_no_trainer_is_named(accelerate):
     with pytest.raises(TypeError, match="trainer must have the attributes vit, ae"):
         accelerate(SimpleNamespace(vit=1))
     with pytest.raises(TypeError, match="exclude_mask must be True or False"):
-        accelerate(ViTTrainer(ForkNetwork()), exclude_mask=1)
+        accelerate(ViTTrainer(Network()), exclude_mask=1)
 
 
 def test_another_sampler_than_the_confidence_sampler_is_named():
@@ -267,7 +250,7 @@ def test_another_sampler_than_the_confidence_sampler_is_named():
     ]
 )
 def test_wrong_arguments_of_a_sample_are_named(wrong: Wrong):
-    trainer = ViTTrainer(ForkNetwork())
+    trainer = ViTTrainer(Network())
     if not wrong.what:
         trainer.args.mask_value = -1
     with accelerate_di4c(trainer), wrong.raises():

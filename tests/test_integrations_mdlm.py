@@ -15,7 +15,6 @@ from wrong_arguments import Wrong, wrong
 
 from di4c_fast.heads import LinearHead, TensorHead
 from di4c_fast.integrations.mdlm import accelerate_mdlm, as_model
-from di4c_fast.samplers import sample_masked
 from di4c_fast.testing import assert_counts_match
 
 
@@ -207,14 +206,6 @@ def test_models_give_linear_heads_with_the_logits_of_the_network():
     assert head.weight is model.backbone.output_layer.linear.weight
     assert model.backbone.rows_of_the_head == 0
     torch.testing.assert_close(head.logits(), model.backbone(tokens, model.noise(t)[0]))
-
-
-def test_models_work_with_the_samplers():
-    model = Diffusion().eval()
-    prompt = torch.tensor([1, 2, 3])
-    tokens = sample_masked(as_model(model), (4, 10), mask_id=MASK, steps=3, prompt=prompt)
-    assert torch.equal(tokens[:, :3], prompt.expand(4, 3))
-    assert int(tokens.max()) < MASK
 
 
 def test_the_network_of_the_hugging_face_checkpoint_is_looked_into():

@@ -114,6 +114,9 @@ def test_a_shift_of_a_time_embedding_is_one_vector_per_row():
     torch.testing.assert_close(positions, module(x, latent).unsqueeze(1).expand(4, 3, 16))
 
 
+one, x = torch.zeros(3, 1), torch.zeros(3, 4, 8)
+
+
 @wrong(
     [
         (lambda: draw_latents(-1, 2), ValueError, "batch must be at least 0, got -1"),
@@ -126,31 +129,27 @@ def test_a_shift_of_a_time_embedding_is_one_vector_per_row():
         (lambda: LatentEmbedding(0), ValueError, "width must be at least 1, got 0"),
         (lambda: LatentEmbedding(8, frequencies=7), ValueError, "frequencies must be even, got 7"),
         (lambda: LatentEmbedding(8, scale=math.inf), ValueError, "scale must be finite, got inf"),
+        (lambda: LatentEmbedding(8)(x[:, :2, 0]), ValueError, "(R, L) with L = 1, got (3, 2)"),
+        (lambda: LatentEmbedding(8)(one.long()), TypeError, "latent must be floating point"),
         (
-            lambda: LatentEmbedding(8)(torch.zeros(3, 2)),
+            lambda: LatentToken(8)(x[..., :6], one),
             ValueError,
-            "latent must have shape (R, L) with L = 1, got (3, 2)",
-        ),
-        (lambda: LatentEmbedding(8)(torch.zeros(3, 1).long()), TypeError, "latent must be float"),
-        (
-            lambda: LatentToken(8)(torch.zeros(3, 4, 6), torch.zeros(3, 1)),
-            ValueError,
-            "x must have shape (R, D, C) with C = 8, got (3, 4, 6)",
+            "(R, D, C) with C = 8, got (3, 4, 6)",
         ),
         (
-            lambda: LatentToken(8)(torch.zeros(3, 4, 8), torch.zeros(2, 1)),
+            lambda: LatentToken(8)(x, one[:2]),
             ValueError,
-            "latent must have shape (R, L) with R = 3, the rows of x, got (2, 1)",
+            "latent must have shape (R, L) with R = 3",
         ),
         (
-            lambda: LatentToken(8, dim=3).strip(torch.zeros(2, 2, 8)),
+            lambda: LatentToken(8, dim=5).strip(x),
             ValueError,
-            "x must have at least L = 3 positions to drop",
+            "x must have at least L = 5 positions",
         ),
         (
-            lambda: LatentShift(8)(torch.zeros(3), torch.zeros(3, 1)),
+            lambda: LatentShift(8)(x[0, 0], one),
             ValueError,
-            "x must have shape (R, D, C) or (R, C) with C = 8, got (3,)",
+            "(R, D, C) or (R, C) with C = 8, got (8",
         ),
     ]
 )

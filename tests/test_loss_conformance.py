@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import loss_and_gradients, make_problem, run_loss
-from loss_heads import EVERY, FAST, FULL, HEADS, Tanh, assert_within_bound, head_tensors
+from loss_heads import CLOSE, EVERY, FAST, FULL, HEADS, Tanh, assert_within_bound, head_tensors
 from torch import Tensor
 
 import di4c_fast
@@ -20,9 +20,6 @@ from di4c_fast import Head, LinearHead, LogisticHead, TensorHead
 
 HOST = FAST[::2]  # where the interpreter would take minutes: torch and cpu
 NEG_INF = float("-inf")
-# fp32 against a truth in fp64 where no eager twin is at hand: a few roundings of numbers of size
-# 10, and what their differences make of it.
-CLOSE = {"rtol": 2e-5, "atol": 5e-6}
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -119,13 +116,13 @@ def test_large_offsets_of_the_logits_are_within_the_bound(offset, backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_one_logit_may_be_far_above_the_others_in_any_column(backend):
-    problem = make_problem(23, components=3, positions=37, vocabulary=37, component_weight=0.5)
+    columns = torch.tensor([0, 9, 18, 35, 36])
+    problem = make_problem(23, batch=1, vocabulary=37, component_weight=0.5)
     for name in ("student", "teacher", "consistency"):
-        problem[name] = problem[name] + 120 * torch.eye(37)  # beyond the range of exp
+        problem[name] = problem[name] + 120 * torch.eye(37)[columns]  # beyond the range of exp
     for name in ("x0", "consistency_x"):
-        problem[name] = torch.arange(37).expand_as(problem[name])
-    # The loss is 0, as a sum of five terms over 37 positions, each rounded at 6e-8.
-    assert_equals_reference(problem, backend, rtol=2e-5, atol=1.2e-5)
+        problem[name] = columns.expand_as(problem[name])
+    assert_equals_reference(problem, backend)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -182,7 +179,7 @@ def test_columns_of_minus_infinity_have_zero_gradient_and_the_value_of_the_refer
     student = problem["student"].clone()
     student[:, 1, :, 5] = NEG_INF  # one component
     student[..., 6] = NEG_INF  # all of them, and neither teacher nor targets want it
-    student[:, 2, 1] = NEG_INF  # a row without a class
+    student[:, 2, 0] = NEG_INF  # a row without a class, at a position that always counts
     for name in ("teacher", "consistency"):
         problem[name][..., 6] = NEG_INF
     problem["teacher"][..., 5] = NEG_INF
@@ -394,29 +391,6 @@ def test_weight_gradient_of_many_chunks_in_half_precision_is_summed_in_float32(b
     truth = gradient(torch.float64, "reference")
     error = (gradient(dtype, backend) - truth).norm() / truth.norm()
     assert error < 1.5e-2  # logits, hidden gradient and result are rounded to 2^-9 each
-
-
-@pytest.mark.parametrize("backend", FAST)
-def test_strides_do_not_matter(backend):
-    problem = single(make_problem(19, batch=2, components=3, vocabulary=8, **FULL))
-    expected = loss_and_gradients(problem, backend="reference")
-    padded = torch.zeros(2, 3, 5, 16)
-    padded[..., :8] = problem["student"]
-    transposed = problem["student"].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    columns = problem["student"].transpose(-1, -2).contiguous().transpose(-1, -2)
-    for student in (padded[..., :8], transposed, columns):
-        leaf = student.detach().requires_grad_()
-        value = run_loss(problem | {"student": leaf}, backend=backend)
-        value.backward()
-        torch.testing.assert_close(value.detach(), expected["loss"], **CLOSE)
-        torch.testing.assert_close(leaf.grad, expected["student"], **CLOSE)
-    row = problem["student"][:1, :1]
-    leaf = row.clone().requires_grad_()
-    value = run_loss(problem | {"student": leaf.expand(2, 3, -1, -1)}, backend=backend)
-    value.backward()
-    twin = row.clone().requires_grad_()
-    run_loss(problem | {"student": twin.expand(2, 3, -1, -1)}, backend="reference").backward()
-    torch.testing.assert_close(leaf.grad, twin.grad, **CLOSE)
 
 
 @pytest.mark.parametrize("backend", FAST)

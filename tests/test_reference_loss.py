@@ -30,6 +30,7 @@ PROBLEMS = {
     "mask": {"mask_id": 6},
     "mask in the middle, revealed": {"mask_id": 3, "revealed": True, "weighted": True},
     "mask first, padded": {"mask_id": 0, "revealed": True, "padded": True},
+    "mask, all positions count": {"mask_id": 3, "xt": None},
     "padded, no mask": {"padded": True, "component_weight": 1.0},
     "no control variate": {
         "mask_id": 6,

@@ -61,8 +61,6 @@ BACKENDS = ("torch", "triton", "cpu")
 # Rounding errors allowed per number that is added up, beside twice the reference's own.
 ROUNDINGS = 4
 MOVES = 8  # how often the truth is computed from moved logits
-
-
 WEIGHTS = {
     "data_correlation": "data",
     "teacher_marginal": "teacher",
@@ -79,16 +77,14 @@ def is_floating(value: Any) -> bool:
 # The loss and the likelihoods.
 
 
-def moved(logits: Tensor, recipe: Case, draws: Draws) -> Tensor:
-    """Logits whose log-probabilities moved by one rounding, with those of a head that computes."""
-    dtype = logits.dtype if recipe["kind"] == "tensor" else recipe["dtype"]
-    work = torch.promote_types(recipe["dtype"], torch.float32)
+def moved(logits: Tensor, computed: bool, dtype: torch.dtype, draws: Draws) -> Tensor:
+    """Logits whose log-probabilities moved by one rounding; `computed`: the logits as well."""
+    work = torch.promote_types(dtype, torch.float32)
     exact = logits.detach().double()
     size = torch.finfo(work).eps * exact.log_softmax(-1).abs()
-    if recipe["kind"] != "tensor":
+    if computed:
         size = size + torch.finfo(dtype).eps * exact.abs()
-    noise = (draws.normal(*logits.shape) * size).nan_to_num(0.0, 0.0, 0.0)
-    return logits + noise.to(logits.dtype)
+    return logits + (draws.normal(*logits.shape) * size).nan_to_num(0.0, 0.0, 0.0)
 
 
 def run_loss(
@@ -109,7 +105,7 @@ def run_loss(
         made = make_head(recipe, given)
         if move is not None:
             dense = made.logits() if isinstance(made, Head) else made
-            made = moved(dense, recipe | {"dtype": case["dtype"]}, move)
+            made = moved(dense, recipe["kind"] != "tensor", case["dtype"], move)
         return made, leaves
 
     work = dtype or torch.promote_types(case["dtype"], torch.float32)
@@ -178,9 +174,8 @@ def check_loss(kind: str, seed: int, backend: str, small: bool) -> None:
     _, components, positions, *_ = next(iter(case["student"]["tensors"].values())).shape
     size = positions * (1 + math.log(case["student"]["classes"]) + math.log(components))
     size += largest(*(v for n, v in truth.items() if not n.startswith("gradient")))
-    factor = largest(*(w for n, w in case["shared"].items() if n.endswith("_weight")))
-    factor *= largest(case["upstream"])
-
+    weight = largest(*(w for n, w in case["shared"].items() if n.endswith("_weight")))
+    examples = len(case["upstream"]) if case.get("reduction") == "sum" else 1
     shared = {"weight", "bias"}  # of all examples
     if case["student"]["layout"] == "expanded":
         shared |= case["student"]["tensors"].keys()
@@ -195,10 +190,12 @@ def check_loss(kind: str, seed: int, backend: str, small: bool) -> None:
                     mine, same, exact = mine[defined], same[defined], exact[defined]
                 elif not bool(defined.all()):
                     continue
+                atol *= weight * largest(case["upstream"])
                 # And one rounding of the result to its dtype.
-                atol = atol * factor + torch.finfo(value.dtype).eps * largest(exact)
+                atol += torch.finfo(value.dtype).eps * largest(exact)
             else:  # Probabilities that underflow in one dtype do not in the other.
                 exact = torch.where(same.isfinite() == exact.isfinite(), exact, same.double())
+                atol *= weight * examples if name == "value" else 1
             atol += 2 * changes.get(name, 0.0)
             assert_close_to_reference(mine, same, exact, atol=atol, name=name)
 

@@ -292,6 +292,9 @@ def sample_case(seed: int, small: bool) -> tuple[Case, Case]:
     arguments["want"] = d.pick("all", "all", "all", "log_prob", ("prob", "entropy"))
     arguments["check"] = d.pick(None, False, False)
     arguments["budget_bytes"] = d.pick(None, None, 1, 5000)
+    arguments["confidence_dtype"] = d.pick(
+        *[None] * 6, torch.float64, torch.float32, torch.bfloat16
+    )
     if d.chance(0.6):
         arguments["temperature"] = d.pick(0.0, 0.7, 1.5, d.true(0.7, *leading) * 0.8)
     if d.chance(0.3):
@@ -321,7 +324,7 @@ def sampler_case(seed: int, small: bool) -> Case:
     masked = {"mask_id": classes - 1, "vocab_size": classes}
     block = {"block_length": d.pick(None, None, *(n for n in (2, 3) if positions % n == 0))}
     rule = d.pick("low_confidence", "entropy", "topk_margin", "maskgit_plus", "random", "origin")
-    confidence = {**masked, **warm, **block}
+    confidence = {**masked, **warm, **block, "active_only": d.chance(0.5)}
     name, options = d.pick(
         ("sample_masked", {**masked, **warm, "active_only": d.chance(0.5)}),
         ("sample_analytic", masked),
@@ -330,7 +333,7 @@ def sampler_case(seed: int, small: bool) -> Case:
         ("sample_gaussian", {"last": d.pick("argmax", "draw")}),
         ("sample_confidence", {**confidence, "rule": rule}),
         ("sample_confidence", {**confidence, "rule": rule, "guidance_scale": 1.5}),
-        ("sample_confidence", {**confidence, "threshold": 0.4}),
+        ("sample_confidence", {**confidence, **d.pick({"threshold": 0.4}, {"factor": 1.5})}),
         ("sample_confidence", {**confidence, "shift": True, "confidence_temperature": 0.5}),
     )
     if name == "sample_uniform_state":
@@ -339,7 +342,7 @@ def sampler_case(seed: int, small: bool) -> Case:
         options["process"] = GaussianProcess(
             classes, rate_sigma=1.5, target_sigma=max(3.0, classes / 8), time_base=0.05
         )
-    if "threshold" not in options:
+    if options.keys().isdisjoint({"threshold", "factor"}):
         blocks = positions // (options.get("block_length") or positions)
         options["steps"] = d.pick(*((blocks, 2 * blocks) if blocks > 1 else (1, 2, positions)))
     if name != "sample_gaussian" and d.chance(0.4):

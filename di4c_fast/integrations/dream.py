@@ -30,8 +30,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..checks import check_bool, check_choice, describe
-from ..draw.request import CONFIDENCE_DTYPES
+from ..checks import check_choice, describe
 from ..heads import Head
 from ..models.linear_output import call_for_head
 from ..samplers.confidence import sample_confidence
@@ -75,34 +74,22 @@ def denoiser(model: Any) -> Callable[..., Head]:
     return call
 
 
-def accelerate(
-    model: Any,
-    *,
-    exclude_mask: bool = False,
-    confidence_dtype: torch.dtype | None = None,
-    seed: int | None = None,
-) -> Handle:
+def accelerate(model: Any, **options: Any) -> Handle:
     """Replace the sampling loop of `model.diffusion_generate`.
 
     Args:
         model: `DreamModel` (any with its `_sample` method) of Dream or of Fast-dLLM.
-        exclude_mask: never draw the mask, and so wait for the device at no step. Dream may draw
-            it and then leaves masks in the answer; a trained model gives it no probability.
-            `origin` never draws it.
-        confidence_dtype: see the module's head.
-        seed: of all calls; None draws one for each.
+        options: keywords of `sample_confidence` for every call: confidence_dtype, seed, ...
+            exclude_mask=True never draws the mask, and so waits for the device at no step. False,
+            the default, as Dream, which then leaves masks in the answer; a trained model gives it
+            no probability. `origin` never draws it.
 
     Raises:
         TypeError: `model` has no method `_sample`.
-        ValueError (when generating): unknown `alg`, and what `sample_confidence` raises.
+        TypeError, ValueError (when generating): unknown `alg`, and what `sample_confidence` raises.
     """
     if not callable(getattr(model, "_sample", None)):
         raise TypeError(f"model must have Dream's method _sample, got {describe(model)}")
-    check_bool(exclude_mask, "exclude_mask")
-    if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
-        known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
-        raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
-    options = {"exclude_mask": exclude_mask, "confidence_dtype": confidence_dtype, "seed": seed}
     return Handle(model, "_sample", _Loop(model, options))
 
 
@@ -119,9 +106,10 @@ class _Loop:
         if not all(_does_nothing(more.get(hook)) for hook in HOOKS):
             own = {"attention_mask": attention_mask, "generation_config": generation_config}
             return self._original(input_ids, **own, **more)
-        config, options = generation_config, dict(self._options)
+        config, options = generation_config, {"exclude_mask": False, **self._options}
         check_choice(config.alg, "alg", ALGORITHMS)
-        options["exclude_mask"] |= config.alg == "origin"
+        if config.alg == "origin":
+            options["exclude_mask"] = True
         by_threshold = config.alg == "confidence_threshold"
         changes: dict[int, Tensor] = {}
         start: list[Tensor] = []

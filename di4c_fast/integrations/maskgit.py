@@ -99,9 +99,8 @@ def accelerate_di4c(trainer: Any, *, exclude_mask: bool = True) -> Handle:
     """Replace `trainer.sample` of the authors' MaskGIT fork by `di4c_fast.samplers`.
 
     Args:
-        trainer: a `MaskGIT` of `Trainer/vit.py`, teacher or student (`args.is_student`). Its
-            attributes `vit`, `ae`, `codebook_size`, `patch_size`, `latent_dim`, `args` are read
-            at every call.
+        trainer: a `MaskGIT` of `Trainer/vit.py`, teacher or student (`args.is_student`), whose
+            attributes are read at every call.
         exclude_mask: see the module's head.
 
     Raises:

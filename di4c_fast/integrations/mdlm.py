@@ -51,8 +51,8 @@ def as_model(model: Any) -> Denoiser:
         model: a `Diffusion` with `parameterization` "subs".
 
     Returns:
-        A module that gives `LinearHead(hidden, weight, bias)` of the network's last layer, or
-        all logits where the network is compiled or built otherwise.
+        A module that gives `LinearHead(hidden, weight, bias)` of the network's last layer where
+        it can.
 
     Raises:
         TypeError: `model` lacks an attribute.

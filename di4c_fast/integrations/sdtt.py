@@ -61,8 +61,8 @@ def as_model(model: Any, network: Any = None) -> Denoiser:
             `model.teacher[0]`, at the noise levels of `model`.
 
     Returns:
-        A module that gives `LinearHead(hidden, weight, bias)` of the network's last layer, or
-        all logits where the network is compiled or built otherwise.
+        A module that gives `LinearHead(hidden, weight, bias)` of the network's last layer where
+        it can.
 
     Raises:
         TypeError: `model` lacks an attribute, `network` cannot be called.

@@ -32,6 +32,7 @@ Beside what `di4c_fast.integrations` says of all drop-ins:
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -180,28 +181,21 @@ def _sample(self: Any, model: Any, N: int, num_intermediates: int) -> tuple[Any,
 
 
 def _stacked(rows: list[Tensor]) -> Any:
-    return torch.stack(rows).cpu().numpy() if rows else torch.empty(0, dtype=torch.int64).numpy()
+    return (torch.stack(rows) if rows else torch.empty(0, dtype=torch.int64)).cpu().numpy()
 
 
 def _posterior_of(original: Callable[..., Any]) -> Callable[..., Any]:
     """`calc_pst` with its draws replaced; whatever it computes besides stays as it was."""
 
     @functools.wraps(original)
-    def calc_pst(
-        self: Any,
-        model: Any,
-        x_t: Tensor,
-        p0t: Tensor,
-        ts: Tensor,
-        ss: Tensor,
-        sample: bool = False,
-        x_0: Tensor | None = None,
-        log_prob: bool = False,
-        sample_zero: bool = False,
-    ) -> Any:
-        if not sample:
-            return original(self, model, x_t, p0t, ts, ss, False, x_0, log_prob, sample_zero)
-        return _draw_posterior(process_of(model), x_t, p0t, ts, ss, x_0, sample_zero)
+    def calc_pst(self: Any, *arguments: Any, **more: Any) -> Any:
+        given = inspect.signature(original).bind(self, *arguments, **more)
+        given.apply_defaults()
+        call = given.arguments
+        if not call["sample"]:
+            return original(self, *arguments, **more)
+        names = ("x_t", "p0t", "ts", "ss", "x_0", "sample_zero")
+        return _draw_posterior(process_of(call["model"]), *(call[name] for name in names))
 
     return calc_pst
 

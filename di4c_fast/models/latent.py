@@ -11,6 +11,7 @@ embedding of 1000 λ, a two-layer network, and one extra token that is dropped f
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,9 +124,9 @@ class LatentEmbedding(nn.Module):
 
 
 class _Conditioning(nn.Module):
-    def __init__(self, width: int, dim: int, frequencies: int, scale: float, zero_init: bool):
+    def __init__(self, width: int, dim: int, **options: Any):
         super().__init__()
-        self.embedding = LatentEmbedding(width, dim, frequencies, scale, zero_init=zero_init)
+        self.embedding = LatentEmbedding(width, dim, **options)
 
     @property
     def dim(self) -> int:
@@ -167,20 +168,11 @@ class LatentToken(_Conditioning):
         width: C, size of the embeddings.
         dim: L, latent dimensions, one token each.
         first: put the extra tokens before the others instead of after them.
-        frequencies, scale, zero_init: as in `LatentEmbedding`.
+        options: frequencies, scale, zero_init, as in `LatentEmbedding`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        dim: int = 1,
-        *,
-        first: bool = False,
-        frequencies: int = 128,
-        scale: float = 1000.0,
-        zero_init: bool = False,
-    ):
-        super().__init__(width, dim, frequencies, scale, zero_init)
+    def __init__(self, width: int, dim: int = 1, *, first: bool = False, **options: Any):
+        super().__init__(width, dim, **options)
         self.first = bool(first)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
@@ -210,19 +202,11 @@ class LatentShift(_Conditioning):
     Args:
         width: C, last size of `x`.
         dim: L, latent dimensions.
-        frequencies, scale, zero_init: as in `LatentEmbedding`.
+        zero_init, options: frequencies, scale, as in `LatentEmbedding`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        dim: int = 1,
-        *,
-        frequencies: int = 128,
-        scale: float = 1000.0,
-        zero_init: bool = True,
-    ):
-        super().__init__(width, dim, frequencies, scale, zero_init)
+    def __init__(self, width: int, dim: int = 1, *, zero_init: bool = True, **options: Any):
+        super().__init__(width, dim, zero_init=zero_init, **options)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
         """(R, D, C) or (R, C) and (R, L) latents to the shape and dtype of `x`."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_bool, check_floating, check_shape, describe
+from ..checks import check_bool, check_floating, check_shape, check_tensor, describe
 from ..heads import Head
 from .call import Wrapper, check_module
 from .latent import LatentShift, LatentToken
@@ -87,12 +87,7 @@ def with_latent_shift(
 
 
 class ShiftedModel(Wrapper):
-    """See `with_latent_shift`, which makes it.
-
-    Attributes:
-        model: the model.
-        latent: the `LatentShift`.
-    """
+    """See `with_latent_shift`, which makes it: `model`, and `latent`, the `LatentShift`."""
 
     def __init__(self, model: nn.Module, module: str, latent: LatentShift):
         super().__init__(model)
@@ -100,16 +95,13 @@ class ShiftedModel(Wrapper):
 
     def forward(self, tokens: Tensor, t: Tensor, latent: Tensor, **context: Any) -> Any:
         """(R, D) int64, (R,), (R, L) and the model's context to what the model returns."""
-        _check_latent(latent, tokens, self.latent.embedding.dim)
+        _check_latent(latent, tokens, self.latent.dim)
         calls = 0
 
         def shift(module: nn.Module, arguments: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"module {self.module!r} must return a Tensor, got {describe(output)}"
-                )
+            check_tensor(output, f"the output of module {self.module!r}")
             return self.latent(output, latent)
 
         # For the length of the call: copies of the student then carry no hook of the original.
@@ -186,12 +178,9 @@ def with_latent_token(
 
 
 class TokenModel(Wrapper):
-    """See `with_latent_token`, which makes it.
+    """See `with_latent_token`, which makes it: `model`, and `latent`, the `LatentToken`.
 
-    Attributes:
-        model: the transformer.
-        latent: the `LatentToken`.
-        mask_key: whether attention leaves the extra tokens out.
+    `mask_key` says whether attention leaves the extra tokens out.
     """
 
     def __init__(self, model: nn.Module, latent: LatentToken, linear_head: bool, mask_key: bool):

@@ -155,7 +155,7 @@ def _ninja() -> str | None:
 
 def _build_loudly(compiler: list[str], folder: Path, key: str) -> Path:
     print(
-        f"di4c_fast: building its C++ passes into {folder} (once; ten to twenty seconds) ...",
+        f"di4c_fast: building its C++ passes into {folder} (once; some ten seconds) ...",
         file=sys.stderr,
         flush=True,
     )
