@@ -135,10 +135,9 @@ class Run:
         rows = torch.arange(self.batch * self.positions, device=self.device)
         self.keys = rows + self.first_sequence * self.positions
         self.vocab_size: int | None = given["vocab_size"]
-        if self.vocab_size is not None:
-            least = 1 if self.draws["mask_id"] is None else 2
-            check_int(self.vocab_size, "vocab_size", minimum=least)
         self.ids = ({"mask_id": self.mask_id} if start is None else {}) if ids is None else ids
+        if self.vocab_size is not None:
+            check_int(self.vocab_size, "vocab_size", minimum=2 if self.ids else 1)
         self.tokens = self.keys.new_full((self.batch, self.positions), self.mask_id)
         if callable(start):
             self.tokens = start(self)

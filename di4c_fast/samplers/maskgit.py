@@ -106,8 +106,7 @@ def sample_maskgit(
         check_callable(guidance_model, "guidance_model")
     elif guidance != 0.0 and not unconditional:
         raise ValueError(
-            "guidance needs unconditional, the context of the unconditional half, "
-            "or a guidance_model"
+            "guidance needs unconditional, the other half's context, or a guidance_model"
         )
     run = Run(
         model,
