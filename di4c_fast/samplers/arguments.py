@@ -71,7 +71,9 @@ def sampler(
     def wrap(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         own, keyword = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
         shared = [
-            inspect.Parameter(name, keyword, default=known.get(name), annotation=kind)
+            inspect.Parameter(
+                name, keyword, default=known.get(name), annotation=kind.__forward_arg__
+            )
             for name, kind in options.__annotations__.items()
         ]
         named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
