@@ -261,7 +261,7 @@ def test_wrong_arguments_are_named(wrong: Wrong):
         (
             {"max_length": 5},
             ValueError,
-            "prompt must not be longer than the sequence, D = 5, got 6",
+            "prompt must have shape ... P <= D = 5, got (2, 6)",
         ),
     ]
 )

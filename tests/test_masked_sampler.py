@@ -1,4 +1,4 @@
-"""The masked ancestral sampler: its law, enumerated and of the naive loop; its rows and calls."""
+"""The masked ancestral sampler: its law, enumerated from the naive loop's; its rows and calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from sampler_cases import MASK, VOCAB, Denoiser, Tabular, assert_same_law, constant
+from sampler_cases import MASK, VOCAB, Denoiser, Tabular, constant
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -58,22 +58,6 @@ def exact_law(model: Tabular, times: Tensor, start=(HIDDEN,) * D, fresh: bool = 
     return torch.stack([run([c]) for c in components]).mean(0)
 
 
-def naive_loop(model, batch: int, steps: int, t_min: float, generator) -> Tensor:
-    """Full logits and a draw for every position at every step, as the published loops do."""
-    times = torch.linspace(1, t_min, steps + 1)
-    x = torch.full((batch, D), HIDDEN)
-    for t, s in itertools.pairwise(times):
-        logits = model(x, t.expand(batch))
-        logits[..., HIDDEN] = -math.inf
-        q = logits.softmax(-1) * (t - s)
-        q[..., HIDDEN] = s
-        drawn = torch.multinomial(q.flatten(0, 1), 1, generator=generator).view(batch, D)
-        x = torch.where(x == HIDDEN, drawn, x)
-    logits = model(x, times[-1].expand(batch))
-    logits[..., HIDDEN] = -math.inf
-    return torch.where(x == HIDDEN, logits.argmax(-1), x)
-
-
 # The law
 
 
@@ -82,20 +66,6 @@ def test_samples_have_the_exact_joint_law_of_the_ancestral_loop(steps, t_min):
     model = Tabular(seed=steps)
     tokens = sample(model, 40_000, steps, seed=3, t_min=t_min)
     assert_counts_match(model.counts_of(tokens), exact_law(model, grid(steps, t_min)))
-
-
-@pytest.mark.parametrize("steps", [2, 4])
-def test_pair_marginals_equal_those_of_the_naive_loop(steps):
-    model, batch = Tabular(seed=20), 40_000
-    ours = sample(model, batch, steps, seed=4)
-    theirs = naive_loop(model, batch, steps, 1e-5, torch.Generator().manual_seed(5))
-    assert_same_law(ours, theirs, V)
-
-
-def test_the_naive_loop_of_this_file_has_the_enumerated_law():
-    model = Tabular(seed=21)
-    tokens = naive_loop(model, 40_000, 3, 0.1, torch.Generator().manual_seed(6))
-    assert_counts_match(model.counts_of(tokens), exact_law(model, grid(3, 0.1)))
 
 
 def test_a_latent_is_fresh_per_step_or_as_given_and_shared_by_the_positions_of_a_sequence():

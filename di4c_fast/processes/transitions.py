@@ -99,11 +99,9 @@ class GaussianTransitions:
         symmetric = root.unsqueeze(1) * self.rate / root
         values, vectors = torch.linalg.eigh((symmetric + symmetric.T) / 2)
         values[-1] = 0.0  # a rate matrix has this eigenvalue exactly, and no positive one
-        self._eigenvalues = values.clamp_max(0.0)
-        self._left = vectors / root.unsqueeze(1)
-        self._right = vectors.T * root
+        parts = (values.clamp_max(0.0), vectors / root.unsqueeze(1), vectors.T * root)
+        self._eigen: dict[torch.device, tuple[Tensor, ...]] = {torch.device("cpu"): parts}
         self._noise = _NOISE * float(root.max() / root.min())
-        self._eigen: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         self._cache: OrderedDict[tuple, Tensor] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -167,8 +165,7 @@ class GaussianTransitions:
         with torch.inference_mode(False):
             work = device if device.type in ("cpu", "cuda") else torch.device("cpu")
             time = torch.full((1,), float(t), dtype=torch.float64, device=work)
-            start = torch.full((1,), float(s), dtype=torch.float64, device=work)
-            matrix = self.batched(start, time, columns=columns)[0].to(dtype).to(device)
+            matrix = self.batched(float(s), time, columns=columns)[0].to(dtype).to(device)
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = matrix
@@ -177,14 +174,11 @@ class GaussianTransitions:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return matrix
 
-    def _eigen_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _eigen_on(self, device: torch.device) -> tuple[Tensor, ...]:
         if device not in self._eigen:
             with torch.inference_mode(False):
-                self._eigen[device] = (
-                    self._eigenvalues.to(device),
-                    self._left.to(device),
-                    self._right.to(device),
-                )
+                parts = self._eigen[torch.device("cpu")]
+                self._eigen[device] = tuple(part.to(device) for part in parts)
         return self._eigen[device]
 
 

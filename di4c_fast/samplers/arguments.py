@@ -71,7 +71,9 @@ def sampler(
     def wrap(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         own, keyword = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
         shared = [
-            inspect.Parameter(name, keyword, default=known.get(name), annotation=kind)
+            inspect.Parameter(
+                name, keyword, default=known.get(name), annotation=kind.__forward_arg__
+            )
             for name, kind in options.__annotations__.items()
         ]
         named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -143,14 +145,11 @@ def fill_prompt(tokens: Tensor, prompt: Any, mask_id: int) -> int:
         return 0
     check_int64(prompt, "prompt")
     batch, positions = tokens.shape
-    if prompt.ndim not in (1, 2) or (prompt.ndim == 2 and prompt.shape[0] != batch):
+    length = prompt.shape[-1] if prompt.ndim else 0
+    if prompt.ndim == 0 or prompt.shape[:-1] not in ((), (batch,)) or length > positions:
         raise ValueError(
-            f"prompt must have shape (B, P) or (P,) with B = {batch}, got {tuple(prompt.shape)}"
-        )
-    length = prompt.shape[-1]
-    if length > positions:
-        raise ValueError(
-            f"prompt must not be longer than the sequence, D = {positions}, got {length} tokens"
+            f"prompt must have shape (B, P) or (P,) with B = {batch} and P <= D = {positions}, "
+            f"got {tuple(prompt.shape)}"
         )
     check_same_device(prompt, "prompt", tokens, "the samples")
     if prompt.numel() == 0:

@@ -20,6 +20,7 @@ from ..checks import (
     check_floating,
     check_int,
     check_int64,
+    check_number,
     check_same_device,
     check_shape,
     check_token_range,
@@ -125,6 +126,7 @@ class Run:
         names = ("temperature", "top_k", "top_p", "confidence_dtype")
         self.draws: dict[str, Any] = {name: given[name] for name in names if name in given}
         # A draw of no rows checks its options before the first call of the model.
+        check_number(self.draws.get("temperature", 1.0), "temperature", minimum=0.0)
         sample(torch.empty(0, 2).double(), seed=0, want=(), backend="torch", **self.draws)
         self.draws["mask_id"] = self.mask_id if exclude_mask and start is None else None
         self.device = device_of(given["device"], (given["prompt"], start), model)
@@ -133,10 +135,9 @@ class Run:
         rows = torch.arange(self.batch * self.positions, device=self.device)
         self.keys = rows + self.first_sequence * self.positions
         self.vocab_size: int | None = given["vocab_size"]
-        if self.vocab_size is not None:
-            least = 1 if self.draws["mask_id"] is None else 2
-            check_int(self.vocab_size, "vocab_size", minimum=least)
         self.ids = ({"mask_id": self.mask_id} if start is None else {}) if ids is None else ids
+        if self.vocab_size is not None:
+            check_int(self.vocab_size, "vocab_size", minimum=2 if self.ids else 1)
         self.tokens = self.keys.new_full((self.batch, self.positions), self.mask_id)
         if callable(start):
             self.tokens = start(self)

@@ -53,8 +53,7 @@ def rows_by_step(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """For each step the rows b*D + d that have it, and their sequences, all on the device.
 
-    Args:
-        plan: (B, D) int64 on the CPU, in [0, steps); -1 for positions without a step.
+    The plan is (B, D) int64 on the CPU, in [0, steps), or -1 for positions without a step.
     """
     batch, positions = plan.shape
     step = plan.flatten()

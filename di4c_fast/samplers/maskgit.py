@@ -106,8 +106,7 @@ def sample_maskgit(
         check_callable(guidance_model, "guidance_model")
     elif guidance != 0.0 and not unconditional:
         raise ValueError(
-            "guidance needs unconditional, the context of the unconditional half, "
-            "or a guidance_model"
+            "guidance needs unconditional, the other half's context, or a guidance_model"
         )
     run = Run(
         model,
@@ -133,7 +132,14 @@ def sample_maskgit(
     masked = torch.full((run.batch,), run.positions)
     if options["prompt"] is not None:
         masked = run.masked().sum(-1).cpu()
-    counts = _counts(masked, steps, schedule, schedule_style)
+    unique, index = torch.unique(masked, return_inverse=True)
+    if not isinstance(schedule, str) and sum(schedule) < max(unique.tolist(), default=0):
+        raise ValueError(
+            "schedule must hold counts that reveal every unknown position, "
+            f"{int(unique.max())} of them, got {sum(schedule)} in all"
+        )
+    table = [reveal_counts(steps, int(m), schedule, schedule_style) for m in unique.tolist()]
+    counts = torch.tensor(table, dtype=torch.int64).view(-1, steps)[index].T  # (S, B), revealed
     fractions = [step / max(steps - 1, 1) for step in range(steps)]
     weights = [guidance * (1.0 if guidance_schedule == "constant" else x) for x in fractions]
     factors = [gumbel_temperature * (1.0 - fraction) for fraction in fractions]
@@ -187,15 +193,3 @@ def sample_maskgit(
         return noise.flatten().index_add(0, step.rows, log_prob).view_as(noise)
 
     return run.loop(rule())
-
-
-def _counts(masked: Tensor, steps: int, schedule: str | Sequence[int], style: str) -> Tensor:
-    """(S, B): how many positions each step reveals, for `masked` (B,) unknown ones."""
-    unique, index = torch.unique(masked, return_inverse=True)
-    if not isinstance(schedule, str) and sum(schedule) < max(unique.tolist(), default=0):
-        raise ValueError(
-            "schedule must hold counts that reveal every unknown position, "
-            f"{int(unique.max())} of them, got {sum(schedule)} in all"
-        )
-    table = [reveal_counts(steps, int(m), schedule, style) for m in unique.tolist()]
-    return torch.tensor(table, dtype=torch.int64).view(-1, steps)[index].T
