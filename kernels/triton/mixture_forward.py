@@ -141,7 +141,7 @@ def _mixture_forward_kernel(
     q_row = q_ptr + slot * q_i
 
     n = tl.arange(0, BLOCK_N)
-    # A position without any class in any component counts for nothing, not for infinity.
+    # A position without any class in any component counts as if q were 0 there.
     dead = 1
     for n0 in range(0, N, BLOCK_N):
         some = tl.load(total_ptr + place * N + n0 + n, mask=n0 + n < N, other=0.0) != 0.0
@@ -226,7 +226,7 @@ def _mixture_forward_kernel(
                         tl.store(mass_ptr + part_of * N + c, tl.sum(sums, axis=1), mask=inside)
                     if HAS_C:
                         gap = _divergence(qt[None, :], log2_qt[None, :], log2_prob)
-                        gap = tl.where(inside[:, None] & (dead == 0), gap, 0.0)
+                        gap = tl.where(inside[:, None], gap, 0.0)
                         tl.store(
                             divergence_ptr + part_of * N + c,
                             tl.sum(gap, axis=1) * LN_2,
@@ -234,14 +234,14 @@ def _mixture_forward_kernel(
                         )
 
     if HAS_Q:
-        tl.store(kl_t_ptr + part_of, tl.where(dead == 1, 0.0, tl.sum(kl_t, axis=0) * LN_2))
+        tl.store(kl_t_ptr + part_of, tl.sum(kl_t, axis=0) * LN_2)
         if HAS_U:
-            tl.store(kl_u_ptr + part_of, tl.where(dead == 1, 0.0, tl.sum(kl_u, axis=0) * LN_2))
+            tl.store(kl_u_ptr + part_of, tl.sum(kl_u, axis=0) * LN_2)
     if ONE_TILE:
         if HAS_Q:
             tl.store(mass_ptr + part_of * N + n, tl.sum(mass, axis=1), mask=n < N)
         if HAS_C:
-            sums = tl.where(dead == 1, 0.0, tl.sum(divergence, axis=1) * LN_2)
+            sums = tl.sum(divergence, axis=1) * LN_2
             tl.store(divergence_ptr + part_of * N + n, sums, mask=n < N)
 
 
