@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(PYTHON)
 RUN_DIR ?= runs/digits
 
-.PHONY: demo text test bench report gpu aot docs lint clean
+.PHONY: demo text test sanitize bench report gpu aot count docs lint clean
 
 # Set-up is stamped by extra, so that `make demo` installs only what the demo needs.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -41,6 +41,21 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile --durations 15 \
 		tests di4c_fast -m "not gpu" $(ARGS)
 
+# The C++ passes under GCC's sanitizers of addresses and undefined behaviour, on every instruction
+# set. Python does not know them, so they are loaded before it; what it never frees is no leak.
+SANITIZED_SETS ?= plain avx2 avx512
+SANITIZED_TESTS = tests/test_loss_conformance.py tests/test_loss_op.py \
+	tests/test_draw_conformance.py tests/test_cpu_passes.py tests/test_cpu_vectors.py
+sanitize: $(VENV)/.stamp-dev
+	@export CXX=g++ XDG_CACHE_HOME=$(CURDIR)/build/sanitized ASAN_OPTIONS=detect_leaks=0 \
+		DI4C_FAST_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		LD_PRELOAD="$$(for name in asan ubsan stdc++; do \
+			printf '%s ' "$$(g++ -print-file-name=lib$$name.so)"; done)" OMP_NUM_THREADS=1; \
+	$(BIN)/python -m kernels.cpu.build && for name in $(SANITIZED_SETS); do \
+		echo "$$name:"; DI4C_FAST_CPU=$$name $(BIN)/python -m pytest --quiet --capture no \
+			$(SANITIZED_TESTS) -k "cpu and not memory" $(ARGS) || exit; \
+	done
+
 # What needs a GPU: its tests, the tuning of launch parameters, the benchmarks (under 8 minutes).
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
@@ -48,6 +63,10 @@ gpu:
 # Registers, shared memory and spills of every kernel for every target; needs no GPU.
 aot: $(VENV)/.stamp-dev
 	env -u TRITON_INTERPRET $(BIN)/python -m tools.compile_report $(ARGS)
+
+# Instructions of the kernels per logit and what they take at least, computed; needs no GPU.
+count: $(VENV)/.stamp-dev
+	env -u TRITON_INTERPRET $(BIN)/python -m tools.count $(ARGS)
 
 # Everything under benchmarks/ in at most 8 minutes; results go to benchmarks/results/.
 bench: $(VENV)/.stamp-dev

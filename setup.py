@@ -93,7 +93,14 @@ setup(
         "di4c_fast.kernels": ["configs/*.json", "README.md"],
         "di4c_fast.kernels.cpu": ["*.cpp", "*.h"],
     },
-    install_requires=["torch>=2.11", "numpy", "einops>=0.7", "safetensors>=0.4", "ninja"],
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "einops>=0.7",
+        "safetensors>=0.4",
+        "ninja",
+        "typing_extensions>=4.1",
+    ],
     extras_require={
         "examples": EXAMPLES,
         "bench": BENCH,

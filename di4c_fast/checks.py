@@ -23,7 +23,7 @@ def describe(value: Any) -> str:
     """
     if isinstance(value, Tensor):
         return f"Tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
@@ -93,6 +93,18 @@ def check_int(value: Any, name: str, *, minimum: int | None = None) -> int:
     return value
 
 
+def check_mask_id(value: Any, vocabulary: int) -> None:
+    """Check the id of the mask token, or None for no mask."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"mask_id must be an int or None, got {describe(value)}")
+    if not 0 <= value < vocabulary:
+        raise ValueError(f"mask_id must be in [0, V) = [0, {vocabulary}), got {value}")
+    if vocabulary == 1:
+        raise ValueError("mask_id excludes the only class: V must be at least 2, got 1")
+
+
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
     if value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
@@ -131,6 +143,15 @@ def check_number(value: Any, name: str, *, minimum: float = -math.inf) -> None:
     if math.isnan(value) or math.isinf(value) or value < minimum:
         bound = "" if minimum == -math.inf else f" and at least {minimum:g}"
         raise ValueError(f"{name} must be finite{bound}, got {value}")
+
+
+def check_within(value: Any, name: str, interval: str) -> None:
+    """Check a number against an interval such as "(0, 1]"."""
+    check_number(value, name)
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value > low or (value == low and interval[0] == "[")
+    if not above or value > high or (value == high and interval[-1] == ")"):
+        raise ValueError(f"{name} must be in {interval}, got {value}")
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(params=["reference", "torch"])
+def backend(request) -> str:
+    """The dense truth of the loss, and the passes that compute in float64, too."""
+    return request.param
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory holds NaN (or the largest integer), so an unwritten element shows."""

@@ -65,12 +65,16 @@ class Recorder(nn.Module):
         return LinearHead(h, self.out.weight, self.out.bias) if self.head else self.out(h)
 
 
-def step(student, teacher, t=None, config=CONFIG, seed=0, **options):
-    """`distill_step` with the batch and the process of this module; times may be a list."""
+def models(**options) -> tuple[Recorder, Recorder]:
+    """A student and its teacher."""
+    return Recorder(True, **options), Recorder(False, **{"seed": 1, **options})
+
+
+def step(student, teacher, t=None, config=CONFIG, seed=0, x0=X0, **options):
+    """`distill_step` with what this module has; times may be a list."""
     t = None if t is None else torch.tensor(t)
-    return distill_step(
-        student, teacher, X0, process=PROCESS, config=config, generator=rng(seed), t=t, **options
-    )
+    options = {"process": PROCESS, "config": config, "generator": rng(seed), "t": t, **options}
+    return distill_step(student, teacher, x0, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import di4c_fast
 
-BACKENDS = ("reference", "torch")
 # For float64, where rounding leaves about 1e-15 of the largest summand: a thousand times that for
 # sums of a few dozen terms, and far below what any wrong factor makes.
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}

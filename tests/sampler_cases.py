@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -162,7 +164,8 @@ SAMPLERS = {
     ),
     "origin": Sampler(sample_confidence, {**warm, "rule": "origin", "block_length": 7}),
     "threshold": Sampler(
-        sample_confidence, {"mask_id": MASK, "threshold": 0.4, "temperature": 0.9}
+        sample_confidence,
+        {"mask_id": MASK, "threshold": 0.4, "temperature": 0.9, "block_length": 7},
     ),
     "factor": Sampler(
         sample_confidence, {"mask_id": MASK, "factor": 1.5, "rule": "maskgit_plus"}
@@ -177,7 +180,10 @@ def prompts(batch: int, length: int, seed: int = 1) -> Tensor:
 
 
 class Tabular:
-    """Any denoiser of a few tokens: a table of logits per state, half of λ and label."""
+    """Any denoiser of a few tokens: a table of logits per state, half of λ and label.
+
+    In float64, so that no token hangs on rounding, which may depend on a row's place in a batch.
+    """
 
     def __init__(
         self, seed: int, latent: bool = False, labels: int = 1, timed: bool = True, size=(3, 4)
@@ -187,7 +193,7 @@ class Tabular:
         self.powers = vocab ** torch.arange(positions - 1, -1, -1)
         self.states = vocab**positions
         shape = (labels, 1 + latent, self.states, positions, vocab)
-        self.table = 1.5 * torch.randn(*shape, generator=generator)
+        self.table = 1.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
         self.timed = timed
         self.calls: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
@@ -195,7 +201,7 @@ class Tabular:
         self.calls.append((tokens, t, latent))
         component = 0 if latent is None else (latent[:, 0] > 0.5).long()
         logits = self.table[label, component, self.state_of(tokens)]
-        return logits * (0.5 + t.view(-1, 1, 1)) if self.timed else logits
+        return logits * (0.5 + t.double().view(-1, 1, 1)) if self.timed else logits
 
     def state_of(self, tokens: Tensor) -> Tensor:
         """Number of a token row (..., D) in base V."""
@@ -205,11 +211,54 @@ class Tabular:
         return torch.bincount(self.state_of(tokens), minlength=self.states)
 
 
-def assert_same_law(ours: Tensor, theirs: Tensor) -> None:
-    """Two samples have one law: counts (K,) of the same outcomes.
+def constant(logits: Tensor) -> Callable[..., Tensor]:
+    """A denoiser that always gives these logits (V,)."""
+    return lambda tokens, t: logits.expand(*tokens.shape, len(logits))
+
+
+def assert_same_law(ours: Tensor, theirs: Tensor, vocab: int) -> None:
+    """Two samples (B, D) have one law of pairs of tokens.
 
     The noise of the second sample adds to that of the first: the first is thinned by as much, and
     the second then taken as exact.
     """
-    share = 1 / (1 + float(ours.sum()) / float(theirs.sum()))
-    assert_counts_match((ours * share).round().long(), theirs.double() + 1e-9)
+    for i, j in itertools.combinations(range(ours.shape[1]), 2):
+        ours_, theirs_ = (
+            torch.bincount(x[:, i] * vocab + x[:, j], minlength=vocab**2) for x in (ours, theirs)
+        )
+        share = 1 / (1 + float(ours_.sum()) / float(theirs_.sum()))
+        assert_counts_match((ours_ * share).round().long(), theirs_.double() + 1e-9)
+
+
+def reveal_law(
+    logits: Tensor, row: Sequence[int], mask_id: int, reveal: int, factor: float
+) -> dict[tuple[int, ...], float]:
+    """Law of the next row of MaskGIT by enumeration of tokens and of the order of confidences.
+
+    Sorting log p + factor·Gumbel is drawing without replacement with weights p^(1/factor).
+    """
+    masked = [d for d, token in enumerate(row) if token == mask_id]
+    logits = logits.double().clone()
+    logits[:, mask_id] = -math.inf
+    p = logits.softmax(-1)
+    law: dict[tuple[int, ...], float] = {}
+    for tokens in itertools.product(range(p.shape[-1]), repeat=len(masked)):
+        token = dict(zip(masked, tokens, strict=True))
+        drawn = {d: float(p[d, v]) for d, v in token.items()}
+        if not math.prod(drawn.values()):
+            continue
+        if factor == 0.0:
+            orders = {tuple(sorted(masked, key=lambda d: -drawn[d])[:reveal]): 1.0}
+        else:
+            weight = {d: x ** (1.0 / factor) for d, x in drawn.items()}
+            orders = {}
+            for order in itertools.permutations(masked, reveal):
+                left, share = sum(weight.values()), 1.0
+                for d in order:
+                    share *= weight[d] / left
+                    left -= weight[d]
+                orders[order] = share
+        for order, share in orders.items():
+            after = tuple(token[d] if d in order else old for d, old in enumerate(row))
+            law[after] = law.get(after, 0.0) + math.prod(drawn.values()) * share
+    return law

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,6 +13,7 @@ from torch import Tensor
 from di4c_fast.training.checkpoint import (
     decode,
     encode,
+    hold,
     identity,
     read_checkpoint,
     write_checkpoint,
@@ -80,3 +84,34 @@ def test_a_link_keeps_pointing_to_the_file_that_is_replaced(tmp_path):
         assert (tmp_path / "link").is_symlink()
         assert read_checkpoint(tmp_path / "far" / "a", "test")[1] == number
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "far", "link"]
+
+
+def test_a_file_has_one_writing_process_and_its_leftovers_go(tmp_path):
+    """Another process is refused by name; a killed one leaves nothing that counts."""
+    script = (
+        "import sys, time; from di4c_fast.training.checkpoint import hold, replacing\n"
+        "held = hold(sys.argv[1])\n"
+        "with replacing(sys.argv[1]) as file:\n"
+        "    file.write_text('half'); print('ready', flush=True); time.sleep(60)"
+    )
+    file = tmp_path / "a"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(file)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(RuntimeError, match=f"a is in use by process {other.pid} on"):
+            hold(file)
+        other.kill()
+    assert len(list(tmp_path.glob("a.*.tmp"))) == 1
+    held = hold(file)
+    assert hold(file) is held
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+    write_checkpoint(file, "test", {}, 1)
+    del held
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_gets_the_mode_that_the_umask_gives(tmp_path):
+    write_checkpoint(tmp_path / "a", "test", {}, 1)
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode

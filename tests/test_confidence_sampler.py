@@ -7,13 +7,24 @@ import itertools
 import pytest
 import torch
 from naming import stable_id
-from sampler_cases import MASK, VOCAB, D, Denoiser, OwnHead, prompts
+from sampler_cases import MASK, VOCAB, D, Denoiser, OwnHead, constant, prompts
 from torch import Tensor
 
 from di4c_fast.samplers import sample_confidence
-from di4c_fast.testing import assert_counts_match, assert_frequency
+from di4c_fast.testing import assert_counts_match, assert_draws_match, assert_frequency
 
 RULES = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
+
+
+def fill(model, shape=(2, D), **how) -> Tensor:
+    return sample_confidence(model, shape, **{"mask_id": MASK, "seed": 0, **how})
+
+
+def states(model, shape=(2, D), **how) -> list[Tensor]:
+    """The tokens at the start and after every step."""
+    history: list[Tensor] = []
+    fill(model, shape, history=history, **how)
+    return history
 
 
 def naive_confidence(row: Tensor, rule: str, top_k=None, top_p=None) -> tuple[int, float]:
@@ -121,11 +132,9 @@ def naive(
 
 
 def check_against_naive(model, prompt, **how):
-    mapped = {"banned_ids": how.get("banned", ()), "deferred_ids": how.get("deferred", ())}
-    ours = {k: v for k, v in how.items() if k not in ("banned", "deferred")}
-    tokens = sample_confidence(
-        model, (len(prompt), D), mask_id=MASK, prompt=prompt, seed=0, **ours, **mapped
-    )
+    names = {"banned": "banned_ids", "deferred": "deferred_ids"}
+    ours = {names.get(name, name): value for name, value in how.items()}
+    tokens = fill(model, (len(prompt), D), prompt=prompt, **ours)
     expected = torch.stack([naive(model, row, **how)[0] for row in prompt])
     assert torch.equal(tokens, expected)
     return tokens
@@ -179,8 +188,7 @@ def test_a_threshold_gives_the_mask_its_share_but_not_an_endless_loop():
     tokens = check_against_naive(model, prompts(3, 4), **how)
     assert not torch.equal(tokens, check_against_naive(model, prompts(3, 4), threshold=0.3))
     model = Denoiser(3, mask_bias=50.0, timed=False)
-    tokens = sample_confidence(model, (2, D), mask_id=MASK, seed=0, **how)
-    assert bool((tokens == MASK).all())
+    assert bool((fill(model, **how) == MASK).all())
     assert len(model.inputs) == D
 
 
@@ -200,11 +208,8 @@ def test_a_confidence_dtype_ranks_by_what_the_repositories_compute(rule):
             return super().forward(tokens, t).to(torch.bfloat16)
 
     model = Half(5, "tensor", timed=False)
-    history = []
-    sample_confidence(
-        model, (1, D), mask_id=MASK, steps=D, rule=rule, exclude_mask=False, seed=0,
-        confidence_dtype=torch.bfloat16, history=history,
-    )  # fmt: skip
+    how = {"rule": rule, "exclude_mask": False, "confidence_dtype": torch.bfloat16}
+    history = states(model, (1, D), steps=D, **how)
     for before, after in itertools.pairwise(history[:6]):
         p = model.logits(before[0]).softmax(-1)
         top = p.sort(-1, descending=True).values
@@ -220,13 +225,9 @@ def test_a_confidence_dtype_ranks_by_what_the_repositories_compute(rule):
 
 
 def test_equal_confidences_keep_the_lowest_positions():
-    history = []
-    sample_confidence(
-        # Exactly equal, whatever the rounding of a row: one token has all the probability.
-        lambda x, t: torch.tensor([0.0, *[-torch.inf] * 10]).expand(*x.shape, VOCAB), (2, 9),
-        mask_id=MASK, steps=3, history=history,
-    )  # fmt: skip
-    for step, state in enumerate(history):
+    # Exactly equal, whatever the rounding of a row: one token has all the probability.
+    model = constant(torch.tensor([0.0, *[-torch.inf] * 10]))
+    for step, state in enumerate(states(model, (2, 9), steps=3)):
         expected = torch.where(torch.arange(9) < 3 * step, 0, MASK)
         assert torch.equal(state, expected.expand(2, 9))
 
@@ -236,12 +237,8 @@ def test_equal_confidences_keep_the_lowest_positions():
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 10, 13])
 def test_each_step_fills_exactly_its_number_of_positions(steps):
-    history = []
     model = Denoiser(6)
-    sample_confidence(
-        model, (3, D), mask_id=MASK, steps=steps, prompt=prompts(3, 4), seed=1,
-        temperature=1.0, history=history,
-    )  # fmt: skip
+    history = states(model, (3, D), steps=steps, prompt=prompts(3, 4), temperature=1.0)
     masked = [(state == MASK).sum(1) for state in history]
     counts = torch.stack([a - b for a, b in itertools.pairwise(masked)])
     expected = [10 // steps + (i < 10 % steps) for i in range(steps) if 10 // steps or i < 10]
@@ -251,11 +248,7 @@ def test_each_step_fills_exactly_its_number_of_positions(steps):
 
 def test_only_masked_rows_of_the_current_block_go_through_the_head():
     model = Denoiser(7)
-    history = []
-    sample_confidence(
-        model, (2, D), mask_id=MASK, steps=6, block_length=5, prompt=prompts(2, 4),
-        history=history, seed=0,
-    )  # fmt: skip
+    history = states(model, steps=6, block_length=5, prompt=prompts(2, 4))
     assert len(model.rows) == 6
     for step, (before, rows) in enumerate(zip(history, model.rows, strict=False)):
         end = 4 + 5 * (step // 3 + 1)
@@ -265,7 +258,7 @@ def test_only_masked_rows_of_the_current_block_go_through_the_head():
 
 def test_shifted_rows_are_those_of_the_positions_before():
     model = Denoiser(8)
-    sample_confidence(model, (2, D), mask_id=MASK, steps=1, shift=True, seed=0)
+    fill(model, steps=1, shift=True)
     place = torch.arange(D)
     expected = (torch.arange(2)[:, None] * D + (place - 1).clamp(min=0)).flatten()
     assert torch.equal(model.rows[0], expected)
@@ -274,9 +267,7 @@ def test_shifted_rows_are_those_of_the_positions_before():
 def test_guidance_masks_the_prompt_in_the_second_half_of_the_batch():
     model = Denoiser(9)
     prompt = prompts(2, 4)
-    sample_confidence(
-        model, (2, D), mask_id=MASK, steps=2, prompt=prompt, guidance_scale=2.0, seed=0
-    )
+    fill(model, steps=2, prompt=prompt, guidance_scale=2.0)
     for inputs in model.inputs:
         assert inputs.shape == (4, D)
         assert torch.equal(inputs[:2, :4], prompt)
@@ -289,15 +280,9 @@ def test_sequences_without_work_are_left_out_of_the_call_on_request():
     prompt[1, 5:8] = MASK
     for active_only, rows in ((True, 1), (False, 3)):
         model = Denoiser(10)
-        tokens = sample_confidence(
-            model, (3, D), mask_id=MASK, steps=3, prompt=prompt, active_only=active_only
-        )
+        tokens = fill(model, (3, D), steps=3, prompt=prompt, active_only=active_only)
         assert [x.shape[0] for x in model.inputs] == [rows] * 3
         assert bool((tokens[::2] == 2).all())
-    model = Denoiser(10)
-    full = torch.full((3, D), 2)
-    assert torch.equal(sample_confidence(model, (3, D), mask_id=MASK, steps=3, prompt=full), full)
-    assert model.inputs == []
 
 
 def test_no_tensor_of_all_logits_is_made():
@@ -316,34 +301,19 @@ def test_no_tensor_of_all_logits_is_made():
             sizes.append(self.shape.numel())
             return super().logits()
 
-    sample_confidence(
-        lambda x, t: Noting(hidden[: len(x)], weight, bias, []), (2, positions), mask_id=0,
-        steps=2, seed=0, temperature=0.7, banned_ids=[3], deferred_ids=[5],
-    )  # fmt: skip
+    model = lambda x, t: Noting(hidden[: len(x)], weight, bias, [])  # noqa: E731
+    how = {"mask_id": 0, "temperature": 0.7, "banned_ids": [3], "deferred_ids": [5]}
+    fill(model, (2, positions), steps=2, **how)
     assert 0 < max(sizes) <= 64 * vocabulary
 
 
 def test_time_is_the_share_of_masked_positions():
     model = Denoiser(11)
-    sample_confidence(model, (1, D), mask_id=MASK, steps=2, prompt=prompts(1, 4), seed=0)
+    fill(model, (1, D), steps=2, prompt=prompts(1, 4))
     torch.testing.assert_close(torch.cat(model.times), torch.tensor([10 / 14, 5 / 14]))
 
 
 # Blocks, thresholds and ends
-
-
-def test_a_sequence_goes_to_its_next_block_without_waiting_for_others():
-    model = Denoiser(12)
-    whole = sample_confidence(
-        model, (4, D), mask_id=MASK, threshold=0.4, block_length=5, prompt=prompts(4, 4), seed=3,
-        temperature=1.0,
-    )  # fmt: skip
-    for row in range(4):
-        alone = sample_confidence(
-            model, (1, D), mask_id=MASK, threshold=0.4, block_length=5, seed=3, temperature=1.0,
-            prompt=prompts(4, 4)[row : row + 1], first_sequence=row,
-        )  # fmt: skip
-        assert torch.equal(alone[0], whole[row])
 
 
 @pytest.mark.parametrize(
@@ -364,12 +334,12 @@ def test_an_end_of_sequence_ends_the_work_after_its_block(how):
 
     model.sizes = []
     prompt = torch.full((2, 4), end)  # not an end: it is part of the prompt
-    options = {"mask_id": MASK, "block_length": 5, "prompt": prompt, "seed": 0, **how}
-    tokens = sample_confidence(model, (2, D), eos_id=end, **options)
+    options = {"block_length": 5, "prompt": prompt, **how}
+    tokens = fill(model, eos_id=end, **options)
     assert torch.equal(tokens[0], torch.tensor([end] * 4 + [1, 1, end, 1, 1] + [end] * 5))
     assert torch.equal(tokens[0], tokens[1])
     stopped = len(model.sizes)
-    assert bool((sample_confidence(model, (2, D), **options)[:, 12] == 5).all())
+    assert bool((fill(model, **options)[:, 12] == 5).all())
     assert len(model.sizes) - stopped > stopped
 
 
@@ -378,21 +348,15 @@ def test_an_end_of_sequence_ends_the_work_after_its_block(how):
 
 def test_tokens_at_a_temperature_follow_the_softmax():
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0)) * 1.5
-    model = lambda x, t: logits.expand(*x.shape, VOCAB)  # noqa: E731
-    tokens = sample_confidence(
-        model, (400, 10), mask_id=MASK, steps=5, temperature=0.7, rule="random", seed=0
-    )
+    tokens = fill(constant(logits), (400, 10), steps=5, temperature=0.7, rule="random")
     probs = logits.clone()
     probs[MASK] = -torch.inf
-    counts = torch.bincount(tokens.flatten(), minlength=VOCAB)
-    assert_counts_match(counts, (probs / 0.7).softmax(-1))
+    assert_draws_match(tokens, (probs / 0.7).softmax(-1))
 
 
 def test_random_and_origin_fill_positions_in_a_random_order():
-    model = lambda x, t: torch.zeros(*x.shape, VOCAB)  # noqa: E731
     for how in ({"rule": "random"}, {"rule": "origin", "t_min": 1e-3}):
-        history = []
-        sample_confidence(model, (4000, 4), mask_id=MASK, steps=2, seed=1, history=history, **how)
+        history = states(constant(torch.zeros(VOCAB)), (4000, 4), steps=2, seed=1, **how)
         first = (history[1] != MASK).sum(0)
         share = 0.5 if how["rule"] == "random" else (1 - 1e-3) / 2
         for count in first.tolist():
@@ -405,11 +369,7 @@ def test_random_and_origin_fill_positions_in_a_random_order():
 
 def test_origin_computes_only_the_rows_that_unmask():
     model = Denoiser(13)
-    history = []
-    sample_confidence(
-        model, (3, D), mask_id=MASK, steps=4, rule="origin", prompt=prompts(3, 4), history=history,
-        seed=0,
-    )  # fmt: skip
+    history = states(model, (3, D), steps=4, rule="origin", prompt=prompts(3, 4))
     assert sum(rows.numel() for rows in model.rows) == 30
     for (before, after), rows in zip(itertools.pairwise(history), model.rows, strict=True):
         assert rows.numel() == int((before != after).sum())
@@ -423,11 +383,8 @@ def test_a_confidence_temperature_draws_positions_by_their_softmax():
         logits[..., 0] = certain
         return logits
 
-    history = []
-    sample_confidence(
-        model, (4000, 4), mask_id=MASK, steps=4, seed=2, confidence_temperature=0.3,
-        history=history, rule="maskgit_plus",
-    )  # fmt: skip
+    how = {"confidence_temperature": 0.3, "rule": "maskgit_plus"}
+    history = states(model, (4000, 4), steps=4, seed=2, **how)
     p = certain.exp() / (certain.exp() + VOCAB - 2)
     q = (p / 0.3).softmax(-1)
     first = (history[1] != MASK).int().argmax(1)

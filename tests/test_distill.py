@@ -18,6 +18,8 @@ from distill_support import (
     B,
     D,
     Recorder,
+    UniformNoise,
+    models,
     rng,
     step,
 )
@@ -30,7 +32,7 @@ from di4c_fast.training import DistillConfig, distill_step
 
 
 def test_one_teacher_call_of_b_rows_serves_targets_and_draws():
-    student, teacher = Recorder(True), Recorder(False, seed=1)
+    student, teacher = models()
     out = step(student, teacher, HIGH)
     (call,) = teacher.calls
     assert torch.equal(call["tokens"], out.xt)
@@ -40,7 +42,7 @@ def test_one_teacher_call_of_b_rows_serves_targets_and_draws():
 
 
 def test_the_student_is_called_at_xu_without_a_graph_and_at_xt_with_one():
-    student, teacher = Recorder(True), Recorder(False, seed=1)
+    student, teacher = models()
     out = step(student, teacher, HIGH)
     at_t, at_u = student.calls
     assert torch.equal(at_u["tokens"], out.xu.flatten(0, 1))
@@ -57,7 +59,7 @@ def test_the_student_is_called_at_xu_without_a_graph_and_at_xt_with_one():
 
 
 def test_low_times_need_no_student_pass_at_xu():
-    student, teacher = Recorder(True), Recorder(False, seed=1)
+    student, teacher = models()
     out = step(student, teacher, LOW)
     assert len(student.calls) == 1
     assert out.xu is None
@@ -66,7 +68,7 @@ def test_low_times_need_no_student_pass_at_xu():
 
 
 def test_only_the_examples_that_need_it_go_through_the_xu_pass():
-    student, teacher = Recorder(True), Recorder(False, seed=1)
+    student, teacher = models()
     out = step(student, teacher, MIXED)
     at_u = student.calls[1]
     assert at_u["tokens"].shape == (2 * 2, D)
@@ -77,15 +79,8 @@ def test_only_the_examples_that_need_it_go_through_the_xu_pass():
 
 
 def test_u_is_a_teacher_step_or_half_the_time_earlier():
-    out = step(Recorder(True), Recorder(False), HIGH)
+    out = step(*models(), HIGH)
     torch.testing.assert_close(out.u, torch.tensor([0.53, 0.325, 0.35, 0.43]))
-
-
-def test_xu_is_xt_with_some_masks_filled():
-    out = step(Recorder(True), Recorder(False), HIGH)
-    xt = out.xt.unsqueeze(1).expand_as(out.xu)
-    assert torch.equal(out.xu[xt != MASK], xt[xt != MASK])
-    assert bool(((out.xu != MASK) & (xt == MASK)).any())
 
 
 def test_a_di4c_teacher_is_called_once_with_its_components_and_draws_follow_them():
@@ -114,7 +109,7 @@ def test_a_di4c_teacher_is_called_once_with_its_components_and_draws_follow_them
 
 
 def test_a_teacher_with_trainable_weights_gets_no_graph_and_no_gradient():
-    student, teacher = Recorder(True), Recorder(False, seed=1)
+    student, teacher = models()
     step(student, teacher, HIGH).loss.backward()
     assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None for p in student.parameters())
@@ -135,7 +130,7 @@ def test_gradients_survive_autocast():
 
 
 def test_dropout_acts_at_xt_only():
-    student, teacher = Recorder(True, dropout=0.5), Recorder(False, seed=1, dropout=0.5)
+    student, teacher = models(dropout=0.5)
     torch.manual_seed(0)
     first = step(student, teacher, HIGH)
     torch.manual_seed(1)
@@ -160,7 +155,7 @@ def test_modes_come_back_when_a_model_fails():
 
 
 def test_a_step_is_a_function_of_the_generator():
-    student, teacher = Recorder(True), Recorder(False, seed=1)
+    student, teacher = models()
     first, again, other = (step(student, teacher, seed=s) for s in (1, 1, 2))
     assert torch.equal(first.loss, again.loss)
     for name in ("t", "xt", "xu", "latent", "latent_u"):
@@ -169,7 +164,7 @@ def test_a_step_is_a_function_of_the_generator():
 
 
 def test_latents_are_fresh_for_the_two_passes_unless_passed():
-    student, teacher = Recorder(True), Recorder(False, seed=1)
+    student, teacher = models()
     out = step(student, teacher, HIGH)
     assert out.latent.unique().numel() == B * 3
     assert torch.cat([out.latent.flatten(), out.latent_u.flatten()]).unique().numel() == B * 5
@@ -181,53 +176,52 @@ def test_latents_are_fresh_for_the_two_passes_unless_passed():
     assert torch.equal(out.latent, latent)
 
 
-def test_a_given_latent_may_have_a_gradient():
-    latent = torch.rand(B, 3, 1, requires_grad=True)
-    out = step(Recorder(True), Recorder(False, seed=1), HIGH, latent=latent)
+@pytest.mark.parametrize(("name", "call"), [("latent", 0), ("latent_min", 2)])
+def test_a_given_latent_is_used_and_may_have_a_gradient(name, call):
+    given = torch.rand(B, 3, 1, requires_grad=True)
+    student, teacher = models()
+    out = step(student, teacher, HIGH, process=UniformNoise(), **{name: given})
+    assert torch.equal(student.calls[call]["latent"], given.flatten(0, 1))
     out.loss.backward()
-    assert float(latent.grad.abs().min()) > 0
-    assert not out.latent.requires_grad
+    assert float(given.grad.abs().min()) > 0
+    assert not getattr(out, name).requires_grad
 
 
 def test_times_are_drawn_low_with_the_configured_probability():
-    config = DistillConfig(
-        components=1, low_t=0.1, low_t_probability=1.0, teacher_step=0.1, backend="reference"
-    )
-    out = step(Recorder(True), Recorder(False), config=config)
-    assert bool((out.t < 0.1).all())
-    config = DistillConfig(components=1, low_t=0.1, low_t_probability=0.0, backend="reference")
-    out = step(Recorder(True), Recorder(False), config=config)
-    assert bool((out.t >= 0.1).all())
+    for probability in (1.0, 0.0):
+        config = dataclasses.replace(CONFIG, low_t=0.1, low_t_probability=probability)
+        out = step(*models(), config=config)
+        assert bool(((out.t < 0.1) == (probability == 1.0)).all())
 
 
 def test_times_below_the_bound_by_quantisation_alone_still_take_the_low_branch():
-    out = distill_step(
-        Recorder(True),
-        Recorder(False),
-        X0,
-        process=MaskedProcess(MASK, levels=10),
-        config=DistillConfig(components=2, low_t=0.15, low_t_probability=0.5, backend="reference"),
-        generator=rng(2),
-    )
+    config = DistillConfig(components=2, low_t=0.15, low_t_probability=0.5, backend="reference")
+    out = step(*models(), config=config, seed=2, process=MaskedProcess(MASK, levels=10))
     assert torch.equal(out.low, out.t < 0.15)
 
 
-@pytest.mark.parametrize("times", [HIGH, MIXED], ids=["high", "mixed"])
-def test_context_follows_its_example_through_every_pass(times):
-    student, teacher = Recorder(True), Recorder(False, seed=1)
+@pytest.mark.parametrize(
+    ("times", "process"),
+    [(HIGH, PROCESS), (MIXED, PROCESS), (HIGH, UniformNoise())],
+    ids=["high", "mixed", "component pass"],
+)
+def test_context_follows_its_example_through_every_pass(times, process):
+    student, teacher = models()
     label = torch.arange(B) * 10
-    out = step(student, teacher, times, context={"label": label})
+    out = step(student, teacher, times, process=process, context={"label": label})
     t_of = dict(zip(label.tolist(), out.t.tolist(), strict=True))
     u_of = dict(zip(label.tolist(), out.u.tolist(), strict=True))
-    at_t, at_u = student.calls
+    at_t, at_u, *at_min = student.calls
     for call, of in ((teacher.calls[0], t_of), (at_t, t_of), (at_u, u_of)):
         labels = call["context"]["label"].tolist()
         assert [of[value] for value in labels] == call["t"].tolist()
+    for call in (*at_min, *teacher.calls[1:]):
+        assert torch.equal(call["context"]["label"], label.repeat_interleave(3))
 
 
 def test_draws_default_to_the_number_of_components():
     config = DistillConfig(components=3, teacher_step=0.3, backend="reference")
-    out = step(Recorder(True), Recorder(False), HIGH, config)
+    out = step(*models(), HIGH, config)
     assert out.xu.shape == (B, 3, D)
 
 
@@ -307,14 +301,7 @@ def test_distillation_teaches_a_one_step_student_the_correlation_its_teacher_lac
 
 def test_no_share_of_the_times_is_set_aside_for_a_branch_that_is_off():
     config = dataclasses.replace(CONFIG, low_t=0.0, low_t_probability=0.9)
-    out = distill_step(
-        Recorder(True),
-        Recorder(False),
-        X0.repeat(50, 1),
-        process=PROCESS,
-        config=config,
-        generator=rng(),
-    )
+    out = step(*models(), config=config, x0=X0.repeat(50, 1))
     # 200 uniform times: fewer than 150 below 0.5 but for a chance of 1e-12.
     assert int((out.t < 0.5).sum()) < 150
     assert not bool(out.low.any())

@@ -1,4 +1,4 @@
-"""The distillation step and its recipe name every argument that is wrong."""
+"""The step, its recipe, the distiller and the average name every argument that is wrong."""
 
 from __future__ import annotations
 
@@ -6,9 +6,25 @@ import math
 
 import pytest
 import torch
-from distill_support import CONFIG, HIGH, MASK, PROCESS, VOCAB, X0, B, D, Recorder
+from distill_support import (
+    CONFIG,
+    HIGH,
+    MASK,
+    PROCESS,
+    VOCAB,
+    X0,
+    B,
+    D,
+    Recorder,
+    UniformNoise,
+    models,
+)
+from torch import nn
 
-from di4c_fast.training import DistillConfig, distill_step
+from di4c_fast.training import EMA, DistillConfig, Distiller, distill_step
+
+NOISE = UniformNoise()
+OUTSIDE = r"must be in \[0, 1\], got"
 
 
 @pytest.mark.parametrize(
@@ -21,14 +37,9 @@ from di4c_fast.training import DistillConfig, distill_step
         ("teacher_components", 0, ValueError, "teacher_components must be at least 1, got 0"),
         ("teacher_step", 0.0, ValueError, r"teacher_step must be in \(0, 1\], got 0.0"),
         ("teacher_step", math.nan, ValueError, "teacher_step must be finite"),
-        (
-            "component_spread",
-            -0.1,
-            ValueError,
-            r"component_spread must be in \[0, 1\], got -0.1",
-        ),
-        ("low_t", 1.5, ValueError, r"low_t must be in \[0, 1\], got 1.5"),
-        ("low_t_probability", -0.5, ValueError, r"low_t_probability must be in \[0, 1\], got -0.5"),
+        ("component_spread", -0.1, ValueError, f"component_spread {OUTSIDE} -0.1"),
+        ("low_t", 1.5, ValueError, f"low_t {OUTSIDE} 1.5"),
+        ("low_t_probability", -0.5, ValueError, f"low_t_probability {OUTSIDE} -0.5"),
         ("data_weight", -1.0, ValueError, "data_weight must be finite and at least 0, got -1.0"),
         ("teacher_weight", math.inf, ValueError, "teacher_weight must be finite"),
         ("component_weight", "1", TypeError, "component_weight must be a number"),
@@ -41,6 +52,57 @@ def test_a_config_names_what_is_wrong(field, value, error, message):
         DistillConfig(**{field: value})
 
 
+class NoComponentTime:
+    loss_mask_id = None
+    sample_times = corrupt = step_time = teacher_step = staticmethod(lambda *a, **k: None)
+
+
+BEFORE_ANY_WORK = [
+    ({"student": 1}, TypeError, "student must be callable, got int"),
+    ({"teacher": None}, TypeError, "teacher must be callable, got NoneType"),
+    ({"x0": X0.float()}, TypeError, "x0 must have dtype torch.int64, got torch.float32"),
+    ({"x0": X0[0]}, ValueError, "x0 must have 2 dimensions"),
+    ({"x0": torch.full((B, D), MASK)}, ValueError, "x0 must not hold mask_id = 5"),
+    ({"process": "masked"}, TypeError, "process must be a Process, got str 'masked'"),
+    ({"process": NoComponentTime()}, TypeError, "process must be a Process, got NoComponentTime"),
+    ({"config": {}}, TypeError, "config must be a DistillConfig, got dict {}"),
+    ({"generator": 0}, TypeError, "generator must be a torch.Generator or None"),
+    ({"backward": 1}, TypeError, "backward must be callable, got int"),
+    ({"t": torch.ones(3)}, ValueError, r"t must have shape \(B,\) = \(4,\), got \(3,\)"),
+    ({"t": torch.tensor([0.5, math.nan, 1, 1])}, ValueError, r"t must .* nan at index \(1,\)"),
+    ({"t": torch.tensor([0.5, 0.5, 0, 1])}, ValueError, r"t must .* 0.0 at index \(2,\)"),
+    ({"t": torch.ones(B).long()}, TypeError, "t must be floating point"),
+    ({"latent": torch.rand(B, 2, 1)}, ValueError, r"latent .* = \(4, 3, 1\), got \(4, 2, 1\)"),
+    ({"latent_u": torch.rand(B, 2)}, ValueError, r"latent_u must have shape \(B, K, L\)"),
+    ({"latent_teacher": torch.rand(B, 1, 1)}, ValueError, "latent_teacher needs config.teach"),
+    (
+        {"latent_min": torch.rand(B, 3, 1)},
+        ValueError,
+        "latent_min needs a process with a component_time, got MaskedProcess",
+    ),
+    (
+        {"process": NOISE, "latent_min": torch.rand(B, 2, 1)},
+        ValueError,
+        r"latent_min must have shape \(B, N, L\) = \(4, 3, 1\), got \(4, 2, 1\)",
+    ),
+    ({"process": UniformNoise(0.0)}, ValueError, r"component_time must be in \(0, 1\], got 0.0"),
+    ({"process": UniformNoise(1.5)}, ValueError, r"component_time must be in \(0, 1\], got 1.5"),
+    ({"process": UniformNoise("low")}, TypeError, "process.component_time must be a number, got s"),
+    ({"context": {"y": torch.zeros(3)}}, ValueError, r"context\['y'\] must have B = 4 as its"),
+    ({"valid": torch.ones(B, D)}, TypeError, "valid must have dtype torch.bool"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BEFORE_ANY_WORK)
+def test_a_step_names_what_is_wrong_before_any_work(changes, error, message):
+    student, teacher = models()
+    given = {"process": PROCESS, "config": CONFIG, "t": torch.tensor(HIGH)}
+    given = {"student": student, "teacher": teacher, "x0": X0, **given, **changes}
+    with pytest.raises(error, match=message):
+        distill_step(**given)
+    assert student.calls == teacher.calls == []
+
+
 def logits_of(*sizes):
     return lambda tokens, t, latent=None: torch.zeros(*sizes)
 
@@ -48,27 +110,6 @@ def logits_of(*sizes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"student": 1}, TypeError, "student must be callable, got int"),
-        ({"teacher": None}, TypeError, "teacher must be callable, got NoneType"),
-        ({"x0": X0.float()}, TypeError, "x0 must have dtype torch.int64, got torch.float32"),
-        ({"x0": X0[0]}, ValueError, "x0 must have 2 dimensions"),
-        ({"x0": torch.full((B, D), MASK)}, ValueError, "x0 must not hold mask_id = 5"),
-        ({"process": "masked"}, TypeError, "process must be a Process such as MaskedProcess"),
-        ({"config": {}}, TypeError, "config must be a DistillConfig or None"),
-        ({"generator": 0}, TypeError, "generator must be a torch.Generator or None"),
-        ({"t": torch.ones(3)}, ValueError, r"t must have shape \(B,\) = \(4,\), got \(3,\)"),
-        ({"t": torch.tensor([0.5, math.nan, 1, 1])}, ValueError, r"t must .* got nan at 1"),
-        ({"t": torch.tensor([0.5, 0.5, 0, 1])}, ValueError, r"t must .* got 0.0 at 2"),
-        ({"t": torch.ones(B).long()}, TypeError, "t must be floating point"),
-        (
-            {"latent": torch.rand(B, 2, 1)},
-            ValueError,
-            r"latent must have shape \(B, N, L\) = \(4, 3, 1\), got \(4, 2, 1\)",
-        ),
-        ({"latent_u": torch.rand(B, 2)}, ValueError, r"latent_u must have shape \(B, K, L\)"),
-        ({"latent_teacher": torch.rand(B, 1, 1)}, ValueError, "latent_teacher needs config.teach"),
-        ({"context": {"y": torch.zeros(3)}}, ValueError, r"context\['y'\] must have B = 4 as its"),
-        ({"valid": torch.ones(B, D)}, TypeError, "valid must have dtype torch.bool"),
         (
             {"teacher": logits_of(B, D - 1, VOCAB)},
             ValueError,
@@ -92,15 +133,82 @@ def logits_of(*sizes):
         ({"student": lambda *a: None}, TypeError, "the output of student must be a Tensor of log"),
     ],
 )
-def test_a_step_names_what_is_wrong(changes, error, message):
-    arguments = {
-        "student": Recorder(True),
-        "teacher": Recorder(False),
-        "x0": X0,
-        "process": PROCESS,
-        "config": CONFIG,
-        "t": torch.tensor(HIGH),
-        **changes,
-    }
+def test_a_step_names_what_a_model_returns_wrongly(changes, error, message):
+    given = dict(zip(("student", "teacher"), models(), strict=True))
     with pytest.raises(error, match=message):
-        distill_step(**arguments)
+        distill_step(**{**given, **changes}, x0=X0, process=PROCESS, config=CONFIG)
+
+
+def other_optimizer():
+    return torch.optim.SGD(Recorder(True).parameters(), lr=0.1)
+
+
+SCHEDULERS = torch.optim.lr_scheduler
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("student", lambda s, o: s.forward, TypeError, "student must be a Module, got method"),
+        ("teacher", lambda s, o: 3, TypeError, "teacher must be callable, got int"),
+        ("optimizer", lambda s, o: "adam", TypeError, "optimizer must be an Optimizer, got str"),
+        (
+            "optimizer",
+            lambda s, o: other_optimizer(),
+            ValueError,
+            "optimizer must hold parameters of the student only, got 12 of 12 that are not",
+        ),
+        ("process", lambda s, o: "masked", TypeError, "process must be a Process, got str 'mas"),
+        ("config", lambda s, o: {}, TypeError, "config must be a DistillConfig, got dict"),
+        ("ema", lambda s, o: 0.999, TypeError, "ema must be an EMA, got float"),
+        ("ema", lambda s, o: EMA(Recorder(True)), ValueError, "ema must average the student, got"),
+        ("scheduler", lambda s, o: 0.5, TypeError, "scheduler must be a LRScheduler"),
+        (
+            "scheduler",
+            lambda s, o: SCHEDULERS.ReduceLROnPlateau(o),
+            ValueError,
+            "scheduler must step without a metric",
+        ),
+        (
+            "scheduler",
+            lambda s, o: SCHEDULERS.ExponentialLR(other_optimizer(), 0.5),
+            ValueError,
+            "scheduler must be that of optimizer",
+        ),
+        ("clip_norm", lambda s, o: 0.0, ValueError, "clip_norm must be positive, got 0.0"),
+        ("clip_norm", lambda s, o: math.nan, ValueError, "clip_norm must be finite"),
+        ("clip_norm", lambda s, o: "1", TypeError, "clip_norm must be a number, got str '1'"),
+        ("accumulate", lambda s, o: 0, ValueError, "accumulate must be at least 1, got 0"),
+        ("accumulate", lambda s, o: 2.0, TypeError, "accumulate must be an int, got float 2.0"),
+        ("skip_nonfinite", lambda s, o: 1, TypeError, "skip_nonfinite must be True or False"),
+        ("generator", lambda s, o: 0, TypeError, "generator must be a torch.Generator or None"),
+    ],
+)
+def test_a_distiller_names_what_is_wrong(name, value, error, message):
+    student, teacher = models()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    given = {"student": student, "teacher": teacher, "optimizer": optimizer, "process": PROCESS}
+    with pytest.raises(error, match=message):
+        Distiller(**{**given, name: value(student, optimizer)})
+
+
+def test_a_student_with_sparse_gradients_is_refused():
+    student, teacher = models()
+    student.extra = nn.Embedding(MASK + 1, 2, sparse=True)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="dense gradients, got 'extra'"):
+        Distiller(student, teacher, optimizer, process=PROCESS)
+
+
+def test_the_step_of_a_distiller_names_what_is_wrong():
+    student, teacher = models()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller = Distiller(student, teacher, optimizer, process=PROCESS, config=CONFIG)
+    with pytest.raises(TypeError, match=r"x0 must have dtype torch\.int64"):
+        distiller.step(X0.float())
+    with pytest.raises(ValueError, match=r"t must have shape \(B,\) = \(4,\)"):
+        distiller.step(X0, t=torch.tensor(HIGH)[:2])
+    distiller.teacher = lambda tokens, t: torch.zeros(*tokens.shape, VOCAB + 1)
+    with pytest.raises(ValueError, match="student must return logits over V = 7 classes"):
+        distiller.step(X0)
+    assert distiller.iterations == 0

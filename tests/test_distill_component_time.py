@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import weakref
 
+import distill_support as support
 import pytest
 import torch
 from distill_support import (
@@ -19,7 +21,7 @@ from distill_support import (
     D,
     Recorder,
     UniformNoise,
-    rng,
+    models,
 )
 from torch import Tensor
 
@@ -40,15 +42,7 @@ RECIPE = DistillConfig(
 NOISE = UniformNoise()
 
 
-def step(student, teacher, t=HIGH, config=RECIPE, seed=0, process=NOISE, **options):
-    t = None if t is None else torch.tensor(t)
-    return distill_step(
-        student, teacher, X0, process=process, config=config, generator=rng(seed), t=t, **options
-    )
-
-
-def models() -> tuple[Recorder, Recorder]:
-    return Recorder(True), Recorder(False, seed=1)
+step = functools.partial(support.step, t=HIGH, config=RECIPE, process=NOISE)
 
 
 def divergences(student, teacher, out, mask_id=None, positions=D) -> Tensor:
@@ -94,41 +88,20 @@ def test_loss_and_gradients_gain_the_mean_divergence_at_x_min(backend, control_v
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_terms_add_up_to_the_loss_with_their_weights():
-    config = dataclasses.replace(RECIPE, data_schedule="linear")
-    out = step(*models(), config=config)
-    terms = out.terms
-    total = 0.7 * out.t * terms.data_correlation + terms.teacher_marginal
-    total = total + terms.consistency_correlation + terms.consistency_marginal
-    total = total + 1.5 * terms.component
-    torch.testing.assert_close(out.loss.detach(), total.mean(), rtol=1e-6, atol=1e-9)
-    without = step(*models(), config=config, return_terms=False)
-    assert without.terms is None
-    torch.testing.assert_close(without.loss, out.loss, rtol=1e-12, atol=0)
-
-
-def test_a_masked_process_with_a_component_pass_counts_masked_valid_positions():
-    process = MaskedWithComponentPass(MASK)
-    config = dataclasses.replace(RECIPE, data_weight=0.0, teacher_weight=0.0)
-    config = dataclasses.replace(config, consistency_weight=0.0)
+@pytest.mark.parametrize(
+    ("process", "mask_id", "kept"),
+    [(UniformNoise(component_time=1.0), None, 2), (MaskedWithComponentPass(MASK), MASK, 3)],
+    ids=["noise", "masked"],
+)
+def test_positions_outside_valid_keep_their_token_and_carry_no_divergence(process, mask_id, kept):
+    """With a mask, positions that are not masked carry none either."""
     valid = torch.ones(B, D, dtype=torch.bool)
-    valid[:, 3:] = False
+    valid[:, kept:] = False
     student, teacher = models()
-    out = step(student, teacher, config=config, process=process, valid=valid)
-    kept = X0[:, None, 3:].expand(-1, N, -1)
-    assert torch.equal(out.x_min[..., 3:], kept)
-    assert bool((out.x_min[..., :3] == MASK).any())
-    expected = 1.5 * divergences(student, teacher, out, MASK, positions=3).mean()
-    torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=1e-11)
-
-
-def test_positions_outside_valid_keep_their_token_and_carry_no_divergence():
-    valid = torch.ones(B, D, dtype=torch.bool)
-    valid[:, 2:] = False
-    student, teacher = models()
-    out = step(student, teacher, valid=valid, process=UniformNoise(component_time=1.0))
-    assert torch.equal(out.x_min[..., 2:], X0[:, None, 2:].expand(-1, N, -1))
-    expected = divergences(student, teacher, out, positions=2).mean(1)
+    out = step(student, teacher, process=process, valid=valid)
+    assert torch.equal(out.x_min[..., kept:], X0[:, None, kept:].expand(-1, N, -1))
+    assert mask_id is None or bool((out.x_min[..., :kept] == MASK).any())
+    expected = divergences(student, teacher, out, mask_id, positions=kept).mean(1)
     torch.testing.assert_close(out.terms.component, expected.detach())
 
 
@@ -159,7 +132,7 @@ def test_the_pass_has_b_times_n_rows_with_draws_of_their_own():
 def test_no_example_takes_the_low_branch_and_times_ignore_it():
     student, teacher = models()
     config = dataclasses.replace(RECIPE, low_t=1.0, low_t_probability=1.0)
-    out = step(student, teacher, None, config)
+    out = step(student, teacher, t=None, config=config)
     assert not bool(out.low.any())
     assert out.xu.shape == (B, K, D)
 
@@ -187,16 +160,6 @@ def test_a_pass_of_weight_zero_is_left_out():
     assert torch.equal(out.terms.component, torch.zeros(B).double())
 
 
-def test_a_given_latent_is_used_and_may_have_a_gradient():
-    latent = torch.rand(B, N, 1, requires_grad=True)
-    student, teacher = models()
-    out = step(student, teacher, latent_min=latent)
-    assert torch.equal(student.calls[-1]["latent"], latent.flatten(0, 1))
-    out.loss.backward()
-    assert float(latent.grad.abs().min()) > 0
-    assert not out.latent_min.requires_grad
-
-
 def test_a_di4c_teacher_has_one_latent_per_row():
     teacher = Recorder(True, seed=1)
     out = step(Recorder(True), teacher, config=dataclasses.replace(RECIPE, teacher_components=2))
@@ -205,14 +168,6 @@ def test_a_di4c_teacher_has_one_latent_per_row():
     assert at_min["latent"].shape == (B * N, 1)
     assert at_min["latent"].unique().numel() == B * N
     assert out.x_min.shape == (B, N, D)
-
-
-def test_context_follows_its_example_into_the_pass():
-    student, teacher = models()
-    label = torch.arange(B) * 10
-    step(student, teacher, context={"label": label})
-    for model in (student, teacher):
-        assert torch.equal(model.calls[-1]["context"]["label"], label.repeat_interleave(N))
 
 
 # Parts of the loss as they come
@@ -285,10 +240,7 @@ def test_an_empty_batch_has_loss_zero_and_zero_gradients(process, given):
     with torch.no_grad():
         student.out.bias[0] = math.nan
     student.mix.weight.requires_grad_(False)
-    out = distill_step(
-        student, teacher, X0[:0], process=process, config=RECIPE, generator=rng(),
-        t=torch.ones(0) if given else None,
-    )  # fmt: skip
+    out = step(student, teacher, t=[] if given else None, x0=X0[:0], process=process)
     assert float(out.loss.detach()) == 0.0
     assert out.loss.dtype == torch.float32
     out.loss.backward()
@@ -320,58 +272,6 @@ def test_an_empty_batch_for_a_plain_function_can_go_backward():
     )
     assert len(parts) == 1
     assert not out.loss.requires_grad
-
-
-# Bad input
-
-
-class NoComponentTime:
-    loss_mask_id = None
-    sample_times = corrupt = step_time = teacher_step = staticmethod(lambda *a, **k: None)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"backward": 1}, TypeError, "backward must be callable, got int"),
-        (
-            {"process": UniformNoise(component_time=0.0)},
-            ValueError,
-            r"process.component_time must be in \(0, 1\], got 0.0",
-        ),
-        (
-            {"process": UniformNoise(component_time=1.5)},
-            ValueError,
-            r"process.component_time must be in \(0, 1\], got 1.5",
-        ),
-        (
-            {"process": UniformNoise(component_time="low")},
-            TypeError,
-            "process.component_time must be a number, got str 'low'",
-        ),
-        (
-            {"process": NoComponentTime()},
-            TypeError,
-            "process must be a Process such as MaskedProcess, got NoComponentTime",
-        ),
-        (
-            {"process": PROCESS, "latent_min": torch.rand(B, N, 1)},
-            ValueError,
-            "latent_min needs a process with a component_time, got MaskedProcess",
-        ),
-        (
-            {"latent_min": torch.rand(B, K, 1)},
-            ValueError,
-            r"latent_min must have shape \(B, N, L\) = \(4, 3, 1\), got \(4, 2, 1\)",
-        ),
-    ],
-)
-def test_a_step_with_a_component_pass_names_what_is_wrong(changes, error, message):
-    student, teacher = models()
-    with pytest.raises(error, match=message):
-        step(student, teacher, **changes)
-    assert student.calls == []
-    assert teacher.calls == []
 
 
 def test_the_student_must_have_the_classes_of_the_teacher_in_the_pass_too():

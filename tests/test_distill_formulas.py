@@ -18,13 +18,15 @@ from distill_support import (
     B,
     D,
     Recorder,
+    UniformNoise,
+    models,
     rng,
     step,
 )
 from torch import Tensor
 
 import di4c_fast.training.step as distill_module
-from di4c_fast.training import DistillConfig, data_weights, distill_step
+from di4c_fast.training import data_weights
 
 # The same arithmetic in float64 in another order; losses of some ten nats, whose parts cancel in
 # gradients. A wrong factor or a term left out is above 1e-3.
@@ -111,17 +113,10 @@ def example_loss(student, teacher, out, config, b: int, latent_teacher, position
 @pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
 def test_loss_and_gradients_are_those_of_the_formulas(monkeypatch, times, control_variate, head):
     argmax_draws(monkeypatch)
-    config = DistillConfig(
-        components=3,
-        draws=2,
-        teacher_step=0.37,
-        low_t=0.6,
-        data_weight=0.7,
-        component_weight=1.5,
-        control_variate=control_variate,
-        backend="reference",
+    config = dataclasses.replace(
+        CONFIG, data_weight=0.7, component_weight=1.5, control_variate=control_variate
     )
-    student, teacher = Recorder(True, head=head), Recorder(False, seed=1, head=head)
+    student, teacher = models(head=head)
     out = step(student, teacher, times, config, seed=3)
     out.loss.backward()
     assert out.loss.dtype == torch.float64
@@ -138,14 +133,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(monkeypatch, times, contro
 
 def test_a_di4c_teacher_gives_the_loss_of_the_formulas(monkeypatch):
     argmax_draws(monkeypatch)
-    config = DistillConfig(
-        components=3,
-        draws=4,
-        teacher_step=0.3,
-        low_t=0.6,
-        teacher_components=2,
-        backend="reference",
-    )
+    config = dataclasses.replace(CONFIG, draws=4, teacher_step=0.3, teacher_components=2)
     student, teacher = Recorder(True), Recorder(True, seed=1)
     latent_teacher = torch.rand(B, 2, 1, generator=rng(5))
     out = step(student, teacher, MIXED, config, latent_teacher=latent_teacher)
@@ -153,32 +141,34 @@ def test_a_di4c_teacher_gives_the_loss_of_the_formulas(monkeypatch):
     torch.testing.assert_close(out.loss.detach(), expected.detach(), **SAME)
 
 
-def test_terms_add_up_to_the_loss_with_their_weights():
-    out = step(Recorder(True), Recorder(False, seed=1), MIXED)
-    low = out.low.double()
-    weights = data_weights(out.t, CONFIG.data_schedule, CONFIG.data_weight)
-    terms = out.terms
-    total = weights * terms.data_correlation + terms.teacher_marginal
+COMPONENT = dataclasses.replace(CONFIG, data_schedule="linear", component_weight=1.5)
+
+
+@pytest.mark.parametrize(
+    ("process", "config", "times"),
+    [(PROCESS, CONFIG, t) for t in (HIGH, LOW, MIXED)] + [(UniformNoise(), COMPONENT, HIGH)],
+    ids=["high", "low", "mixed", "component pass"],
+)
+def test_terms_add_up_to_the_loss_with_their_weights_and_can_be_left_out(process, config, times):
+    out = step(*models(), times, config, process=process)
+    terms, own_pass = out.terms, process.component_time is not None
+    assert out.low.tolist() == [not own_pass and t < config.low_t for t in times]
+    total = terms.data_correlation * data_weights(out.t, config.data_schedule, config.data_weight)
+    total = total + terms.teacher_marginal
     total = total + terms.consistency_correlation + terms.consistency_marginal
-    total = total + low * terms.component
+    counts = torch.ones(B) if own_pass else out.low.double()
+    total = total + config.component_weight * counts * terms.component
     # Times are float32, and so are the weights that follow them.
     torch.testing.assert_close(out.loss.detach(), total.mean(), rtol=1e-6, atol=1e-9)
     assert bool((terms.consistency_marginal[out.low] == 0).all())
     assert bool((terms.consistency_marginal[~out.low] > 0).all())
-    assert out.low.tolist() == [True, False, True, False]
-
-
-def test_terms_can_be_left_out_without_changing_the_loss():
-    for times in (HIGH, LOW, MIXED):
-        student, teacher = Recorder(True), Recorder(False, seed=1)
-        with_terms = step(student, teacher, times)
-        without = step(student, teacher, times, return_terms=False)
-        assert without.terms is None
-        torch.testing.assert_close(without.loss, with_terms.loss, rtol=1e-12, atol=0)
+    without = step(*models(), times, config, process=process, return_terms=False)
+    assert without.terms is None
+    torch.testing.assert_close(without.loss, out.loss, rtol=1e-12, atol=0)
 
 
 def test_the_streaming_backend_gives_the_step_of_the_reference():
-    student, teacher = Recorder(True), Recorder(False, seed=1)
+    student, teacher = models()
     results = []
     for backend in ("reference", "torch"):
         config = dataclasses.replace(CONFIG, backend=backend)
@@ -196,11 +186,8 @@ def test_positions_outside_valid_keep_their_token_and_carry_no_loss(monkeypatch)
     valid[:, 2:] = False
     x0 = X0.clone()
     x0[:, 4] = MASK
-    student, teacher = Recorder(True), Recorder(False, seed=1)
-    out = distill_step(
-        student, teacher, x0, process=PROCESS, config=CONFIG, generator=rng(), valid=valid,
-        t=torch.tensor(MIXED),
-    )  # fmt: skip
+    student, teacher = models()
+    out = step(student, teacher, MIXED, x0=x0, valid=valid)
     assert torch.equal(out.xt[:, 2:], x0[:, 2:])
     assert torch.equal(out.xu[..., 2:], x0[:, None, 2:].expand(-1, 2, -1))
     assert bool((out.xt[:, :2] == MASK).any())

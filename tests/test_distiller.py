@@ -1,4 +1,4 @@
-"""The distiller: accumulation, clipping, skipped steps, metrics, and arguments that are wrong."""
+"""The distiller: accumulation, clipping, skipped steps, failures and metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from distill_support import (
     MASK,
     MIXED,
     PROCESS,
-    VOCAB,
     X0,
     B,
     D,
@@ -20,21 +19,13 @@ from distill_support import (
     UniformNoise,
     rng,
 )
-from torch import nn
+from distiller_support import adam, adamw, break_gradient, exponential, make
 
 from di4c_fast.loss.problem import LossTerms
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training import EMA, DistillConfig, Distiller, data_weights, distill_step
+from di4c_fast.training import DistillConfig, Distiller, data_weights, distill_step
 
 T = torch.tensor(MIXED)
-
-
-def make(optimizer=torch.optim.SGD, process=PROCESS, config=CONFIG, lr=0.1, seed=0, **options):
-    student, teacher = Recorder(True), Recorder(False, seed=1)
-    if callable(optimizer):
-        optimizer = optimizer(student.parameters(), lr=lr)
-    options = {"generator": rng(seed), **options}
-    return Distiller(student, teacher, optimizer, process=process, config=config, **options)
 
 
 def weights(distiller) -> list[torch.Tensor]:
@@ -44,17 +35,6 @@ def weights(distiller) -> list[torch.Tensor]:
 def assert_same(ours, expected, **tolerance) -> None:
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, **(tolerance or {"rtol": 0, "atol": 0}))
-
-
-def break_gradient(distiller, times: int = 1) -> None:
-    """Make the next gradients of a bias infinite."""
-    left = [times]
-
-    def hook(gradient):
-        left[0] -= 1
-        return gradient * math.inf if left[0] >= 0 else gradient
-
-    distiller.student.out.bias.register_hook(hook)
 
 
 # Gradients
@@ -89,8 +69,8 @@ def test_accumulated_batches_give_the_step_of_one_batch():
 
 def test_a_step_is_that_of_the_optimiser_on_the_loss_of_distill_step():
     for process in (PROCESS, UniformNoise()):
-        ours = make(torch.optim.Adam, process=process)
-        plain = make(torch.optim.Adam, process=process)
+        ours = make(adam, process=process)
+        plain = make(adam, process=process)
         for seed in range(2):
             ours.generator.manual_seed(seed)
             metrics = ours.step(X0)
@@ -127,17 +107,12 @@ def test_gradients_left_over_from_elsewhere_do_not_count():
 
 
 def test_schedule_and_average_follow_the_optimiser_steps():
-    student = Recorder(True)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    distiller = Distiller(
-        student, Recorder(False), optimizer, process=PROCESS, config=CONFIG, accumulate=2,
-        ema=EMA(student, 0.5, warmup=False), generator=rng(),
-        scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
-    )  # fmt: skip
+    distiller = make(schedule=exponential, average=0.5, accumulate=2)
+    student = distiller.student
     start = student.out.weight.detach().clone()
     for _ in range(4):
         distiller.step(X0)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+    assert distiller.optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
     assert distiller.ema.updates == 2
     assert not torch.equal(distiller.ema.shadow["out.weight"], start)
     assert not torch.equal(distiller.ema.shadow["out.weight"], student.out.weight)
@@ -169,7 +144,7 @@ def test_an_empty_batch_changes_nothing_but_the_count():
 
 
 def test_autocast_around_a_step_leaves_backward_and_optimiser_alone():
-    distiller = make(torch.optim.AdamW, process=UniformNoise(), clip_norm=1.0)
+    distiller = make(adamw, process=UniformNoise(), clip_norm=1.0)
     distiller.student.float()
     distiller.teacher.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -183,10 +158,9 @@ def test_autocast_around_a_step_leaves_backward_and_optimiser_alone():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_gradient_that_is_not_finite_leaves_weights_and_optimiser_as_they_are(fused):
-    def adam(parameters, lr):
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.5, fused=fused)
-
-    distiller = make(adam, clip_norm=1.0)
+    distiller = make(
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5, fused=fused), clip_norm=1.0
+    )
     distiller.step(X0)
     before = weights(distiller)
     state = {
@@ -207,15 +181,10 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_optimiser_as_they_are(
 
 
 def test_the_schedule_goes_on_over_a_first_step_that_is_skipped_without_a_warning(recwarn):
-    student = Recorder(True)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    distiller = Distiller(
-        student, Recorder(False), optimizer, process=PROCESS, config=CONFIG, generator=rng(),
-        scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
-    )  # fmt: skip
+    distiller = make(schedule=exponential)
     break_gradient(distiller)
     distiller.step(X0)
-    assert optimizer.param_groups[0]["lr"] == 0.05
+    assert distiller.optimizer.param_groups[0]["lr"] == 0.05
     assert not recwarn.list
 
 
@@ -225,6 +194,87 @@ def test_skipping_can_be_turned_off():
     metrics = distiller.step(X0)
     assert float(metrics["skipped"]) == 0.0
     assert not bool(distiller.student.out.bias.isfinite().all())
+
+
+# Steps that fail, or would do harm
+
+
+class FailsOnce(torch.optim.SGD):
+    failed = False
+
+    def step(self, closure=None):
+        if not self.failed:
+            self.failed = True
+            raise MemoryError("once")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_goes_on_after_an_optimiser_that_failed_once(accumulate):
+    distiller = make(lambda p: FailsOnce(p, lr=0.1), accumulate=accumulate)
+    for _ in range(accumulate - 1):
+        distiller.step(X0)
+    with pytest.raises(MemoryError, match="once"):
+        distiller.step(X0)
+    assert (distiller.pending, distiller.iterations) == (0, 0)
+    assert all(p.grad is None for p in distiller.student.parameters())
+    before = distiller.student.out.weight.detach().clone()
+    for _ in range(accumulate):
+        metrics = distiller.step(X0)
+    assert "grad_norm" in metrics
+    assert (distiller.pending, distiller.iterations) == (0, 1)
+    assert not torch.equal(distiller.student.out.weight, before)
+
+
+def test_a_schedule_that_has_ended_is_reported_at_every_step():
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3)
+
+    distiller = make(schedule=schedule)
+    for _ in range(3):
+        distiller.step(X0)
+    for count in (4, 5):
+        with pytest.raises(ValueError, match="steps"):
+            distiller.step(X0)
+        assert (distiller.pending, distiller.iterations) == (0, count)
+
+
+@pytest.mark.parametrize("call", ["step", "load", "save"])
+def test_nothing_is_done_while_the_student_holds_the_average(call, tmp_path):
+    distiller = make(average=0.9)
+    distiller.step(X0)
+    distiller.save(tmp_path / "a")
+    argument = X0 if call == "step" else tmp_path / "a"
+    with distiller.ema.applied():
+        held = distiller.student.out.weight.detach().clone()
+        with pytest.raises(RuntimeError, match=rf"{call}\(\) inside EMA\.applied\(\)"):
+            getattr(distiller, call)(argument)
+        assert torch.equal(distiller.student.out.weight, held)
+    distiller.step(X0)
+    assert distiller.iterations == 2
+
+
+FUSED = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "dampened": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_first_step_that_is_skipped_leaves_a_fused_optimiser_as_new(name):
+    distiller, fresh = make(FUSED[name]), make(FUSED[name])
+    # Memory that an optimiser would take uninitialised is not zero.
+    filled = [torch.full_like(p, math.nan) for p in distiller.student.parameters()]
+    del filled
+    break_gradient(distiller)
+    metrics = distiller.step(X0)
+    assert float(metrics["skipped"]) == 1.0
+    for seed in (5, 6):
+        for each in (distiller, fresh):
+            each.generator.manual_seed(seed)
+            each.step(X0)
+    assert_same(weights(distiller), weights(fresh))
 
 
 # Metrics
@@ -269,86 +319,13 @@ def test_what_the_caller_passes_reaches_the_step():
 
 def test_training_lowers_the_loss():
     config = dataclasses.replace(CONFIG, data_schedule="constant", low_t=0.0)
-    distiller = make(torch.optim.Adam, config=config, lr=3e-3)
+    distiller = make(lambda p: torch.optim.Adam(p, lr=3e-3), config=config)
     assert float(data_weights(T, "constant", 0.1)[0]) == pytest.approx(0.1)
     losses = []
     for _ in range(60):
         distiller.generator.manual_seed(0)
         losses.append(float(distiller.step(X0, t=T)["loss"]))
     assert losses[-1] < 0.5 * losses[0]
-
-
-# Bad input
-
-
-def other_optimizer(student):
-    return torch.optim.SGD(Recorder(True).parameters(), lr=0.1)
-
-
-PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
-EXPONENTIAL = torch.optim.lr_scheduler.ExponentialLR
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"student": lambda s, o: s.forward}, TypeError, "student must be a Module, got method"),
-        ({"teacher": lambda s, o: 3}, TypeError, "teacher must be callable, got int"),
-        ({"optimizer": lambda s, o: "adam"}, TypeError, "optimizer must be a Optimizer, got str"),
-        (
-            {"optimizer": lambda s, o: other_optimizer(s)},
-            ValueError,
-            "optimizer must hold parameters of the student only, got 12 of 12 that are not",
-        ),
-        ({"process": lambda s, o: "masked"}, TypeError, "process must be a Process, got str 'mas"),
-        ({"config": lambda s, o: {}}, TypeError, "config must be a DistillConfig, got dict"),
-        ({"ema": lambda s, o: 0.999}, TypeError, "ema must be an EMA or None, got float"),
-        (
-            {"ema": lambda s, o: EMA(Recorder(True))},
-            ValueError,
-            "ema must average the student, got an EMA of another module",
-        ),
-        ({"scheduler": lambda s, o: 0.5}, TypeError, "scheduler must be an LRScheduler or None"),
-        ({"scheduler": lambda s, o: PLATEAU(o)}, ValueError, "scheduler must step without a metr"),
-        (
-            {"scheduler": lambda s, o: EXPONENTIAL(other_optimizer(s), 0.5)},
-            ValueError,
-            "scheduler must be that of optimizer",
-        ),
-        ({"clip_norm": lambda s, o: 0.0}, ValueError, "clip_norm must be positive, got 0.0"),
-        ({"clip_norm": lambda s, o: math.nan}, ValueError, "clip_norm must be finite"),
-        ({"clip_norm": lambda s, o: "1"}, TypeError, "clip_norm must be a number, got str '1'"),
-        ({"accumulate": lambda s, o: 0}, ValueError, "accumulate must be at least 1, got 0"),
-        ({"accumulate": lambda s, o: 2.0}, TypeError, "accumulate must be an int, got float 2.0"),
-        ({"skip_nonfinite": lambda s, o: 1}, TypeError, "skip_nonfinite must be True or False"),
-        ({"generator": lambda s, o: 0}, TypeError, "generator must be a torch.Generator or None"),
-    ],
-)
-def test_a_distiller_names_what_is_wrong(changes, error, message):
-    student = Recorder(True)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    arguments = {
-        "student": student,
-        "teacher": Recorder(False),
-        "optimizer": optimizer,
-        "process": PROCESS,
-        **{name: value(student, optimizer) for name, value in changes.items()},
-    }
-    with pytest.raises(error, match=message):
-        Distiller(**arguments)
-
-
-def test_a_step_names_what_is_wrong():
-    distiller = make()
-    with pytest.raises(TypeError, match=r"x0 must have dtype torch\.int64"):
-        distiller.step(X0.float())
-    with pytest.raises(ValueError, match=r"t must have shape \(B,\) = \(4,\)"):
-        distiller.step(X0, t=T[:2])
-    distiller.teacher = nn.Sequential(nn.Embedding(VOCAB, VOCAB + 1))
-    distiller.teacher.forward = lambda tokens, t: torch.zeros(*tokens.shape, VOCAB + 1)
-    with pytest.raises(ValueError, match="student must return logits over V = 7 classes"):
-        distiller.step(X0)
-    assert distiller.iterations == 0
 
 
 def test_the_recipe_defaults_to_that_of_the_paper():

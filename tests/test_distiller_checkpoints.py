@@ -13,7 +13,7 @@ from distiller_support import (
     adamw,
     assert_same,
     everything,
-    make,
+    make_full,
     milestones,
     run,
     warm_up_then_cosine,
@@ -49,14 +49,14 @@ def momentum(parameters):
 @pytest.mark.parametrize("stop", [4, 5], ids=["between steps", "in a step"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, schedule, stop):
     torch.manual_seed(0)
-    whole = make(optimizer, schedule)
+    whole = make_full(optimizer, schedule)
     torch.manual_seed(3)  # dropout
     run(whole, 0, stop)
     at_stop = everything(whole)
     expected = run(whole, stop, 8)
     assert whole.iterations == 4
 
-    first = make(optimizer, schedule)
+    first = make_full(optimizer, schedule)
     torch.manual_seed(3)
     run(first, 0, stop)
     file = tmp_path / "run.safetensors"
@@ -64,7 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, schedule, s
     assert sorted(os.listdir(tmp_path)) == ["run.safetensors", "run.safetensors.lock"]
     del first
     torch.manual_seed(99)
-    resumed = make(optimizer, schedule, seed=5)
+    resumed = make_full(optimizer, schedule, seed=5)
     run(resumed, 12, 13)
     assert resumed.load(file) == {"batch": stop}
     assert_same(everything(resumed), at_stop)
@@ -75,18 +75,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, schedule, s
 
 
 def test_the_count_of_skipped_steps_comes_back(tmp_path):
-    distiller = make(accumulate=1)
+    distiller = make_full(accumulate=1)
     distiller.student.out.bias.register_hook(lambda gradient: gradient * float("nan"))
     run(distiller, 0, 2)
     distiller.save(tmp_path / "a")
-    resumed = make(accumulate=1)
+    resumed = make_full(accumulate=1)
     resumed.load(tmp_path / "a")
     assert float(resumed.skipped) == 2.0
     assert float(run(resumed, 2, 3)[0]["skipped"]) == 2.0
 
 
 def test_saving_changes_nothing(tmp_path):
-    distiller = make(adamw, warm_up_then_cosine)
+    distiller = make_full(adamw, warm_up_then_cosine)
     run(distiller, 0, 3)
     before = everything(distiller)
     distiller.save(tmp_path / "a")
@@ -96,13 +96,13 @@ def test_saving_changes_nothing(tmp_path):
 def test_torchs_default_generator_resumes_where_none_is_given(tmp_path):
     options = {"generator": None, "process": UniformNoise(), "average": None}
     torch.manual_seed(0)
-    whole = make(**options)
+    whole = make_full(**options)
     torch.manual_seed(4)
     run(whole, 0, 2)
     whole.save(tmp_path / "a")
     run(whole, 2, 4)
     torch.manual_seed(5)
-    resumed = make(**options)
+    resumed = make_full(**options)
     resumed.load(tmp_path / "a")
     run(resumed, 2, 4)
     assert_same(everything(resumed), everything(whole))
@@ -132,13 +132,13 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tied_weights_buffers_and_other_states_come_back(tmp_path, dtype):
-    written = make(adamw, student=Tied(dtype))
+    written = make_full(adamw, student=Tied(dtype))
     written.student.note = "trained"
     run(written, 0, 3)
     written.save(tmp_path / "a")
     stored = load_file(tmp_path / "a")
     assert ("student/embed.weight" in stored) != ("student/out.weight" in stored)
-    resumed = make(adamw, student=Tied(dtype), seed=1)
+    resumed = make_full(adamw, student=Tied(dtype), seed=1)
     resumed.load(tmp_path / "a")
     assert resumed.student.note == "trained"
     assert int(resumed.student.seen) == int(written.student.seen) > 0
@@ -159,16 +159,16 @@ def test_optimiser_state_keeps_its_dtype(tmp_path):
                     state["average"] = state.get("average", 0.0) + p.grad.float() / 3
             return super().step(closure)
 
-    written = make(lambda p: Keeper(p, lr=0.01), student=Tied(torch.bfloat16))
+    written = make_full(lambda p: Keeper(p, lr=0.01), student=Tied(torch.bfloat16))
     run(written, 0, 4)
     written.save(tmp_path / "a")
-    resumed = make(lambda p: Keeper(p, lr=0.01), student=Tied(torch.bfloat16))
+    resumed = make_full(lambda p: Keeper(p, lr=0.01), student=Tied(torch.bfloat16))
     resumed.load(tmp_path / "a")
     assert_same(everything(resumed), everything(written))
 
 
 def test_the_weights_can_be_read_without_this_package(tmp_path):
-    distiller = make()
+    distiller = make_full()
     run(distiller, 0, 2)
     distiller.save(tmp_path / "a")
     stored = load_file(tmp_path / "a")
@@ -180,7 +180,7 @@ def test_the_weights_can_be_read_without_this_package(tmp_path):
 def test_a_resumed_run_on_a_gpu_is_the_uninterrupted_one(tmp_path):
     def build(seed):
         student = Recorder(True, seed=seed, dropout=0.2).cuda()
-        distiller = make(
+        distiller = make_full(
             fused, student=student, generator=torch.Generator("cuda").manual_seed(seed)
         )
         distiller.teacher.cuda()
@@ -205,7 +205,7 @@ def test_a_resumed_run_on_a_gpu_is_the_uninterrupted_one(tmp_path):
 
 
 def test_an_interruption_while_writing_leaves_the_former_file(tmp_path, monkeypatch):
-    distiller = make()
+    distiller = make_full()
     distiller.save(tmp_path / "a")
     before = (tmp_path / "a").read_bytes()
     run(distiller, 0, 2)
@@ -222,26 +222,26 @@ def test_an_interruption_while_writing_leaves_the_former_file(tmp_path, monkeypa
 
 def test_a_folder_that_does_not_exist_is_not_made_up(tmp_path):
     with pytest.raises(FileNotFoundError, match="path must lie in a folder that exists"):
-        make().save(tmp_path / "missing" / "a")
+        make_full().save(tmp_path / "missing" / "a")
     with pytest.raises(ValueError, match="path must be a file to write, got the folder"):
-        make().save(tmp_path)
+        make_full().save(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
 def test_states_that_cannot_be_written_are_named_and_nothing_is(tmp_path):
-    distiller = make(schedule=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda i: 1.0))
+    distiller = make_full(schedule=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda i: 1.0))
     distiller.save(tmp_path / "a")
     distiller.scheduler.odd = object()
     before = (tmp_path / "a").read_bytes()
     with pytest.raises(TypeError, match="scheduler/odd must consist of tensors, numbers, strings"):
         distiller.save(tmp_path / "a")
     with pytest.raises(TypeError, match="JSON"):
-        make().save(tmp_path / "a", extra=object())
+        make_full().save(tmp_path / "a", extra=object())
     assert (tmp_path / "a").read_bytes() == before
 
 
 def test_the_average_in_the_students_place_is_not_saved(tmp_path):
-    distiller = make()
+    distiller = make_full()
     with distiller.ema.applied(), pytest.raises(RuntimeError, match=r"inside EMA\.applied"):
         distiller.save(tmp_path / "a")
     assert os.listdir(tmp_path) == []

@@ -7,45 +7,18 @@ import math
 import pytest
 import torch
 from counting_head import CountingHead
-from gaussian_cases import SMALL, V, exact, posterior, rng
+from process_cases import SMALL, exact, posterior, rng
+from process_cases import VOCAB as V
 from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from di4c_fast.heads import LogisticHead
-from di4c_fast.processes import GaussianProcess, Process, gaussian
+from di4c_fast.processes import GaussianProcess, gaussian
 from di4c_fast.testing import P_VALUE, assert_counts_match, assert_draws_match
 from di4c_fast.training import DistillConfig, distill_step
 
-
-def test_gaussian_process_is_a_process():
-    process = GaussianProcess(256, t_min=0.02)
-    assert isinstance(process, Process)
-    assert process.loss_mask_id is None
-    assert process.component_time == 0.02
-
-
 # Times
-
-
-def test_times_are_uniform_above_the_smallest():
-    process = GaussianProcess(V, t_min=0.1, min_step=0.05)
-    t = process.sample_times(20_000, generator=rng())
-    assert t.dtype == torch.float32
-    assert float(t.min()) >= 0.15
-    assert float(t.max()) <= 1.0
-    assert stats.kstest((t.numpy() - 0.15) / 0.85, "uniform").pvalue > P_VALUE
-
-
-def test_low_times_have_their_probability():
-    t = GaussianProcess(V).sample_times(20_000, low_t=0.3, low_t_probability=0.25, generator=rng(1))
-    low = t[t < 0.3]
-    assert stats.binomtest(len(low), len(t), 0.25).pvalue > P_VALUE
-    assert stats.kstest((low.numpy() - 0.011) / 0.289, "uniform").pvalue > P_VALUE
-
-
-def test_no_times_for_an_empty_batch():
-    assert GaussianProcess(V).sample_times(0).shape == (0,)
 
 
 def test_steps_are_log_uniform():
@@ -68,18 +41,6 @@ def test_steps_near_the_smallest_time_end_there_or_above():
     assert stats.kstest(share.numpy(), "uniform").pvalue > P_VALUE
 
 
-@pytest.mark.parametrize("step", [1e-5, 1e-3, 1.0])
-def test_steps_always_lead_down(step):
-    process = GaussianProcess(V)
-    just = float(torch.nextafter(torch.tensor(0.01), torch.tensor(1.0)))
-    t = torch.tensor([just, 0.0101, 0.011, 0.5, 1.0])
-    for seed in range(20):
-        u = process.step_time(t, step, generator=rng(seed))
-        assert u.dtype == torch.float32
-        assert bool((u < t).all())
-        assert float(u.min()) >= 0.01 - 1e-9
-
-
 # Corruption
 
 
@@ -100,20 +61,6 @@ def test_corruption_is_independent_between_positions():
     law = exact(SMALL, 0.0, 0.5)
     pair = (law[1].unsqueeze(1) * law[3]).flatten()
     assert_counts_match(torch.bincount(xt[:, 0] * V + xt[:, 1], minlength=V * V), pair)
-
-
-def test_positions_outside_valid_stay_and_may_hold_anything():
-    x0 = torch.randint(0, V, (3, 40), generator=rng())
-    x0[:, 30:] = 99
-    valid = torch.arange(40).expand(3, -1) < 30
-    xt = SMALL.corrupt(x0, torch.ones(3), valid=valid, generator=rng(6))
-    assert torch.equal(xt[:, 30:], x0[:, 30:])
-    assert bool((xt[:, :30] < V).all())
-    assert not torch.equal(xt[:, :30], x0[:, :30])
-
-
-def test_corruption_of_nothing():
-    assert SMALL.corrupt(torch.empty(0, 3).long(), torch.empty(0)).shape == (0, 3)
 
 
 # Teacher steps
@@ -157,23 +104,9 @@ def test_more_components_than_draws_use_the_first():
 
 def test_step_to_time_zero_draws_from_the_denoiser():
     logits = torch.randn(1, 1, V, generator=rng(11))
-    xu = SMALL.teacher_step(
-        torch.tensor([[2]]), torch.tensor([1.0]), torch.tensor([0.0]), logits, 30_000,
-        generator=rng(12),
-    )  # fmt: skip
+    times = torch.tensor([1.0]), torch.tensor([0.0])
+    xu = SMALL.teacher_step(torch.tensor([[2]]), *times, logits, 30_000, generator=rng(12))
     assert_draws_match(xu, logits[0, 0].softmax(-1))
-
-
-def test_logistic_head_draws_as_its_logits_do():
-    process = GaussianProcess(17, rate_sigma=1.0)
-    head = LogisticHead(torch.randn(2, 6, generator=rng()), torch.zeros(2, 6), 17)
-    xt = torch.randint(0, 17, (2, 6), generator=rng(1))
-    t, u = torch.tensor([0.5, 0.7]), torch.tensor([0.49, 0.695])
-    one, other = (
-        process.teacher_step(xt, t, u, value, 8, generator=rng(2))
-        for value in (head, head.logits())
-    )
-    assert torch.equal(one, other)
 
 
 def test_pieces_of_positions_do_not_change_the_draws(monkeypatch):
@@ -241,32 +174,6 @@ def test_teacher_steps_in_other_dtypes_and_under_autocast(dtype):
         other = SMALL.teacher_step(xt, t, u, logits, 50, generator=rng(18))
     # float64 rows are computed in float64, so that one draw in 1e6 may fall to the other side.
     assert torch.equal(plain, other)
-
-
-def test_same_generator_gives_the_same_step():
-    logits = torch.zeros(2, 3, V)
-    xt, t = torch.zeros(2, 3).long(), torch.tensor([0.5, 0.6])
-    steps = [SMALL.teacher_step(xt, t, t - 0.2, logits, 9, generator=rng(s)) for s in (1, 1, 2)]
-    assert torch.equal(steps[0], steps[1])
-    assert not torch.equal(steps[0], steps[2])
-
-
-def test_teacher_step_of_nothing():
-    empty = torch.empty(0)
-    xu = SMALL.teacher_step(torch.empty(0, 3).long(), empty, empty, torch.empty(0, 3, V), 2)
-    assert xu.shape == (0, 2, 3)
-
-
-def test_positions_that_are_not_valid_keep_their_token():
-    xt = torch.tensor([[0, -100, 2]])
-    valid = torch.tensor([[True, False, True]])
-    t, logits = torch.tensor([0.9]), torch.randn(1, 3, V, generator=rng(1))
-    xu = SMALL.teacher_step(xt, t, t - 0.5, logits, 5, valid=valid, generator=rng(2))
-    assert (xu[:, :, 1] == -100).all()
-    known = SMALL.teacher_step(xt.clamp_min(0), t, t - 0.5, logits, 5, valid=None, generator=rng(2))
-    assert torch.equal(xu[:, :, [0, 2]], known[:, :, [0, 2]])
-    with pytest.raises(ValueError, match="valid must have shape"):
-        SMALL.teacher_step(xt, t, t - 0.5, logits, 5, valid=valid[:, :2])
 
 
 # Posterior steps

@@ -40,7 +40,11 @@ class Oracle:
         return torch.stack([joint.sum(2), joint.sum(1)], dim=1)
 
     def __call__(self, tokens: Tensor, t: Tensor) -> Tensor:
-        return self.probabilities(float(t[0])).log()[Table(0).state_of(tokens)]
+        return self.probabilities(float(t[0])).log()[tokens @ torch.tensor([V, 1])]
+
+
+def counts_of(tokens: Tensor) -> Tensor:
+    return torch.bincount(tokens @ torch.tensor([V, 1]), minlength=STATES)
 
 
 class Table(Tabular):
@@ -84,18 +88,11 @@ def run(model, batch: int, steps: int, **more) -> Tensor:
 # The law
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_samples_follow_the_enumerated_chain(steps):
-    model = Table(0)
-    tokens = run(model, 15_000, steps)
-    assert tokens.dtype == torch.int64
-    assert_counts_match(Table(0).counts_of(tokens), exact_law([model] * steps, steps))
-
-
-def test_fresh_latents_mix_at_every_step():
-    model = Table(1, latent=True)
-    tokens = run(model, 15_000, 4, latent_dim=1)
-    assert_counts_match(Table(0).counts_of(tokens), exact_law([model] * 4, 4))
+@pytest.mark.parametrize(("steps", "latent"), [(1, False), (2, False), (5, False), (4, True)])
+def test_samples_follow_the_enumerated_chain_with_fresh_latents(steps, latent):
+    model = Table(int(latent), latent)
+    tokens = run(model, 15_000, steps, latent_dim=int(latent))
+    assert_counts_match(counts_of(tokens), exact_law([model] * steps, steps))
 
 
 def test_last_steps_go_to_the_teacher():
@@ -104,7 +101,7 @@ def test_last_steps_go_to_the_teacher():
     assert len(student.calls) == 3
     assert [call[2] is None for call in teacher.calls] == [True, True]
     models = [student] * 3 + [teacher] * 2
-    assert_counts_match(Table(0).counts_of(tokens), exact_law(models, 5))
+    assert_counts_match(counts_of(tokens), exact_law(models, 5))
 
 
 def test_teacher_alone_and_teacher_unused():
@@ -124,7 +121,7 @@ def test_exact_denoiser_gives_the_data_with_many_steps():
         law = exact_law([oracle] * steps, steps)
         errors.append(float((law - oracle.law).abs().sum()) / 2)
         tokens = run(oracle, 3000, steps)
-        assert_counts_match(Table(0).counts_of(tokens), law, name=f"{steps} steps")
+        assert_counts_match(counts_of(tokens), law, name=f"{steps} steps")
     assert errors[1] < 0.5 * errors[0]
     share = torch.bincount(tokens[:, 0], minlength=V) / len(tokens)
     # What remains is the argmax of the last step at t_min and the length of the steps.
@@ -137,7 +134,7 @@ def test_last_step_can_draw():
     start = torch.kron(PROCESS.transitions.target, PROCESS.transitions.target)
     p = model.probabilities(1.0)
     law = start @ torch.einsum("xi,xj->xij", *p.unbind(1)).flatten(1)
-    assert_counts_match(Table(0).counts_of(tokens), law)
+    assert_counts_match(counts_of(tokens), law)
 
 
 def test_last_step_keeps_the_most_probable_of_several_latents():
@@ -168,7 +165,7 @@ def test_sampling_starts_from_its_law(law):
     history: list[Tensor] = []
     run(Table(0), 20_000, 1, initial=law, history=history)
     start = PROCESS.transitions.target if law == "target" else torch.ones(V) / V
-    assert_counts_match(Table(0).counts_of(history[0]), torch.kron(start, start))
+    assert_counts_match(counts_of(history[0]), torch.kron(start, start))
 
 
 # Calls, times, latents
@@ -203,26 +200,21 @@ def test_given_start_is_used_and_not_written_to():
 def test_context_reaches_both_models_and_follows_the_rows():
     seen: list[Tensor] = []
 
-    def student(tokens, t, latent, *, label):
+    def model(tokens, t, *latent, label):
         seen.append(label)
         return torch.zeros(*tokens.shape, V)
 
-    def teacher(tokens, t, *, label):
-        seen.append(label)
-        return torch.zeros(*tokens.shape, V)
-
-    label = torch.tensor([5, 6])
-    run(student, 2, 2, latent_dim=1, context={"label": label}, last_latents=2)
+    how = {"latent_dim": 1, "context": {"label": torch.tensor([5, 6])}}
+    run(model, 2, 2, last_latents=2, **how)
     assert [value.tolist() for value in seen] == [[5, 6], [5, 5, 6, 6]]
-    run(student, 2, 2, latent_dim=1, context={"label": label}, teacher=teacher, teacher_steps=1)
+    run(model, 2, 2, teacher=model, teacher_steps=1, **how)
     assert seen[-1].tolist() == [5, 6]
 
 
 def test_the_teacher_runs_in_eval_mode_and_comes_back():
     student, teacher = Denoiser(), Denoiser()
-    sample_gaussian(
-        student, (2, 3), process=GaussianProcess(11), steps=3, teacher=teacher, teacher_steps=1
-    )
+    how = {"process": GaussianProcess(11), "teacher": teacher, "teacher_steps": 1}
+    sample_gaussian(student, (2, 3), steps=3, **how)
     assert student.modes + teacher.modes == [False] * 3
     assert student.training
     assert teacher.training
@@ -231,9 +223,7 @@ def test_the_teacher_runs_in_eval_mode_and_comes_back():
 def test_temperature_zero_takes_the_most_probable_clean_token():
     logits = torch.zeros(1, D, V)
     logits[..., 2] = 1e-3
-    tokens = sample_gaussian(
-        lambda x, t: logits.expand(len(x), -1, -1), (500, D),
-        process=GaussianProcess(V, rate_sigma=1.2, time_base=1e-6, t_min=1e-3), steps=2,
-        temperature=0.0, last="draw", seed=1,
-    )  # fmt: skip
+    process = GaussianProcess(V, rate_sigma=1.2, time_base=1e-6, t_min=1e-3)
+    model = lambda x, t: logits.expand(len(x), -1, -1)  # noqa: E731
+    tokens = run(model, 500, 2, process=process, temperature=0.0, last="draw")
     assert bool((tokens == 2).all())

@@ -3,54 +3,38 @@
 from __future__ import annotations
 
 import math
-import re
 from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_cases import TIGHT
+from loss_heads import BINS, HEADS, WIDTH, head_tensors
+from wrong_arguments import Wrong, wrong
 
 import di4c_fast
 from di4c_fast import Head, LinearHead, LogisticHead, TensorHead
 from di4c_fast.heads import as_head, decode_head
 
 LEADING = (2, 3, 4)  # (B, N, D)
-V, C = 6, 5
+V, C = BINS, WIDTH
+BUILT_IN = (*(kind for kind in HEADS if not kind.startswith("user")), "expanded", "transposed")
+KINDS = (*BUILT_IN, "user")
 
 
-def make(kind: str, leading=LEADING, dtype=torch.float64) -> Head:
-    g = torch.Generator().manual_seed(1)
-
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, generator=g, dtype=torch.float64).to(dtype)
-
-    if kind == "tensor":
-        return TensorHead(normal(*leading, V))
+def make(kind: str, leading=LEADING) -> Head:
+    if kind in HEADS:
+        return as_head(HEADS[kind](*head_tensors(kind, leading, V).values()))
+    logits = head_tensors("tensor", leading, V)["logits"]
     if kind == "expanded":
-        return TensorHead(normal(1, *leading[1:], V).expand(*leading, V))
-    if kind == "transposed":
-        return TensorHead(normal(V, *leading).movedim(0, -1))
-    if kind == "linear":
-        return LinearHead(normal(*leading, C), normal(V, C))
-    if kind == "linear, bias":
-        return LinearHead(normal(*leading, C), normal(V, C), normal(V))
-    if kind == "linear, bias per position":
-        return LinearHead(normal(*leading, C), normal(V, C), normal(leading[-1], V))
-    clamp = "min" if kind.endswith("min") else "left"
-    return LogisticHead(normal(*leading) / 2, normal(*leading), V, clamp=clamp)
+        return TensorHead(logits[:1].expand_as(logits))
+    return TensorHead(logits.movedim(-1, 0).contiguous().movedim(0, -1))
 
 
-KINDS = (
-    "tensor",
-    "expanded",
-    "transposed",
-    "linear",
-    "linear, bias",
-    "linear, bias per position",
-    "logistic",
-    "logistic min",
-)
-TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+def with_leaves(head: Head) -> tuple[Head, list[torch.Tensor]]:
+    """The head over copies that ask for a gradient, and those."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in head.tensors()]
+    return head.with_tensors(leaves), leaves
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,30 +58,18 @@ def test_shape_dtype_and_device_are_those_of_the_logits(kind):
     ],
     ids=["one", "repeated", "scalar", "none", "all"],
 )
+@pytest.mark.parametrize("leading", [LEADING, (24,)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_take_selects_rows_of_the_flattened_logits(kind, rows):
-    head = make(kind)
-    taken = head.take(rows)
+def test_take_selects_rows_of_the_flattened_logits_and_of_taken_rows(kind, leading, rows):
+    head = make(kind, leading)
+    taken, expected = head.take(rows), head.logits().flatten(0, -2)[rows]
     assert taken.shape == (*rows.shape, V)
-    torch.testing.assert_close(taken.logits(), head.logits().flatten(0, -2)[rows], **TIGHT)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_can_be_taken_of_taken_rows(kind):
-    head = make(kind)
-    first = torch.tensor([[3, 20, 11], [0, 9, 14]])
-    second = torch.tensor([5, 0, 2, 2])
-    taken = head.take(first).take(second)
-    torch.testing.assert_close(
-        taken.logits(), head.logits().flatten(0, -2)[first.flatten()[second]], **TIGHT
-    )
-
-
-@pytest.mark.parametrize("kind", ["tensor", "linear, bias", "logistic"])
-def test_rows_of_heads_with_one_leading_dimension(kind):
-    head = make(kind, leading=(7,))
-    rows = torch.tensor([6, 0])
-    torch.testing.assert_close(head.take(rows).logits(), head.logits()[rows], **TIGHT)
+    torch.testing.assert_close(taken.logits(), expected, **TIGHT)
+    if rows.ndim and rows.numel():
+        again = torch.arange(-2, 2) % rows.numel()
+        torch.testing.assert_close(
+            taken.take(again).logits(), expected.flatten(0, -2)[again], **TIGHT
+        )
 
 
 def test_a_single_row_of_logits_is_row_zero():
@@ -106,18 +78,15 @@ def test_a_single_row_of_logits_is_row_zero():
 
 
 @pytest.mark.parametrize("row", [24, 1000, -1])
-@pytest.mark.parametrize("kind", KINDS)
-def test_row_numbers_out_of_range_raise(kind, row):
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_row_numbers_out_of_range_or_of_another_kind_raise(kind, row):
+    head = make(kind)
     with pytest.raises(ValueError, match=rf"rows must be in \[0, 24\), got {row}"):
-        make(kind).take(torch.tensor([row])).logits()
-
-
-def test_rows_must_be_int64():
-    for kind in ("tensor", "linear", "logistic"):
-        with pytest.raises(TypeError, match=r"rows must have dtype torch.int64, got torch.int32"):
-            make(kind).take(torch.tensor([1], dtype=torch.int32))
-        with pytest.raises(TypeError, match=r"rows must be a Tensor, got list \[1\]"):
-            make(kind).take([1])
+        head.take(torch.tensor([row])).logits()
+    with pytest.raises(TypeError, match=r"rows must have dtype torch.int64, got torch.int32"):
+        head.take(torch.tensor([1], dtype=torch.int32))
+    with pytest.raises(TypeError, match=r"rows must be a Tensor, got list \[1\]"):
+        head.take([1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,10 +104,7 @@ def test_tensors_and_with_tensors_are_inverse(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_detached_head_shares_memory_and_has_no_graph(kind):
-    head = make(kind)
-    grown = head.with_tensors(
-        [None if t is None else t.clone().requires_grad_() for t in head.tensors()]
-    )
+    grown, _ = with_leaves(make(kind))
     assert grown.requires_grad
     assert grown.logits().requires_grad
     cut = grown.detach()
@@ -150,10 +116,9 @@ def test_detached_head_shares_memory_and_has_no_graph(kind):
 
 
 def test_requires_grad_looks_at_every_tensor():
-    hidden, weight, bias = torch.randn(4, C), torch.randn(V, C), torch.randn(V)
-    assert not LinearHead(hidden, weight, bias).requires_grad
+    assert not make("linear, bias").requires_grad
     for i in range(3):
-        tensors = [hidden.clone(), weight.clone(), bias.clone()]
+        tensors = list(make("linear, bias").tensors())
         tensors[i].requires_grad_()
         assert LinearHead(*tensors).requires_grad
 
@@ -186,13 +151,12 @@ def test_linear_head_computes_in_the_dtype_of_hidden():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_taken_rows_reach_the_tensors(kind):
-    head = make(kind)
     rows = torch.tensor([[3, 8], [3, 21]])
     weights = torch.randn(2, 2, V, dtype=torch.float64)
 
     def gradients(select) -> list[torch.Tensor]:
-        leaves = [None if t is None else t.clone().requires_grad_() for t in head.tensors()]
-        (select(head.with_tensors(leaves)) * weights).sum().backward()
+        head, leaves = with_leaves(make(kind))
+        (select(head) * weights).sum().backward()
         return [leaf.grad for leaf in leaves if leaf is not None]
 
     ours = gradients(lambda head: head.take(rows).logits())
@@ -291,142 +255,86 @@ def test_logistic_logits_of_half_precision_numbers_are_computed_in_float32(dtype
 # Complaints
 
 FLOATING = "floating point (float64, float32, bfloat16 or float16)"
-h, w = torch.randn(2, 3, C), torch.randn(V, C)
-WRONG = {
-    "tensor: not a tensor": (
-        lambda: TensorHead([1.0]),
-        TypeError,
-        "logits must be a Tensor, got list [1.0]",
-    ),
-    "tensor: integers": (
-        lambda: TensorHead(torch.zeros(2, 3, dtype=torch.int64)),
-        TypeError,
-        f"logits must be {FLOATING}, got torch.int64",
-    ),
-    "tensor: fp8": (
-        lambda: TensorHead(torch.zeros(2, 3).to(torch.float8_e4m3fn)),
+h, w, mu = torch.randn(2, 3, C), torch.randn(V, C), torch.zeros(2)
+integers, far = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, device="meta")
+WRONG = [
+    (lambda: TensorHead([1.0]), TypeError, "logits must be a Tensor, got list [1.0]"),
+    (lambda: TensorHead(integers), TypeError, f"logits must be {FLOATING}, got torch.int64"),
+    (
+        lambda: TensorHead(mu.to(torch.float8_e4m3fn)),
         TypeError,
         f"logits must be {FLOATING}, got torch.float8_e4m3fn",
     ),
-    "tensor: no dimension": (
-        lambda: TensorHead(torch.tensor(1.0)),
-        ValueError,
-        "logits must have at least 1 dimensions, got shape ()",
-    ),
-    "as_head: not logits": (
+    (lambda: TensorHead(mu[0]), ValueError, "logits must have at least 1 dimensions, got shape ()"),
+    (
         lambda: as_head("x", "teacher"),
         TypeError,
         "teacher must be a Tensor of logits or a Head, got str 'x'",
     ),
-    "linear: hidden integers": (
-        lambda: LinearHead(torch.zeros(2, C, dtype=torch.int32), w),
-        TypeError,
-        f"hidden must be {FLOATING}, got torch.int32",
-    ),
-    "linear: weight not a tensor": (
-        lambda: LinearHead(h, None),
-        TypeError,
-        "weight must be a Tensor, got NoneType None",
-    ),
-    "linear: hidden rank": (
-        lambda: LinearHead(h[0, 0], w),
-        ValueError,
-        f"hidden must have at least 2 dimensions, got shape ({C},)",
-    ),
-    "linear: weight rank": (
+    (lambda: LinearHead(integers, w), TypeError, f"hidden must be {FLOATING}, got torch.int64"),
+    (lambda: LinearHead(h, None), TypeError, "weight must be a Tensor, got NoneType None"),
+    (lambda: LinearHead(mu, w), ValueError, "hidden must have at least 2 dimensions, got shape (2"),
+    (
         lambda: LinearHead(h, w[None]),
         ValueError,
         f"weight must have 2 dimensions, got shape (1, {V}, {C})",
     ),
-    "linear: weight transposed": (
+    (
         lambda: LinearHead(h, w.T),
         ValueError,
         f"weight must have shape (V, C) with C = {C}, the last size of hidden (2, 3, {C}), "
         f"got ({C}, {V})",
     ),
-    "linear: weight device": (
+    (
         lambda: LinearHead(h, w.to("meta")),
         ValueError,
         "weight must be on the device of hidden (cpu), got meta",
     ),
-    "linear: bias device": (
-        lambda: LinearHead(h, w, torch.zeros(V, device="meta")),
+    (
+        lambda: LinearHead(h, w, w[:, 0].to("meta")),
         ValueError,
         "bias must be on the device of hidden (cpu), got meta",
     ),
-    "linear: bias shape": (
+    (
         lambda: LinearHead(h, w, torch.zeros(2, V)),
         ValueError,
         f"bias must have shape (V,) = ({V},) or (D, V) = (3, {V}), got (2, {V})",
     ),
-    "linear: bias integers": (
-        lambda: LinearHead(h, w, torch.zeros(V, dtype=torch.int64)),
-        TypeError,
-        f"bias must be {FLOATING}, got torch.int64",
-    ),
-    "linear: budget": (
+    (lambda: LinearHead(h, w, integers), TypeError, f"bias must be {FLOATING}, got torch.int64"),
+    (
         lambda: LinearHead(h, w, budget_bytes=0),
         ValueError,
-        "budget_bytes must be positive, got 0",
+        "budget_bytes must be at least 1, got 0",
     ),
-    "logistic: mu integers": (
-        lambda: LogisticHead(torch.zeros(2, dtype=torch.int64), torch.zeros(2), 4),
-        TypeError,
-        f"mu must be {FLOATING}, got torch.int64",
-    ),
-    "logistic: log_scale not a tensor": (
-        lambda: LogisticHead(torch.zeros(2), 0.5, 4),
-        TypeError,
-        "log_scale must be a Tensor, got float 0.5",
-    ),
-    "logistic: shapes": (
-        lambda: LogisticHead(torch.zeros(2), torch.zeros(3), 4),
+    (lambda: LogisticHead(integers, mu, 4), TypeError, f"mu must be {FLOATING}, got torch.int64"),
+    (lambda: LogisticHead(mu, 0.5, 4), TypeError, "log_scale must be a Tensor, got float 0.5"),
+    (
+        lambda: LogisticHead(mu, torch.zeros(3), 4),
         ValueError,
         "log_scale must have the shape of mu (2,), got (3,)",
     ),
-    "logistic: devices": (
-        lambda: LogisticHead(torch.zeros(2), torch.zeros(2, device="meta"), 4),
+    (
+        lambda: LogisticHead(h[..., 0], far, 4),
         ValueError,
         "log_scale must be on the device of mu (cpu), got meta",
     ),
-    "logistic: num_classes kind": (
-        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 4.0),
-        TypeError,
-        "num_classes must be an int, got float 4.0",
-    ),
-    "logistic: num_classes bool": (
-        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), True),
-        TypeError,
-        "num_classes must be an int, got bool True",
-    ),
-    "logistic: one class": (
-        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 1),
+    (lambda: LogisticHead(mu, mu, 4.0), TypeError, "num_classes must be an int, got float 4.0"),
+    (lambda: LogisticHead(mu, mu, True), TypeError, "num_classes must be an int, got bool True"),
+    (lambda: LogisticHead(mu, mu, 1), ValueError, "num_classes must be at least 2, got 1"),
+    (lambda: LogisticHead(mu, mu, 4, eps=-0.1), ValueError, "eps must be in [0, 1), got -0.1"),
+    (lambda: LogisticHead(mu, mu, 4, eps=math.nan), ValueError, "eps must be in [0, 1), got nan"),
+    (
+        lambda: LogisticHead(mu, mu, 4, clamp="right"),
         ValueError,
-        "num_classes must be at least 2, got 1",
+        "clamp must be one of 'left', 'min', got 'right'",
     ),
-    "logistic: eps negative": (
-        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 4, eps=-0.1),
-        ValueError,
-        "eps must be in [0, 1), got -0.1",
-    ),
-    "logistic: eps NaN": (
-        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 4, eps=math.nan),
-        ValueError,
-        "eps must be in [0, 1), got nan",
-    ),
-    "logistic: clamp": (
-        lambda: LogisticHead(torch.zeros(2), torch.zeros(2), 4, clamp="right"),
-        ValueError,
-        'clamp must be "left" or "min", got \'right\'',
-    ),
-}
+]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_named(case):
-    build, kind, message = WRONG[case]
-    with pytest.raises(kind, match=re.escape(message)):
-        build()
+@wrong(WRONG)
+def test_wrong_arguments_are_named(wrong: Wrong):
+    with wrong.raises():
+        wrong.what()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -466,7 +374,7 @@ def test_heads_are_split_and_unflattened(kind):
     assert torch.equal(head.unflatten(1, size).logits()[0], head.logits())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BUILT_IN)
 def test_heads_travel_as_text_and_tensors(kind):
     head = make(kind)
     for sent in (head, head.take(torch.tensor([3, 1, 20]))):
@@ -479,8 +387,7 @@ def test_heads_travel_as_text_and_tensors(kind):
 def test_gradient_of_rows_is_that_of_autograd(kind):
     head = make(kind)
     rows = torch.tensor([3, 0, 17, 5])
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in head.tensors()]
-    live = head.with_tensors(leaves)
+    live, leaves = with_leaves(head)
     upstream = torch.randn(4, head.shape[-1], generator=torch.Generator().manual_seed(0))
     (live.take(rows).logits() * upstream.to(head.dtype)).sum().backward()
     sums = head.new_gradients([leaf is not None for leaf in leaves])

@@ -103,3 +103,10 @@ def test_functions_have_few_parameters():
             if count > 16 and not kernel and not public:
                 long.append(f"{name_of(path)}:{node.name} has {count}")
     assert not long
+
+
+def test_every_mutation_has_something_to_break():
+    from tools.mutate_kernels import MUTATIONS
+
+    stale = [m.name for m in MUTATIONS if m.before not in (ROOT / m.file).read_text("utf-8")]
+    assert not stale

@@ -1,4 +1,4 @@
-"""Dream's drop-in, on a fake with the methods of its model, beside a dense loop."""
+"""Dream's drop-in, on a fake with the methods of its model, beside the sampler."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from wrong_arguments import Wrong, wrong
 
 from di4c_fast.heads import LinearHead
 from di4c_fast.integrations import dream
+from di4c_fast.samplers import sample_confidence
 from di4c_fast.testing import assert_frequency
 
 VOCAB, MASK, WIDTH, LENGTH = 40, 39, 10, 32
@@ -88,53 +90,24 @@ class FakeDream(nn.Module):
         return generation_tokens_hook_func(None, input_ids, None)
 
 
-def dense_loop(model, prompt, config, attention_mask=None, threshold=None):
-    """Every row of every step, dense, one sequence at a time; tokens and the state of each step."""
-    rows, states = [], []
-    for b in range(len(prompt)):
-        x = F.pad(prompt[b : b + 1], (0, config.max_length - prompt.shape[1]), value=MASK)
-        condition = ("full", None)
-        if attention_mask is not None:
-            real = F.pad(attention_mask[b : b + 1], (0, x.shape[1] - prompt.shape[1]), value=1) > 0
-            place = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
-            condition = (real[:, None, None] & real[:, None, :, None], place)
-        times = torch.linspace(1, config.eps, config.steps + 1)
-        every = int((x == MASK).sum()) // config.steps
-        left, step, history = 0, 0, []
-        while bool((x == MASK).any()):
-            logits = model(x, *condition).logits[0].detach()
-            logits = torch.cat([logits[:1], logits[:-1]])
-            logits[:, MASK] = -torch.inf
-            ordered, ids = logits.sort(dim=-1, descending=True)
-            if config.top_p is not None:
-                before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
-                before[:, 0] = 0
-                ordered[before > config.top_p] = -torch.inf
-            if config.top_k is not None:
-                ordered[:, config.top_k :] = -torch.inf
-            p = ordered.softmax(-1)
-            confidence = {
-                "topk_margin": p[:, 0] - p[:, 1],
-                "entropy": torch.where(p > 0, p * p.log(), 0.0).sum(-1),
-            }.get(config.alg, p[:, 0])
-            active = [d for d in range(x.shape[1]) if x[0, d] == MASK]
-            order = sorted(active, key=lambda d: (-float(confidence[d]), d))
-            if threshold is not None:
-                cap = (every if step < config.steps else 0) + left
-                chosen = order[:1] + [d for d in order[1:cap] if confidence[d] >= threshold]
-                left = cap - len(chosen)
-            else:
-                count = len(active)
-                if step < config.steps - 1:
-                    count = int(len(active) * (1 - times[step + 1] / times[step]))
-                chosen = order[:count]
-            for d in chosen:
-                x[0, d] = ids[d, 0]
-            step += 1
-            history.append(x[0].clone())
-        rows.append(x[0])
-        states.append(torch.stack(history))
-    return torch.stack(rows), states
+def expected_tokens(model, prompt, config, attention_mask=None, threshold=None):
+    """By the sampler, which is held by a loop of its own, from all logits of the model."""
+
+    def dense(tokens, t, attention_mask="full", tok_idx=None):
+        return model(tokens, attention_mask, tok_idx).logits
+
+    context = {}
+    if attention_mask is not None:
+        real = F.pad(attention_mask, (0, config.max_length - prompt.shape[1]), value=1) > 0
+        context["attention_mask"] = real[:, None, None] & real[:, None, :, None]
+        context["tok_idx"] = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
+    capped = threshold is not None
+    return sample_confidence(
+        dense, (len(prompt), config.max_length), mask_id=MASK, steps=config.steps, t_min=config.eps,
+        rule="maskgit_plus" if capped else config.alg, schedule="even" if capped else "ancestral",
+        threshold=threshold, top_k=config.top_k, top_p=config.top_p, temperature=0.0, shift=True,
+        prompt=prompt, context=context,
+    )  # fmt: skip
 
 
 def prompt_of(batch: int = 2, length: int = 6) -> Tensor:
@@ -150,7 +123,7 @@ def prompt_of(batch: int = 2, length: int = 6) -> Tensor:
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("padded", [False, True])
-def test_tokens_at_temperature_0_are_those_of_a_dense_loop(alg, changes, padded):
+def test_tokens_at_temperature_0_are_those_of_the_sampler_on_all_logits(alg, changes, padded):
     model, prompt = FakeDream(1), prompt_of()
     config = Config(alg=alg, **changes)
     attention = torch.ones_like(prompt)
@@ -158,7 +131,7 @@ def test_tokens_at_temperature_0_are_those_of_a_dense_loop(alg, changes, padded)
         attention[1, :2] = 0
     with dream.accelerate(model, exclude_mask=True):
         ours = model.diffusion_generate(prompt, config, attention_mask=attention)
-    expected, _ = dense_loop(model, prompt, config, attention if padded else None)
+    expected = expected_tokens(model, prompt, config, attention if padded else None)
     assert torch.equal(ours, expected)
     assert model.own_loops == 0
 
@@ -169,10 +142,13 @@ def test_the_history_holds_every_step_also_those_that_fill_nothing():
     with dream.accelerate(model, exclude_mask=True):
         output = model.diffusion_generate(prompt, config)
     assert type(output) is DreamModelOutput
-    _, states = dense_loop(model, prompt, config)
-    assert torch.equal(torch.cat(output.history), states[0])
-    assert len(output.history) == 17
-    assert any(torch.equal(a, b) for a, b in zip(output.history, output.history[1:], strict=False))
+    left, counts, times = 12, [], torch.linspace(1, config.eps, 18)
+    for step in range(17):
+        left -= left if step == 16 else int(left * (1 - times[step + 1] / times[step]))
+        counts.append(left)
+    assert [int((state == MASK).sum()) for state in output.history] == counts
+    assert len(set(counts)) < 17
+    assert torch.equal(output.history[-1], expected_tokens(model, prompt, config))
     config.output_history = False
     with dream.accelerate(model):
         assert model.diffusion_generate(prompt, config).history is None
@@ -187,9 +163,12 @@ def test_a_threshold_fills_no_more_than_the_steps_allow(threshold, steps):
     )
     with dream.accelerate(model, exclude_mask=True):
         output = model.diffusion_generate(prompt, config, threshold=threshold)
-    expected, states = dense_loop(model, prompt, config, threshold=threshold)
-    assert torch.equal(output.sequences, expected)
-    assert torch.equal(torch.cat(output.history), states[0])
+    calls = len(model.conditions)
+    assert torch.equal(output.sequences, expected_tokens(model, prompt, config, None, threshold))
+    assert torch.equal(output.history[-1], output.sequences)
+    left = [int((state == MASK).sum()) for state in output.history]
+    assert len(left) == calls
+    assert all(masked >= 12 - 12 // steps * (k + 1) for k, masked in enumerate(left))
 
 
 def test_origin_fills_positions_at_random_and_computes_each_once():
@@ -233,32 +212,6 @@ def test_hooks_run_the_models_own_loop():
         assert model.own_loops == 2
 
 
-def test_accelerate_is_undone():
-    model, prompt = FakeDream(6), prompt_of(1)
-    handle = dream.accelerate(model)
-    assert model.diffusion_generate(prompt, Config()).shape == (1, 18)
-    handle.remove()
-    handle.remove()
-    assert torch.equal(model.diffusion_generate(prompt, Config()), prompt)
-    assert "_sample" not in vars(model)
-
-
-def test_draws_are_a_function_of_the_seed():
-    model, prompt = FakeDream(7), prompt_of()
-    config = Config(alg="entropy", temperature=1.0, top_p=0.95, alg_temp=0.5)
-
-    def draw(seed):
-        with dream.accelerate(model, seed=seed):
-            return model.diffusion_generate(prompt, config)
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    torch.manual_seed(0)
-    first = draw(None)
-    torch.manual_seed(0)
-    assert torch.equal(first, draw(None))
-
-
 def test_the_denoiser_returns_the_linear_head_of_the_model():
     model, tokens = FakeDream(8), prompt_of()
     head = dream.denoiser(model)(tokens, torch.ones(2))
@@ -283,33 +236,47 @@ def test_an_output_class_of_our_own_where_the_model_has_none():
     assert bool((output.sequences[:, 6:] == 0).all())
 
 
-@pytest.mark.parametrize(
-    ("model", "options", "error", "message"),
+@wrong(
     [
-        (object(), {}, TypeError, "model must have Dream's method _sample"),
-        (FakeDream(), {"exclude_mask": 1}, TypeError, "exclude_mask must be True or False"),
-        (FakeDream(), {"confidence_dtype": "bf16"}, ValueError, "confidence_dtype must be None or"),
-    ],
+        ({"model": object()}, TypeError, "model must have Dream's method _sample"),
+        ({"exclude_mask": 1}, TypeError, "exclude_mask must be True or False"),
+        ({"confidence_dtype": "bf16"}, ValueError, "confidence_dtype must be None or one of"),
+        ({"nonsense": 1}, TypeError, "nonsense"),
+    ]
 )
-def test_wrong_arguments_are_named(model, options, error, message):
-    with pytest.raises(error, match=message):
-        dream.accelerate(model, **options)
+def test_wrong_arguments_are_named(wrong: Wrong):
+    config = Config(alg="entropy")
+    with wrong.raises(), dream.accelerate(**{"model": (model := FakeDream()), **wrong.what}):
+        model.diffusion_generate(prompt_of(), config)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@wrong(
     [
-        ({"alg": "greedy"}, "alg must be one of 'origin', 'maskgit_plus'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"eps": 0.0}, r"t_min must be in \(0, 1\), got 0.0"),
-        ({"max_length": 5}, "prompt must not be longer than the sequence, D = 5, got 6"),
-    ],
-    ids=str,
+        ({"alg": "greedy"}, ValueError, "alg must be one of 'origin', 'maskgit_plus'"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"temperature": -0.5}, ValueError, "temperature must be finite and at least 0, got -0.5"),
+        ({"top_p": 0.0}, ValueError, "top_p must be in (0, 1], got 0.0"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"eps": 0.0}, ValueError, "t_min must be in (0, 1), got 0.0"),
+        (
+            {"max_length": 5},
+            ValueError,
+            "prompt must not be longer than the sequence, D = 5, got 6",
+        ),
+    ]
 )
-def test_wrong_configurations_are_named_when_generating(changes, message):
+def test_wrong_configurations_are_named_when_generating(wrong: Wrong):
     model = FakeDream()
-    with dream.accelerate(model), pytest.raises(ValueError, match=message):
-        model.diffusion_generate(prompt_of(), Config(**changes))
+    with dream.accelerate(model), wrong.raises():
+        model.diffusion_generate(prompt_of(), Config(**wrong.what))
+
+
+def test_draws_are_a_function_of_the_seed():
+    model = FakeDream(7)
+    config = Config(alg="entropy", temperature=1.0, top_p=0.95, alg_temp=0.5)
+    drawn = []
+    for seed in (1, 1, 2):
+        with dream.accelerate(model, seed=seed):
+            drawn.append(model.diffusion_generate(prompt_of(), config))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])

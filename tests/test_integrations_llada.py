@@ -1,4 +1,4 @@
-"""LLaDA's drop-in, on fakes with the signatures of the repository, beside a dense loop."""
+"""LLaDA's drop-in, on fakes with the signatures of the repository, beside the sampler."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from wrong_arguments import Wrong, wrong
 
 from di4c_fast.heads import LinearHead, TensorHead
 from di4c_fast.integrations import llada
 from di4c_fast.models.linear_output import output_layer
+from di4c_fast.samplers import sample_confidence
 
 VOCAB, MASK, WIDTH, LENGTH = 60, 59, 12, 32
 
@@ -50,48 +52,19 @@ class FakeLLaDA(nn.Module):
         return types.SimpleNamespace(logits=logits)
 
 
-def dense_loop(
-    model, prompt, attention_mask=None, *, steps, gen_length, block_length, cfg=0.0, mask_id=MASK,
-    threshold=None, deferred=(), banned=(),
-):  # fmt: skip
-    """Every row of every step, dense, one sequence at a time."""
-    rows = []
-    for b in range(len(prompt)):
-        start = prompt.shape[1]
-        x = torch.full((1, start + gen_length), mask_id)
-        x[0, :start] = prompt[b]
-        extra = {}
-        if attention_mask is not None:
-            ones = attention_mask.new_ones(1, gen_length)
-            extra = {"attention_mask": torch.cat([attention_mask[b : b + 1], ones], 1)}
-        blocks = gen_length // block_length
-        per_block = steps // blocks
-        for block in range(blocks):
-            end = start + (block + 1) * block_length
-            index = 0
-            while index < per_block if threshold is None else bool((x[0, :end] == mask_id).any()):
-                logits = model(x, **extra).logits[0].detach().clone()
-                if cfg:
-                    bare = x.clone()
-                    bare[0, :start] = mask_id
-                    other = model(bare, **extra).logits[0].detach()
-                    logits = other + (cfg + 1) * (logits - other)
-                logits[:, list(banned)] = -torch.inf
-                token = logits.argmax(-1)
-                logits[:, list(deferred)] = -torch.inf
-                sure = logits.softmax(-1).gather(1, token[:, None])[:, 0]
-                active = [d for d in range(end) if x[0, d] == mask_id]
-                order = sorted(active, key=lambda d: (-float(sure[d]), d))
-                if threshold is None:
-                    extra_one = index < block_length % per_block
-                    chosen = order[: block_length // per_block + extra_one]
-                else:
-                    chosen = order[:1] + [d for d in order[1:] if sure[d] >= threshold]
-                for d in chosen:
-                    x[0, d] = token[d]
-                index += 1
-        rows.append(x[0])
-    return torch.stack(rows)
+def expected_tokens(model, prompt, attention_mask=None, *, gen_length, mask_id=MASK, **how):
+    """By the sampler, which is held by a loop of its own, from all logits of the model."""
+
+    def dense(tokens: Tensor, t: Tensor, **context: Tensor) -> Tensor:
+        return model(tokens, **context).logits
+
+    context = {}
+    if attention_mask is not None:
+        ones = attention_mask.new_ones(len(prompt), gen_length)
+        context["attention_mask"] = torch.cat([attention_mask, ones], 1)
+    size = (len(prompt), prompt.shape[1] + gen_length)
+    given = {"mask_id": mask_id, "exclude_mask": False, "prompt": prompt, "context": context}
+    return sample_confidence(dense, size, **given, **how)
 
 
 def prompt_of(batch: int = 2, length: int = 6) -> Tensor:
@@ -122,31 +95,24 @@ def test_the_signatures_are_those_of_the_repositories():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("cfg", [0.0, 1.5])
 @pytest.mark.parametrize("sizes", [(8, 16, 16), (6, 12, 4), (16, 16, 8)])
-def test_tokens_at_temperature_0_are_those_of_a_dense_loop(sizes, cfg, bias):
+def test_tokens_at_temperature_0_are_those_of_the_sampler_on_all_logits(sizes, cfg, bias):
     model, prompt = FakeLLaDA(1, bias=bias), prompt_of()
     attention = torch.ones_like(prompt)
     attention[1, :2] = 0
     names = dict(zip(("steps", "gen_length", "block_length"), sizes, strict=True))
     ours = llada.generate(model, prompt, attention, cfg_scale=cfg, mask_id=MASK, **names)
-    expected = dense_loop(model, prompt, attention, cfg=cfg, **names)
+    expected = expected_tokens(model, prompt, attention, guidance_scale=cfg, **names)
     assert torch.equal(ours, expected)
 
 
-def test_a_threshold_gives_the_tokens_of_a_dense_loop_and_counts_the_calls():
+@pytest.mark.parametrize("how", [{"threshold": h} for h in (0.02, 0.3, 0.9)] + [{"factor": 50.0}])
+def test_thresholds_and_factors_give_the_tokens_of_the_sampler_and_count_the_calls(how):
     model, prompt = FakeLLaDA(2), prompt_of(1)
-    sizes = {"steps": 4, "gen_length": 16, "block_length": 8}
-    for threshold in (0.02, 0.3, 0.9):
-        model.calls.clear()
-        ours, calls = llada.generate_fast_dllm(
-            model, prompt, mask_id=MASK, threshold=threshold, **sizes
-        )
-        assert calls == len(model.calls)
-        model.calls.clear()
-        assert torch.equal(ours, dense_loop(model, prompt, threshold=threshold, **sizes))
-        assert calls == len(model.calls)
-    tokens, calls = llada.generate_fast_dllm(model, prompt, mask_id=MASK, factor=50.0, **sizes)
-    assert calls == 2
-    assert bool((tokens != MASK).all())
+    sizes = {"gen_length": 16, "block_length": 8}
+    ours, calls = llada.generate_fast_dllm(model, prompt, steps=4, mask_id=MASK, **how, **sizes)
+    assert calls == len(model.calls)
+    assert calls == 2 or "threshold" in how
+    assert torch.equal(ours, expected_tokens(model, prompt, steps=None, **how, **sizes))
 
 
 def test_end_tokens_are_banned_or_deferred_by_the_repositorys_ids():
@@ -160,11 +126,11 @@ def test_end_tokens_are_banned_or_deferred_by_the_repositorys_ids():
     plain = llada.generate(model, prompt, **sizes)
     assert bool(torch.isin(plain, torch.tensor([llada.EOS_ID, llada.EOT_ID])).any())
     banned = llada.generate(model, prompt, logits_eos_inf=True, **sizes)
-    expected = dense_loop(model, prompt, banned=(llada.EOS_ID,), mask_id=mask, **sizes)
+    expected = expected_tokens(model, prompt, banned_ids=(llada.EOS_ID,), mask_id=mask, **sizes)
     assert torch.equal(banned, expected)
     deferred = llada.generate(model, prompt, confidence_eos_eot_inf=True, **sizes)
     ends = (llada.EOS_ID, llada.EOT_ID)
-    expected = dense_loop(model, prompt, deferred=ends, mask_id=mask, **sizes)
+    expected = expected_tokens(model, prompt, deferred_ids=ends, mask_id=mask, **sizes)
     assert torch.equal(deferred, expected)
 
 
@@ -215,17 +181,13 @@ def test_a_failing_model_keeps_no_hook():
 
 
 def test_random_remasking_and_temperatures_are_a_function_of_the_seed():
-    model, prompt = FakeLLaDA(8), prompt_of()
-    draw = lambda seed: llada.generate(  # noqa: E731
-        model, prompt, steps=4, gen_length=8, block_length=8, temperature=1.0, remasking="random",
-        mask_id=MASK, exclude_mask=True, seed=seed,
-    )  # fmt: skip
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    torch.manual_seed(0)
-    first = draw(None)
-    torch.manual_seed(0)
-    assert torch.equal(first, draw(None))
+    sizes = {"steps": 4, "gen_length": 8, "block_length": 8, "mask_id": MASK}
+    options = {"temperature": 1.0, "remasking": "random", "exclude_mask": True, **sizes}
+    first, again, other = (
+        llada.generate(FakeLLaDA(8), prompt_of(), seed=seed, **options) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
     assert bool((first != MASK).all())
 
 
@@ -250,38 +212,36 @@ def fast_dllm_module():
     return types.SimpleNamespace(generate=generate)
 
 
-def test_accelerate_replaces_generate_and_undoes_it():
+def test_accelerate_replaces_generate():
     sizes = {"steps": 4, "gen_length": 8, "block_length": 8, "mask_id": MASK}
     model, prompt = FakeLLaDA(9), prompt_of(1)
-    expected = dense_loop(model, prompt, steps=4, gen_length=8, block_length=8)
+    expected = expected_tokens(model, prompt, steps=4, gen_length=8, block_length=8)
     module = llada_module()
     with llada.accelerate(module, exclude_mask=True):
         assert torch.equal(module.generate(model, prompt, **sizes), expected)
-    assert module.generate(model, prompt) == "llada"
     module = fast_dllm_module()
-    handle = llada.accelerate(module)
-    tokens, calls = module.generate(model, prompt, **sizes)
+    with llada.accelerate(module):
+        tokens, calls = module.generate(model, prompt, **sizes)
     assert torch.equal(tokens, expected)
     assert calls == 4
-    handle.remove()
-    handle.remove()
-    assert module.generate(model, prompt) == "fast"
 
 
-@pytest.mark.parametrize(
-    ("module", "message"),
+@wrong(
     [
-        (types.SimpleNamespace(), "module must have a function generate"),
-        (types.SimpleNamespace(generate=lambda a, b: a), "must have the arguments of LLaDA's or"),
-    ],
+        (types.SimpleNamespace(), TypeError, "module must have a function generate"),
+        (
+            types.SimpleNamespace(generate=lambda a, b: a),
+            TypeError,
+            "module.generate must have the arguments of LLaDA's or of Fast-dLLM's, got a, b",
+        ),
+    ]
 )
-def test_modules_of_others_are_refused(module, message):
-    with pytest.raises(TypeError, match=message):
-        llada.accelerate(module)
+def test_modules_of_others_are_refused(wrong: Wrong):
+    with wrong.raises():
+        llada.accelerate(wrong.what)
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
+@wrong(
     [
         ({"gen_length": 9}, ValueError, "gen_length must be a multiple of block_length, 4, got 9"),
         ({"steps": 5}, ValueError, "steps must be a multiple of the number of blocks, 2, got 5"),
@@ -294,15 +254,18 @@ def test_modules_of_others_are_refused(module, message):
         ({"prompt": torch.zeros(3).long()}, ValueError, "prompt must have 2 dimensions"),
         ({"prompt": torch.zeros(1, 3)}, TypeError, "prompt must have dtype torch.int64"),
         ({"attention_mask": [1]}, TypeError, "attention_mask must be a Tensor"),
-        ({"attention_mask": torch.ones(2, 3)}, ValueError, "attention_mask must have the shape of"),
+        (
+            {"attention_mask": torch.ones(2, 3)},
+            ValueError,
+            "attention_mask must have shape (B, P) = (2, 6), got (2, 3)",
+        ),
         ({"nonsense": 1}, TypeError, "nonsense"),
-    ],
-    ids=str,
+    ]
 )
-def test_what_is_wrong_is_named(changes, error, message):
+def test_what_is_wrong_is_named(wrong: Wrong):
     arguments = {
         "prompt": prompt_of(), "steps": 4, "gen_length": 8, "block_length": 4, "mask_id": MASK,
-        **changes,
+        **wrong.what,
     }  # fmt: skip
-    with pytest.raises(error, match=message):
+    with wrong.raises():
         llada.generate(FakeLLaDA(0), **arguments)

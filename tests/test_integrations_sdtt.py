@@ -9,6 +9,7 @@ import pytest
 import torch
 from dit_models import DIT, MASK, VOCAB, LogLinear, ancestral_law, probabilities
 from torch import Tensor, nn
+from wrong_arguments import Wrong, wrong
 
 from di4c_fast.heads import LinearHead, TensorHead
 from di4c_fast.integrations.sdtt import accelerate_sdtt, as_model, latent_dim
@@ -42,18 +43,7 @@ class SDTT(nn.Module):
         sigma, rate = self.noise(t)
         return sigma[:, None], None, rate
 
-    def sample(
-        self,
-        n_samples=8,
-        num_steps=256,
-        seq_len=1024,
-        sampler="ancestral",
-        cache_preds=False,
-        verbose=False,
-        add_bos=False,
-        add_eos=False,
-        project_fn=lambda x: x,
-    ):
+    def sample(self, *arguments, **options):
         return "original"
 
 
@@ -61,7 +51,7 @@ def pair_counts(tokens: Tensor) -> Tensor:
     return torch.bincount(tokens[:, 0] * VOCAB + tokens[:, 1], minlength=VOCAB**2)
 
 
-def test_sample_goes_through_the_package_and_comes_back():
+def test_sample_goes_through_the_package():
     model = SDTT()
     with accelerate_sdtt(model):
         tokens = model.sample(n_samples=3, num_steps=4, seq_len=7)
@@ -69,8 +59,6 @@ def test_sample_goes_through_the_package_and_comes_back():
     assert tokens.shape == (3, 7)
     assert tokens.dtype == torch.int64
     assert int(tokens.max()) < MASK
-    assert model.sample() == "original"
-    assert "sample" not in vars(model)
 
 
 @pytest.mark.parametrize("time_conditioning", [False, True])
@@ -258,18 +246,6 @@ def test_progress_is_shown_on_request(capsys):
     assert "3/3" in capsys.readouterr().err
 
 
-def test_default_generator_decides():
-    model = SDTT(student=True).eval()
-    with accelerate_sdtt(model):
-        torch.manual_seed(5)
-        first = model.sample(n_samples=4, num_steps=3, seq_len=9)
-        torch.manual_seed(5)
-        again = model.sample(n_samples=4, num_steps=3, seq_len=9)
-        other = model.sample(n_samples=4, num_steps=3, seq_len=9)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
 # Bad input
 
 
@@ -287,8 +263,7 @@ def test_latents_are_checked():
         as_model(SDTT())(torch.full((2, 3), MASK), torch.ones(2), torch.ones(2, 1))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+@wrong(
     [
         ({"sampler": "euler"}, ValueError, "sampler must be one of 'ancestral', 'analytic'"),
         ({"cache_preds": True}, ValueError, "cache_preds must be False"),
@@ -296,11 +271,11 @@ def test_latents_are_checked():
         ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
         ({"n_samples": -1}, ValueError, "n_samples must be at least 0, got -1"),
         ({"seq_len": 0}, ValueError, "seq_len must be at least 1, got 0"),
-        ({"project_fn": 3}, TypeError, "project_fn must be callable"),
-        ({"project_fn": lambda x: x[:1]}, ValueError, r"project_fn must return .*\(3, 4\)"),
-    ],
+        ({"project_fn": 3}, TypeError, "project_fn must be callable, got int 3"),
+        ({"project_fn": lambda x: x[:1]}, ValueError, "project_fn must return ...(3, 4)"),
+    ]
 )
-def test_wrong_arguments_are_named(arguments, error, message):
+def test_wrong_arguments_are_named(wrong: Wrong):
     model = SDTT()
-    with accelerate_sdtt(model), pytest.raises(error, match=message):
-        model.sample(**{"n_samples": 3, "num_steps": 2, "seq_len": 4, **arguments})
+    with accelerate_sdtt(model), wrong.raises():
+        model.sample(**{"n_samples": 3, "num_steps": 2, "seq_len": 4, **wrong.what})

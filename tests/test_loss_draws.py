@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import loss_and_gradients, make_problem, run_loss
+from loss_cases import TIGHT, loss_and_gradients, make_problem, run_loss
+from loss_heads import FULL
 from torch import Tensor
 
 import di4c_fast
 from di4c_fast.testing import assert_counts_match, assert_draws_match
-
-TIGHT = {"rtol": 1e-12, "atol": 1e-12}
-FULL = {"mask_id": 3, "revealed": True, "padded": True, "weighted": True, "component_weight": 0.5}
-
-
-@pytest.fixture(params=["reference", "torch"])
-def backend(request) -> str:
-    return request.param
 
 
 def decoded_draws(logits: Tensor, backend: str, seed: int, **settings) -> Tensor:

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import loss_and_gradients, make_problem, naive_loss, run_loss
+from loss_cases import TIGHT, loss_and_gradients, make_problem, naive_loss, run_loss
+from loss_heads import FULL
 from torch import Tensor
 
 import di4c_fast
 from di4c_fast import LinearHead
-
-TIGHT = {"rtol": 1e-12, "atol": 1e-12}
-FULL = {"mask_id": 3, "revealed": True, "padded": True, "weighted": True, "component_weight": 0.5}
-
-
-@pytest.fixture(params=["reference", "torch"])
-def backend(request) -> str:
-    return request.param
-
 
 # Graphs
 

@@ -1,80 +1,28 @@
-"""The MaskGIT process: times, corruption, confident teacher steps, and whole distillation steps."""
+"""The MaskGIT process: confident teacher steps, and whole distillation steps."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 from counting_head import CountingHead
-from scipy import stats
+from process_cases import MASK, VOCAB, rng
+from sampler_cases import reveal_law
 from torch import nn
 
 from di4c_fast.heads import LinearHead
-from di4c_fast.processes import MaskGITProcess, Process, maskgit
-from di4c_fast.processes.reveal import SCHEDULES, masked_share
-from di4c_fast.testing import P_VALUE, assert_counts_match
+from di4c_fast.processes import MaskGITProcess, maskgit
+from di4c_fast.testing import assert_counts_match
 from di4c_fast.training import DistillConfig, distill_step
-
-MASK = 4
-VOCAB = 5
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def test_maskgit_process_is_a_process_whose_loss_counts_everything():
-    process = MaskGITProcess(MASK)
-    assert isinstance(process, Process)
-    assert process.loss_mask_id is None
-    assert process.component_time is None
-
-
-# Times and corruption
-
-
-def test_times_are_uniform_in_r_with_the_share_of_the_component_term():
-    process = MaskGITProcess(MASK)
-    t = process.sample_times(20_000, low_t=0.05, low_t_probability=0.05, generator=rng())
-    assert t.dtype == torch.float32
-    assert float(t.min()) >= 1e-5
-    assert float(t.max()) <= 1.0
-    assert stats.kstest(1 - t.numpy(), "uniform").pvalue > P_VALUE
-    other = process.sample_times(20_000, low_t=0.05, low_t_probability=0.3, generator=rng(1))
-    assert stats.binomtest(int((other < 0.05).sum()), 20_000, 0.3).pvalue > P_VALUE
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_each_example_is_masked_at_the_share_of_its_own_ratio(schedule):
-    t = torch.tensor([0.05, 0.3, 0.9, 1.0])
-    x0 = torch.arange(4).repeat(4000).expand(4, -1)
-    xt = MaskGITProcess(MASK, schedule=schedule).corrupt(x0, t, generator=rng(5))
-    noised = xt == MASK
-    shares = masked_share(1 - t.double(), schedule).tolist()
-    assert shares[-1] == 1.0
-    for row, share in zip(noised, shares, strict=True):
-        assert stats.binomtest(int(row.sum()), row.numel(), share).pvalue > P_VALUE
-    assert torch.equal(xt[~noised], x0[~noised])
-
-
-def test_positions_outside_valid_are_never_masked():
-    x0 = torch.randint(0, 4, (3, 50), generator=rng())
-    x0[:, 45:] = MASK
-    valid = torch.arange(50).expand(3, -1) < 40
-    xt = MaskGITProcess(MASK).corrupt(x0, torch.ones(3), valid=valid, generator=rng())
-    assert bool((xt[:, :40] == MASK).all())
-    assert torch.equal(xt[:, 40:], x0[:, 40:])
 
 
 def test_a_step_adds_to_the_ratio_and_ends_at_one():
     t = torch.tensor([1.0, 0.5, 0.05, 0.02])
     u = MaskGITProcess(MASK).step_time(t, 0.05)
     torch.testing.assert_close(u, torch.tensor([0.95, 0.45, 0.0, 0.0]))
-
-
-# The teacher's step
 
 
 def step(process, xt, t, u, head, draws, **arguments):
@@ -120,28 +68,12 @@ def test_draws_have_the_exact_law_of_tokens_and_positions():
     draws = 40_000
     # ceil(4·0.25) = 1 remains masked; the factor at r = 0.25 is 2·0.75.
     xu = step(process, xt, [0.75], [0.25], logits, draws, generator=rng(5))[0]
-    p = logits[0].double()
-    p[:, MASK] = -math.inf
-    p = p.softmax(-1)
-    masked, factor = [0, 2, 3], 1.5
-    law: dict[tuple[int, ...], float] = {}
-    for tokens in itertools.product(range(MASK), repeat=3):
-        drawn = {d: float(p[d, v]) for d, v in zip(masked, tokens, strict=True)}
-        weight = {d: drawn[d] ** (1 / factor) for d in masked}
-        for first, second in itertools.permutations(masked, 2):
-            share = weight[first] / sum(weight.values())
-            share *= weight[second] / (sum(weight.values()) - weight[first])
-            row = [MASK] * 3
-            for d in (first, second):
-                row[masked.index(d)] = tokens[masked.index(d)]
-            key = tuple(row)
-            law[key] = law.get(key, 0.0) + math.prod(drawn.values()) * share
-    codes = (xu[:, masked] * torch.tensor([25, 5, 1])).sum(-1)
-    counts = torch.bincount(codes, minlength=125)
-    expected = torch.zeros(125, dtype=torch.float64)
-    for (a, b, c), share in law.items():
-        expected[25 * a + 5 * b + c] = share
-    assert_counts_match(counts, expected)
+    law = reveal_law(logits[0], xt[0].tolist(), MASK, 2, 1.5)
+    powers = VOCAB ** torch.arange(3, -1, -1)
+    expected = torch.zeros(VOCAB**4, dtype=torch.float64)
+    for row, share in law.items():
+        expected[int((torch.tensor(row) * powers).sum())] = share
+    assert_counts_match(torch.bincount((xu * powers).sum(-1), minlength=VOCAB**4), expected)
 
 
 def test_past_the_last_teacher_step_confidence_alone_decides():
@@ -166,25 +98,6 @@ def test_equal_confidences_reveal_the_lowest_positions():
     assert xu[0].tolist() == [[0, 0, 0, MASK, MASK]] * 3
 
 
-def test_draws_follow_the_components_of_the_teacher_in_turn():
-    logits = torch.full((2, 2, 6, VOCAB), -30.0)
-    logits[:, 0, :, 1] = 30.0
-    logits[:, 1, :, 2] = 30.0
-    xu = step(
-        MaskGITProcess(MASK),
-        torch.full((2, 6), MASK),
-        [1.0, 0.05],
-        [0.5, 0.0],
-        logits,
-        5,
-        generator=rng(),
-    )
-    for k in range(5):
-        tokens = xu[:, k][xu[:, k] != MASK]
-        assert bool((tokens == 1 + k % 2).all())
-        assert tokens.numel() > 6
-
-
 def test_logits_are_computed_once_per_masked_position_for_all_draws(monkeypatch):
     monkeypatch.setattr(maskgit, "_PIECE", 3 * VOCAB)
     xt = torch.tensor([[MASK, 0, MASK, MASK], [1, 1, MASK, 0], [MASK, MASK, MASK, MASK]])
@@ -194,23 +107,6 @@ def test_logits_are_computed_once_per_masked_position_for_all_draws(monkeypatch)
     rows = torch.cat(head.taken).tolist()
     assert rows == [0, 2, 3, 8, 9, 10, 11]
     assert max(piece.numel() for piece in head.taken) == 3
-
-
-def test_pieces_and_kinds_of_heads_do_not_change_the_draws(monkeypatch):
-    hidden = torch.randn(3, 8, 6, generator=rng(1))
-    weight = torch.randn(VOCAB, 6, generator=rng(2))
-    bias = torch.randn(8, VOCAB, generator=rng(3))
-    xt = torch.full((3, 8), MASK)
-    xt[1, :4] = 0
-    results = []
-    for head in (LinearHead(hidden, weight, bias), hidden @ weight.T + bias):
-        for piece in (2**24, 4 * VOCAB):
-            monkeypatch.setattr(maskgit, "_PIECE", piece)
-            results.append(
-                step(MaskGITProcess(MASK), xt, [1.0] * 3, [0.4] * 3, head, 4, generator=rng(9))
-            )
-    for other in results[1:]:
-        assert torch.equal(results[0], other)
 
 
 def test_the_mask_is_drawn_on_request_only():
@@ -240,28 +136,11 @@ def test_valid_counts_only_its_own_positions():
     assert (xu == MASK).sum(-1).tolist() == [[15] * 3, [10] * 3]
 
 
-def test_the_same_generator_gives_the_same_draws_and_no_graph():
-    logits = torch.randn(2, 9, VOCAB, generator=rng(), requires_grad=True)
-    xt = torch.full((2, 9), MASK)
-    a, b, c = (
-        step(MaskGITProcess(MASK), xt, [1.0] * 2, [0.5] * 2, logits, 3, generator=rng(s))
-        for s in (1, 1, 2)
-    )
-    assert torch.equal(a, b)
-    assert not torch.equal(a, c)
-    assert not a.requires_grad
-
-
 # Distillation
 
-CONFIG = DistillConfig(
-    components=4,
-    teacher_step=0.05,
-    data_weight=0.1,
-    component_weight=20.0,
-    low_t=0.05,
-    low_t_probability=0.05,
-)
+CONFIG = DistillConfig(components=4, teacher_step=0.05, component_weight=20.0, low_t=0.05,
+                       low_t_probability=0.05)  # fmt: skip
+distil = functools.partial(distill_step, process=MaskGITProcess(MASK), config=CONFIG)
 
 
 class TinyModel(nn.Module):
@@ -295,19 +174,9 @@ def test_a_distillation_step_with_mixed_times_gives_each_example_its_terms(backe
     positions = 6
     student, teacher = TinyModel(positions, True, 1), TinyModel(positions, False, 2)
     x0 = torch.randint(0, MASK, (4, positions), generator=rng())
-    config = DistillConfig(
-        components=4, teacher_step=0.05, component_weight=20.0, low_t=0.05, backend=backend
-    )
-    out = distill_step(
-        student,
-        teacher,
-        x0,
-        process=MaskGITProcess(MASK),
-        config=config,
-        t=torch.tensor([0.9, 0.03, 0.5, 0.01]),
-        context={"label": torch.tensor([0, 1, 2, 0])},
-        generator=rng(7),
-    )
+    config = dataclasses.replace(CONFIG, backend=backend)
+    t, context = torch.tensor([0.9, 0.03, 0.5, 0.01]), {"label": torch.tensor([0, 1, 2, 0])}
+    out = distil(student, teacher, x0, config=config, t=t, context=context, generator=rng(7))
     assert out.low.tolist() == [False, True, False, True]
     terms = out.terms
     assert terms is not None
@@ -331,16 +200,8 @@ def test_the_loss_of_a_step_is_the_formula_of_the_paper():
     student, teacher = TinyModel(positions, True, 3), TinyModel(positions, False, 4)
     x0 = torch.tensor([[0, 1, 2], [3, 2, 1]])
     t = torch.tensor([0.6, 0.02])
-    out = distill_step(
-        student,
-        teacher,
-        x0,
-        process=MaskGITProcess(MASK),
-        config=CONFIG,
-        t=t,
-        latent=torch.rand(2, n, 1, generator=rng(1)),
-        generator=rng(2),
-    )
+    latent = torch.rand(2, n, 1, generator=rng(1))
+    out = distil(student, teacher, x0, t=t, latent=latent, generator=rng(2))
     assert out.terms is not None
     rows = out.xt.repeat_interleave(n, 0)
     logp = student(rows, t, out.latent.flatten(0, 1)).logits().log_softmax(-1)
@@ -355,12 +216,8 @@ def test_the_loss_of_a_step_is_the_formula_of_the_paper():
     weight = 0.1 * torch.sigmoid(20 * (t - 0.5))
     terms = out.terms
     expected = weight * correlation + kl
-    expected = expected + torch.stack(
-        [
-            (terms.consistency_correlation + terms.consistency_marginal)[0],
-            20 * component[1],
-        ]
-    )
+    consistency = terms.consistency_correlation + terms.consistency_marginal
+    expected = expected + torch.stack([consistency[0], 20 * component[1]])
     torch.testing.assert_close(terms.component[1], component[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(terms.teacher_marginal, kl, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.loss, expected.mean(), rtol=1e-4, atol=1e-5)
@@ -375,105 +232,9 @@ def test_the_loss_falls_when_a_student_overfits_one_batch():
     losses = []
     for _ in range(120):
         optimizer.zero_grad()
-        out = distill_step(
-            student,
-            teacher,
-            x0,
-            process=MaskGITProcess(MASK),
-            config=CONFIG,
-            generator=generator,
-            return_terms=False,
-        )
+        out = distil(student, teacher, x0, generator=generator, return_terms=False)
         out.loss.backward()
         optimizer.step()
         losses.append(out.loss.item())
     first, last = sum(losses[:10]) / 10, sum(losses[-30:]) / 30
     assert last < 0.25 * first, (first, last)
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"mask_id": -1}, ValueError, "mask_id must not be negative"),
-        ({"mask_id": 1.0}, TypeError, "mask_id must be an int"),
-        ({"schedule": "cubic"}, ValueError, "schedule must be one of 'arccos'"),
-        ({"gumbel_temperature": -1.0}, ValueError, "gumbel_temperature must be finite and at"),
-        ({"teacher_steps": 1}, ValueError, "teacher_steps must be at least 2, got 1"),
-        ({"teacher_steps": 8.0}, TypeError, "teacher_steps must be an int or None"),
-        ({"temperature": -1.0}, ValueError, "temperature must be finite and at least 0"),
-        ({"exclude_mask": 1}, TypeError, "exclude_mask must be True or False"),
-        ({"t_min": 0.0}, ValueError, r"t_min must be in \(0, 1\)"),
-    ],
-)
-def test_wrong_settings_are_named(changes, error, message):
-    with pytest.raises(error, match=message):
-        MaskGITProcess(**{"mask_id": MASK, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"x0": torch.zeros(2, 3)}, TypeError, "x0 must have dtype torch.int64"),
-        ({"x0": torch.zeros(3, dtype=torch.int64)}, ValueError, "x0 must have 2 dimensions"),
-        ({"x0": torch.full((2, 3), MASK)}, ValueError, "x0 must not hold mask_id = 4"),
-        ({"t": torch.ones(3)}, ValueError, "t must have shape"),
-        ({"t": torch.tensor([0.0, 1.0])}, ValueError, r"t must hold times in \(0, 1\]"),
-        ({"valid": torch.ones(2, 3)}, TypeError, "valid must have dtype torch.bool"),
-        ({"valid": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "valid must have shape"),
-        ({"generator": 1}, TypeError, "generator must be a torch.Generator"),
-    ],
-)
-def test_wrong_input_of_corrupt_is_named(changes, error, message):
-    arguments = {"x0": torch.zeros(2, 3, dtype=torch.int64), "t": torch.ones(2), **changes}
-    with pytest.raises(error, match=message):
-        MaskGITProcess(MASK).corrupt(**arguments)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.5])
-def test_a_step_outside_the_unit_interval_is_named(value):
-    with pytest.raises(ValueError, match=r"step must be in \(0, 1\]"):
-        MaskGITProcess(MASK).step_time(torch.ones(2), value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"xt": torch.zeros(2, 3)}, TypeError, "xt must have dtype torch.int64"),
-        ({"t": torch.tensor([1.0, 2.0])}, ValueError, "t must hold times"),
-        ({"u": torch.ones(2)}, ValueError, "u must hold times with 0 <= u < t"),
-        ({"u": torch.zeros(3)}, ValueError, "u must have shape"),
-        ({"draws": 0}, ValueError, "draws must be at least 1"),
-        ({"draws": 2.0}, TypeError, "draws must be an int"),
-        ({"teacher_head": torch.zeros(2, 4, VOCAB)}, ValueError, "teacher_head must have shape"),
-        ({"teacher_head": torch.zeros(2, 3, 4)}, ValueError, r"mask_id must be in \[0, V\)"),
-        ({"valid": torch.ones(2, 3)}, TypeError, "valid must have dtype torch.bool"),
-        ({"generator": 1}, TypeError, "generator must be a torch.Generator"),
-    ],
-)
-def test_wrong_input_of_the_teacher_step_is_named(changes, error, message):
-    arguments = {
-        "xt": torch.full((2, 3), MASK),
-        "t": torch.ones(2),
-        "u": torch.full((2,), 0.5),
-        "teacher_head": torch.zeros(2, 3, VOCAB),
-        "draws": 2,
-        **changes,
-    }
-    with pytest.raises(error, match=message):
-        MaskGITProcess(MASK).teacher_step(**arguments)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("step", [1e-9, 1e-3, 0.2])
-def test_a_step_from_times_of_any_dtype_ends_before_them(dtype, step):
-    t = torch.tensor([1.0, 0.9, 0.5, 0.01], dtype=dtype)
-    process = MaskGITProcess(MASK)
-    u = process.step_time(t, step)
-    assert u.dtype == torch.float32
-    assert bool(((u < t) & (u >= 0)).all())
-    xt = torch.full((4, 3), MASK)
-    drawn = process.teacher_step(xt, t, u, torch.zeros(4, 3, MASK + 1), 2)
-    assert drawn.shape == (4, 2, 3)

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from loss_cases import BACKENDS, TIGHT
+from loss_cases import TIGHT
 from torch import Tensor
 
 import di4c_fast
@@ -43,7 +43,6 @@ def mixture(request):
     return student, torch.randn(2, 3, generator=g, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_probabilities_of_all_rows_sum_to_one_and_match_the_table(backend, mixture):
     student, log_weights = mixture
     rows = all_rows(3, 3).expand(2, -1, -1)
@@ -54,7 +53,6 @@ def test_probabilities_of_all_rows_sum_to_one_and_match_the_table(backend, mixtu
         torch.testing.assert_close(value[b].exp(), joint, **TIGHT)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_probabilities_of_all_rows_without_the_mask_sum_to_one_over_masked_positions(backend):
     g = torch.Generator().manual_seed(4)
     student = torch.randn(1, 3, 4, 4, generator=g, dtype=torch.float64)
@@ -65,7 +63,6 @@ def test_probabilities_of_all_rows_without_the_mask_sum_to_one_over_masked_posit
     torch.testing.assert_close(value.exp().sum(), torch.tensor(1.0, dtype=torch.float64), **TIGHT)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_expected_correlation_is_minus_the_total_correlation(backend, mixture):
     student, log_weights = mixture
     rows = all_rows(3, 3).expand(2, -1, -1)
@@ -101,7 +98,6 @@ def expected_loss(student: Tensor, truth: Tensor, control_variate: bool, backend
     return value
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_expected_loss_is_the_divergence_of_the_joints_up_to_constants(backend):
     # Without control variate E[-log p(x)] = KL(q || p) + H(q). With it, the marginal terms turn
     # this into KL(q || p) - TC(q), TC the total correlation of the truth q.
@@ -119,7 +115,6 @@ def test_expected_loss_is_the_divergence_of_the_joints_up_to_constants(backend):
     torch.testing.assert_close(controlled, divergence - total_correlation, **TIGHT)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_control_variate_leaves_the_expected_gradient_alone(backend):
     g = torch.Generator().manual_seed(10)
     student = torch.randn(4, 3, 3, generator=g, dtype=torch.float64)
@@ -134,7 +129,6 @@ def test_control_variate_leaves_the_expected_gradient_alone(backend):
 
 
 @pytest.mark.parametrize("control_variate", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_expected_gradient_vanishes_at_the_truth(backend, control_variate):
     g = torch.Generator().manual_seed(11)
     truth = 2 * torch.randn(2, 3, 3, generator=g, dtype=torch.float64)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from sample_cases import assert_near
+from test_loss_gpu import GIB, peak_above_inputs
 
 from di4c_fast import LinearHead, LogisticHead
 from di4c_fast.draw.api import Draw, sample
 from di4c_fast.testing import assert_draws_match, assert_tail_mass
 
 pytestmark = pytest.mark.gpu
-
-GIB = 2**30
 
 
 def normal(*shape, seed=0, scale=3.0, dtype=torch.float32):
@@ -114,17 +113,6 @@ def test_no_host_sync_and_graph_capture():
         torch.cuda.synchronize()
         for value, expected in zip(captured, draw(), strict=True):
             assert value.equal(expected)
-
-
-def peak_above_inputs(function) -> int:
-    function()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def test_memory_of_logits_and_of_a_linear_head():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from sample_cases import normal, streamed
+from wrong_arguments import Wrong, wrong
 
 from di4c_fast.draw.api import sample
 
@@ -15,16 +16,12 @@ INF = math.inf
 
 def test_rows_without_an_allowed_token_are_named():
     logits = torch.zeros(2, 3, 200)
-    logits[1, 2] = -INF
-    for backend in ("torch", "reference"):
-        with pytest.raises(ValueError, match="logits allow no token in row"):
-            sample(logits, seed=0, backend=backend)
-    with pytest.raises(ValueError, match=r"no token in row \(1, 2\)"):
-        streamed(logits, seed=0)
-    logits[1, 2, 7] = 0.0
+    logits[1, 2], logits[1, 2, 7] = -INF, 0.0
     streamed(logits, seed=0)
     with pytest.raises(ValueError, match=r"no token in row \(1, 2\): all are -inf or the mask_id"):
         streamed(logits, seed=0, mask_id=7)
+    with pytest.raises(ValueError, match="logits allow no token in row"):
+        sample(logits, seed=0, mask_id=7, backend="reference")
 
 
 @pytest.mark.parametrize(("value", "kind"), [(math.nan, "NaN"), (INF, r"\+inf")])
@@ -67,10 +64,10 @@ def test_unchecked_rows_are_marked_and_leave_the_others_alone():
         assert value[[0, 3]].equal(before[[0, 3]])
 
 
-BAD_ARGUMENTS = [
+WRONG = [
     ({"logits": [0.0]}, TypeError, "logits must be a Tensor of logits or a Head"),
     ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits must be floating point"),
-    ({"logits": torch.zeros(2, 0)}, ValueError, r"at least one column, got shape \(2, 0\)"),
+    ({"logits": torch.zeros(2, 0)}, ValueError, "at least one column, got shape (2, 0)"),
     ({"logits": torch.tensor(0.0)}, ValueError, "must have at least 1 dim"),
     ({"temperature": -0.1}, ValueError, "temperature must be finite and at least 0, got -0.1"),
     ({"temperature": math.nan}, ValueError, "temperature must be finite"),
@@ -79,51 +76,51 @@ BAD_ARGUMENTS = [
     (
         {"temperature": torch.tensor([1.0, -1.0])},
         ValueError,
-        r"temperature must be finite and at least 0, got -1.0 at index \(1,\)",
+        "temperature must be finite and at least 0, got -1.0 at index (1,)",
     ),
-    ({"temperature": torch.ones(3)}, ValueError, r"temperature must have shape .* = \(2,\)"),
+    ({"temperature": torch.ones(3)}, ValueError, "temperature must have shape ... = (2,)"),
     ({"temperature": torch.tensor(1)}, TypeError, "temperature must be floating point"),
     ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
     ({"top_k": 2.0}, TypeError, "top_k must be an int, got float 2.0"),
-    ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0.0"),
-    ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1.5"),
+    ({"top_p": 0.0}, ValueError, "top_p must be in (0, 1], got 0.0"),
+    ({"top_p": 1.5}, ValueError, "top_p must be in (0, 1], got 1.5"),
     ({"top_p": "0.9"}, TypeError, "top_p must be a number, got str '0.9'"),
-    ({"guidance": torch.zeros(2, 5)}, TypeError, r"guidance must be a pair \(unconditional"),
-    ({"guidance": (torch.zeros(2, 4), 1.0)}, ValueError, r"guidance\[0\] must have .* = \(2, 5\)"),
-    ({"guidance": (torch.zeros(2, 5), None)}, TypeError, r"guidance\[1\] must be a number"),
-    ({"guidance": (torch.zeros(2, 5), INF)}, ValueError, r"guidance\[1\] must be finite"),
-    ({"guidance": (None, 1.0)}, TypeError, r"guidance\[0\] must be a Tensor of logits"),
-    ({"mask_id": 5}, ValueError, r"mask_id must be in \[0, V\) = \[0, 5\), got 5"),
-    ({"mask_id": -1}, ValueError, "mask_id must be in .*, got -1"),
+    ({"guidance": torch.zeros(2, 5)}, TypeError, "guidance must be a pair (unconditional"),
+    ({"guidance": (torch.zeros(2, 4), 1.0)}, ValueError, "guidance[0] must have ... = (2, 5)"),
+    ({"guidance": (torch.zeros(2, 5), None)}, TypeError, "guidance[1] must be a number"),
+    ({"guidance": (torch.zeros(2, 5), INF)}, ValueError, "guidance[1] must be finite"),
+    ({"guidance": (None, 1.0)}, TypeError, "guidance[0] must be a Tensor of logits"),
+    ({"mask_id": 5}, ValueError, "mask_id must be in [0, V) = [0, 5), got 5"),
+    ({"mask_id": -1}, ValueError, "mask_id must be in ..., got -1"),
     ({"mask_id": 1.0}, TypeError, "mask_id must be an int"),
-    ({"logits": torch.zeros(2, 1), "mask_id": 0}, ValueError, "excludes the only token"),
+    ({"logits": torch.zeros(2, 1), "mask_id": 0}, ValueError, "excludes the only class"),
     ({"seed": 1.5}, TypeError, "seed must be an int, got float 1.5"),
     ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed must have shape"),
-    ({"seed": torch.tensor(1.0)}, TypeError, r"seed must have dtype torch\.int64"),
+    ({"seed": torch.tensor(1.0)}, TypeError, "seed must have dtype torch.int64"),
     ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed and generator cannot both"),
     ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int 3"),
     ({"step": "1"}, TypeError, "step must be an int"),
     ({"step": torch.arange(2)}, ValueError, "step must have shape"),
-    ({"row_keys": torch.arange(3)}, ValueError, r"row_keys must have shape .* = \(2,\)"),
-    ({"row_keys": torch.ones(2)}, TypeError, r"row_keys must have dtype torch\.int64"),
+    ({"row_keys": torch.arange(3)}, ValueError, "row_keys must have shape ... = (2,)"),
+    ({"row_keys": torch.ones(2)}, TypeError, "row_keys must have dtype torch.int64"),
     (
         {"row_keys": torch.empty(2, dtype=torch.int64, device="meta")},
         ValueError,
         "device of logits",
     ),
-    ({"want": "logprob"}, ValueError, "want must hold names out of .*, got 'logprob'"),
-    ({"want": ("log_prob", "token")}, ValueError, "want must hold .*, got 'token'"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of ..., got 'cuda'"),
+    ({"want": "logprob"}, ValueError, "want must hold names out of ..., got 'logprob'"),
+    ({"want": ("log_prob", "token")}, ValueError, "want must hold ..., got 'token'"),
     ({"confidence_dtype": torch.int64}, ValueError, "confidence_dtype must be None or one of"),
     ({"budget_bytes": 0}, ValueError, "budget_bytes must be at least 1, got 0"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS)
-def test_bad_arguments_are_named(arguments, error, message):
-    arguments = {"logits": torch.zeros(2, 5), **arguments}
-    logits = arguments.pop("logits")
-    with pytest.raises(error, match=message):
-        sample(logits, **arguments)
+@wrong(WRONG)
+def test_wrong_arguments_are_named(wrong: Wrong):
+    arguments = {"logits": torch.zeros(2, 5), **wrong.what}
+    with wrong.raises():
+        sample(arguments.pop("logits"), **arguments)
 
 
 @pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e300])

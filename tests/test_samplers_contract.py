@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from sampler_cases import FUNCTIONS, MASK, SAMPLERS, VOCAB, D, Denoiser, prompts
 from torch import Tensor
 
 from di4c_fast import rng
+from di4c_fast.samplers.analytic import log_linear_noise
 from di4c_fast.samplers.loop import first_true
+from di4c_fast.samplers.uniform import log_linear_signal
 
 
 def those(*arguments: str):
@@ -114,6 +118,27 @@ def test_leaving_sequences_out_of_the_call_changes_no_sample(name):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize(
+    ("name", "condition", "of"),
+    [
+        ("analytic", "t", float),
+        ("analytic", "sigma", log_linear_noise()),
+        ("uniform", "t", float),
+        ("uniform", "alpha", log_linear_signal()),
+        ("uniform", "sigma", lambda t: -math.log(log_linear_signal()(t))),
+    ],
+)
+def test_the_model_is_given_the_time_the_noise_or_the_signal(name, condition, of):
+    given = []
+
+    def model(tokens, t):
+        given.append(float(t[0]))
+        return torch.full((*tokens.shape, VOCAB), -20.0)  # so low that masks remain
+
+    SAMPLERS[name](model, (1, 2), steps=2, condition=condition, t_min=0.5)
+    assert given == pytest.approx([of(t) for t in (1.0, 0.75, 0.5)], rel=1e-6)
+
+
 # Hooks
 
 
@@ -169,7 +194,9 @@ def test_projections_hold_at_every_step(name):
 def test_prompts_stay_and_their_unknown_tokens_are_filled(name):
     sampler = SAMPLERS[name]
     prompt = some_prompt(name)["prompt"]
-    how = {"block_length": 3, "steps": 15} if "block_length" in sampler.options else {}
+    how = {"block_length": 3} if "block_length" in sampler.options else {}
+    if how and "steps" in sampler.options:
+        how["steps"] = 15
     for given in (prompt, prompt[0], prompt[:, :0]):
         history = []
         tokens = sampler(Denoiser(6), prompt=given, history=history, **how)

@@ -1,21 +1,14 @@
-"""The text example: its text, models and blocks, exact resumption, files, and bad input."""
+"""The text example: its text, its models and its blocks."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
-import pathlib
 
 import pytest
 import torch
-from example_support import (
-    assert_help_lists_options,
-    assert_interruption_changes_nothing,
-    assert_option_is_named,
-    options_of,
-)
+from example_support import TEXT as TINY
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sacrebleu")
@@ -23,43 +16,17 @@ pytest.importorskip("tqdm")
 
 from di4c_fast.processes import MaskedProcess
 from di4c_fast.training import DistillConfig, distill_step
-from examples.common import sampling
-from examples.common.rundir import RunDirectory, RunError
-from examples.text import data, report, train
-from examples.text.__main__ import main
+from examples.common.model import start_from
+from examples.text import data
 from examples.text.blocks import BlockModel, cut
 from examples.text.config import Config
 from examples.text.likelihood import nats
-from examples.text.metrics import Score
-from examples.text.model import TextDenoiser, rotary_angles, rotate, student_from_teacher
-
-TINY = Config(
-    length=16,
-    width=8,
-    layers=1,
-    teacher_iterations=5,
-    teacher_batch=4,
-    student_iterations=5,
-    student_batch=2,
-    components=3,
-    draws=2,
-    block=8,
-    stretch=4,
-    judge_order=3,
-    samples=40,
-    steps=(1, 3),
-)
+from examples.text.model import TextDenoiser, rotary_angles, rotate
 
 
 @pytest.fixture(scope="module")
 def text() -> data.Text:
     return data.load()
-
-
-def _train_both(text: data.Text, path: pathlib.Path) -> None:
-    run = RunDirectory(path, TINY, text=text.fingerprint)
-    teacher = train.train_teacher(TINY, text, run, seed=5, checkpoint_every=2)
-    train.distill_student(TINY, text, teacher, run, seed=5, checkpoint_every=2)
 
 
 # --- the text
@@ -173,7 +140,7 @@ def test_a_character_is_read_and_predicted_at_its_own_place():
 def test_the_student_is_the_teacher_apart_from_its_latent():
     torch.manual_seed(0)
     teacher = TextDenoiser(6, TINY)
-    student = student_from_teacher(teacher, TINY)
+    student = start_from(teacher, TextDenoiser(6, TINY, TINY.latent_dim))
     assert TINY.latent_dim == 4
     tokens, t = torch.randint(7, (5, TINY.length)), torch.ones(5)
     latent = torch.rand(5, TINY.latent_dim)
@@ -202,7 +169,8 @@ def test_a_number_of_the_latent_belongs_to_its_stretch_and_means_the_same_in_eac
     logits = model(masks, t, latent)
     moved = (logits != model(masks, t, changed)).any(-1)[0].nonzero().flatten().tolist()
     assert moved == [4, 5, 6, 7]
-    assert torch.equal(logits[:, :4], logits[:, 12:])
+    # Equal rows of one matrix product may differ in their last bit: vectors of 8 numbers of size 1.
+    torch.testing.assert_close(logits[:, :4], logits[:, 12:], rtol=0, atol=1e-5)
 
 
 def test_blocks_of_a_row_reach_the_model_as_rows_and_come_back_in_place():
@@ -233,7 +201,7 @@ def test_blocks_of_a_row_reach_the_model_as_rows_and_come_back_in_place():
 def test_the_loss_of_blocks_is_that_of_rows_when_a_row_is_one_block():
     torch.manual_seed(0)
     teacher = TextDenoiser(6, TINY)
-    student = student_from_teacher(teacher, TINY)
+    student = start_from(teacher, TextDenoiser(6, TINY, TINY.latent_dim))
     x0 = torch.randint(6, (3, TINY.length))
     recipe = DistillConfig(
         components=2, teacher_step=0.2, low_t=0.0, low_t_probability=0.0, latent_dim=4
@@ -273,144 +241,3 @@ def test_the_one_step_likelihood_tells_marginals_and_mixture_apart():
     # Independent coins: 12 per row. The mixture: one coin for each of the two blocks.
     expected = [rows * 12 * log2, rows * 12 * log2, rows * 2 * log2, rows * 12]
     assert found.tolist() == pytest.approx(expected, rel=1e-4)
-
-
-# --- runs
-
-
-@pytest.mark.parametrize("stop_at", [1, 3, 8])
-def test_an_interrupted_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
-    text, tmp_path, monkeypatch, stop_at
-):
-    # Batches are drawn once per iteration: 5 of the teacher, then 5 of the student.
-    assert_interruption_changes_nothing(
-        lambda path: _train_both(text, path),
-        train,
-        tmp_path,
-        monkeypatch,
-        call=stop_at,
-        iterations=5,
-    )
-
-
-def test_a_run_on_another_text_is_refused(tmp_path):
-    RunDirectory(tmp_path, TINY, text="0123")
-    before = (tmp_path / "run.json").read_bytes()
-    with pytest.raises(RunError, match="text is 0123 there and 4567 here"):
-        RunDirectory(tmp_path, TINY, text="4567")
-    assert (tmp_path / "run.json").read_bytes() == before
-
-
-def _arguments(run: pathlib.Path) -> list[str]:
-    return options_of(TINY, run)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-def test_the_command_runs_reports_and_does_not_repeat_finished_work(tmp_path, monkeypatch, capsys):
-    run, reported = tmp_path / "run", tmp_path / "report"
-    arguments = [*_arguments(run), "--seeds", "3", "4", "--report", str(reported)]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "seed 3" in printed
-    assert "windows of held-out text" in printed
-    assert "range of 2 seeds" in printed
-    assert "bits per hidden character" in printed
-    results = json.loads((reported / "results.json").read_text())
-    assert results["config"] == TINY.to_json()
-    assert set(results["seeds"]) == {"3", "4"}
-    assert set(results["seeds"]["3"]["student"]) == {"1", "3"}
-    assert set(results["seeds"]["4"]["one_step"]) == {"0.25", "0.5", "0.75", "1.0"}
-    assert set(results["real"]) == {"bits", "reverse_bits", "self_bleu", "repeats", "windows"}
-    assert (reported / "text.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    passages = (run / "samples.txt").read_text()
-    assert passages.count("student, 3 steps") == 2
-    assert not list(tmp_path.rglob("*.tmp"))
-
-    def unexpected(*args, **kwargs):
-        raise AssertionError("finished work was repeated")
-
-    monkeypatch.setattr(sampling, "sample_masked", unexpected)
-    monkeypatch.setattr(train, "draw_batch", unexpected)
-    assert main(arguments) == 0
-    assert json.loads((run / "results.json").read_text()) == results
-
-    monkeypatch.undo()
-    capsys.readouterr()
-    before = (run / "results.json").read_bytes()
-    assert main([*arguments, "--layers", "2"]) == 2
-    assert "layers is 1 there and 2 here" in capsys.readouterr().err
-    assert (run / "results.json").read_bytes() == before
-
-    checkpoint = run / "seed-3" / "student.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
-    assert main(arguments) == 2
-    assert "put student.safetensors back" in capsys.readouterr().err
-    checkpoint.unlink()
-    assert main(arguments) == 2
-    assert "has lost seed-3/student.safetensors" in capsys.readouterr().err
-    assert (run / "results.json").read_bytes() == before
-
-
-@pytest.mark.usefixtures("threads")
-def test_ctrl_c_says_how_to_continue(tmp_path, monkeypatch, capsys):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "draw_batch", interrupted)
-    assert main(_arguments(tmp_path / "run")) == 130
-    assert "the same command continues" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("threads")
-def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        train, "masked_cross_entropy", lambda logits, *rest: logits.sum() * math.nan
-    )
-    assert main(_arguments(tmp_path / "run")) == 2
-    error = capsys.readouterr().err
-    assert "loss of the teacher became nan" in error
-    assert "--teacher-lr" in error
-
-
-def test_the_verdict_says_the_range_over_the_seeds():
-    def scores(shift: float) -> report.Scores:
-        base = Score(3.0, 3.5, 10.0, 0.05)
-        better = Score(3.0 - shift, 3.5, 10.0, 0.05)
-        return {"teacher": {4: base}, "student": {4: better}}
-
-    line = report.verdict([scores(0.25), scores(0.5)]).splitlines()[1]
-    assert line.startswith("       4 bits per char. -0.500 to -0.250, reverse bits +0.000 to")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--length", "15"], "argument --length: must be between 16 and 1024, got 15"),
-        (["--length", "100"], "argument --length: must be a multiple of 8, got 100"),
-        (["--block", "10"], "argument --block: must be a multiple of 4, got 10"),
-        (["--stretch", "3"], "argument --stretch: must be a multiple of 2, got 3"),
-        (["--width", "12"], "argument --width: must be a multiple of 8, got 12"),
-        (["--judge-order", "9"], "argument --judge-order: must be between 2 and 8, got 9"),
-        (["--samples", "8"], "argument --samples: must be at least 32, got 8"),
-        (["--steps", "8", "4"], "argument --steps: must increase, got 8 4"),
-        (["--teacher-lr", "nan"], "argument --teacher-lr: must be between 1e-08 and 1, got nan"),
-        (["--teacher-step", "0"], "argument --teacher-step: must be between 0.0001 and 1, got 0"),
-        (["--components", "many"], "argument --components: invalid int value: 'many'"),
-        (["--seeds", "1", "1"], "argument --seeds: must be different numbers"),
-        (["--threads", "0"], "argument --threads: must be at least 1, got 0"),
-        (["--levels", "3"], "unrecognized arguments: --levels"),
-    ],
-)
-def test_a_wrong_option_is_named(options, message, capsys, tmp_path):
-    assert_option_is_named(main, options, message, capsys, tmp_path / "run")
-
-
-def test_help_lists_every_option(capsys):
-    assert_help_lists_options(main, TINY, capsys)

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from gaussian_cases import SMALL, V, rng
+from process_cases import SMALL, rng
+from process_cases import VOCAB as V
 from scipy import linalg, stats
 from torch import Tensor
 

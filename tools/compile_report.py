@@ -120,9 +120,11 @@ class Resources:
 
 
 @dataclasses.dataclass
-class _Launch:
-    name: str
+class Launch:
+    name: str  # of the kernel, without its underscore and "_kernel"
     compiled: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the names of the kernel
 
 
 class _NoDevice:
@@ -142,19 +144,21 @@ class _NoDevice:
 
 
 @contextlib.contextmanager
-def compile_only(target_name: str) -> Iterator[list[_Launch]]:
+def compile_only(target_name: str) -> Iterator[list[Launch]]:
     """Within the block, launches of Triton kernels compile for the target and are listed."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     backend, architecture, warp_size, _ = TARGETS[target_name]
-    launches: list[_Launch] = []
+    launches: list[Launch] = []
     original: Callable[..., Any] = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = original(self, *args, grid=grid, warmup=True, **kwargs)
-        launches.append(_Launch(self.fn.__name__, compiled))
+        name = self.fn.__name__.strip("_").removesuffix("_kernel")
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(Launch(name, compiled, grid, named))
         return compiled
 
     index = list(TARGETS).index(target_name)
@@ -173,8 +177,11 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_everything(shape: Shape) -> None:
-    """Run the passes that a loss of this shape needs, forward and backward."""
+def launch_everything(shape: Shape, usual: bool = False) -> None:
+    """Run the passes that a loss of this shape needs, forward and backward.
+
+    usual: only those of a loss that draws its targets and keeps its rows of q.
+    """
     from di4c_fast.passes import base, triton
 
     size, positions, vocabulary = shape.batch, shape.positions, shape.vocabulary
@@ -224,7 +231,7 @@ def launch_everything(shape: Shape) -> None:
         each,
         _meta(total, row),
         _meta(total, row),
-        sums_known=False,
+        sums_known=usual,
     )
     if consistency is not None:
         keys = _meta(total * shape.draws, **integers)
@@ -235,14 +242,13 @@ def launch_everything(shape: Shape) -> None:
     t = teacher if needs else None
     triton.forward(student, t, u, visit, mixture, statistics)
     factors = base.Factors(each, _meta(total), each, statistics.log_prob)
-    for rows_kept in (True, False):
+    for rows_kept in (True,) if usual else (True, False):
         known = statistics
         if not rows_kept:
             none = _meta(0, row)
             known = dataclasses.replace(statistics, q=none, q_teacher=none)
-        again = None if rows_kept else t
-        u_again = None if rows_kept else u
-        triton.backward(student, again, u_again, visit, mixture, known, factors, student)
+        others = (None, None) if rows_kept else (t, u)
+        triton.backward(student, *others, visit, mixture, known, factors, student)
     if shape.logistic:
         gradient = student.of_visit(visit)
         mu = _meta(total, components)
@@ -276,13 +282,13 @@ def launch_draw(shape: DrawShape) -> None:
     triton.draw(operand(), y, visit, _meta(rows, dtype=torch.int64), options)
 
 
-def resources(shape_name: str, target_name: str, launch: _Launch) -> Resources:
+def resources(shape_name: str, target_name: str, launch: Launch) -> Resources:
     """Registers, shared memory and spills of a compiled launch."""
     compiled = launch.compiled
     metadata = compiled.metadata
     bits = 0
     if TARGETS[target_name][0] == "cuda":
-        registers, spills = _cuda_usage(compiled.asm["cubin"])
+        registers, spills = cuda_usage(compiled.asm["cubin"])
         bits = _load_bits(compiled.asm["ptx"])
     else:
         text = compiled.asm["amdgcn"]
@@ -318,7 +324,7 @@ def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
-def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+def cuda_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -386,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
         values = (
             row.target,
             row.shape,
-            row.kernel.strip("_").removesuffix("_kernel"),
+            row.kernel,
             row.warps,
             row.registers,
             row.shared,

@@ -14,6 +14,7 @@ from ..checks import (
     check_floating,
     check_int,
     check_int64,
+    check_mask_id,
     check_number,
     check_same_device,
     check_shape,
@@ -161,12 +162,7 @@ def prepare_request(
     scale: float | Tensor = 0.0
     if guidance is not None:
         unconditional, scale = _prepare_guidance(guidance, head)
-    if mask_id is not None:
-        check_int(mask_id, "mask_id")
-        if not 0 <= mask_id < vocabulary:
-            raise ValueError(f"mask_id must be in [0, V) = [0, {vocabulary}), got {mask_id}")
-        if vocabulary == 1:
-            raise ValueError("mask_id excludes the only token of logits with V = 1")
+    check_mask_id(mask_id, vocabulary)
     if top_k is not None:
         check_int(top_k, "top_k", minimum=1)
         top_k = top_k if top_k < vocabulary else None

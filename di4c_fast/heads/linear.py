@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, check_rank, check_same_device, describe
+from ..checks import check_floating, check_int, check_rank, check_same_device
 from .base import BuiltInHead, set_leading, take_leading
 
 
@@ -67,12 +67,7 @@ class LinearHead(BuiltInHead):
                     f"got {tuple(bias.shape)}"
                 )
         if budget_bytes is not None:
-            if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
-                raise TypeError(
-                    f"budget_bytes must be an int or None, got {describe(budget_bytes)}"
-                )
-            if budget_bytes <= 0:
-                raise ValueError(f"budget_bytes must be positive, got {budget_bytes}")
+            check_int(budget_bytes, "budget_bytes", minimum=1)
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.budget_bytes = budget_bytes
         # The position of each row, where the rows are no longer those of a (..., D, C) tensor.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, check_same_device, describe
+from ..checks import check_choice, check_floating, check_int, check_same_device
 from .base import BuiltInHead, set_leading, take_leading
 
 
@@ -65,14 +65,10 @@ class LogisticHead(BuiltInHead):
                 f"got {tuple(log_scale.shape)}"
             )
         check_same_device(log_scale, "log_scale", mu, "mu")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an int, got {describe(num_classes)}")
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        check_int(num_classes, "num_classes", minimum=2)
         if not 0.0 <= eps < 1.0 or math.isnan(eps):
             raise ValueError(f"eps must be in [0, 1), got {eps}")
-        if clamp not in ("left", "min"):
-            raise ValueError(f'clamp must be "left" or "min", got {clamp!r}')
+        check_choice(clamp, "clamp", ("left", "min"))
         self.mu, self.log_scale = mu, log_scale
         self.num_classes = num_classes
         self.eps = eps

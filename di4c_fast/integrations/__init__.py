@@ -1,6 +1,15 @@
 """Drop-ins for the samplers of other repositories, one module each, imported when first used.
 
-They replace sampling only: training loops stay as they are.
+They replace sampling only: training loops stay as they are, but for what a module says of its
+models (`as_model`), which `di4c_fast.training.Distiller` takes.
+
+What all share: nothing of the repositories is imported, objects are used by the names of their
+attributes. Arguments, defaults, results and the law of the tokens are the repository's. Other than
+there, only the rows that a step fills go through the output layer, and a step that fills nothing
+calls no network; draws are exact, where fp32 noise on a grid of 2^-24 makes very unlikely tokens
+rarer than the network says; all randomness, λ included, comes from one seed drawn from torch's
+default generator. What replaces something returns a `Handle`: `remove()` undoes it, as does
+leaving a `with` block.
 """
 
 import importlib as _importlib

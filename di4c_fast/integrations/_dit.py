@@ -10,127 +10,83 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..checks import without_autocast
-from ..heads import Head, LinearHead, TensorHead
-from ..models.call import evaluation_mode
+from ..checks import check_shape, without_autocast
+from ..heads import Head
+from ..models.call import Wrapper, evaluation_mode
 from ..models.latent import sinusoid
-from ..models.linear_output import plain_linear
+from ..models.linear_output import gives_linear_logits, head_of, output_layer, plain_linear
 
-__all__ = ["Network"]
+__all__ = ["Denoiser", "Loop"]
 
 
-class Network:
-    """A network of these repositories as a callable (tokens, sigma[, latent]) → head.
+class Denoiser(Wrapper):
+    """A network of these repositories as a module (tokens, t[, latent]) → head.
 
-    Equivalent PyTorch: `network(tokens, sigma)`, the λ of a student replaced where one is given.
-    Where the logits are the last linear layer's and nothing else, which is tried once with two
-    tokens, that layer is given no rows to work on and the result is
-    `LinearHead(hidden, weight, bias)`. Compiled, sharded, quantised or otherwise different
-    networks give all their logits.
+    Equivalent PyTorch: `network(tokens, sigma)` at the noise level of t, the λ of a student
+    replaced where one is given. Where the logits are the last linear layer's and nothing else,
+    which is tried once on two positions, the result is `LinearHead(hidden, weight, bias)`;
+    compiled, sharded, quantised or otherwise different networks give all their logits.
 
     Args:
         network: called as network(tokens (R, D) int64, sigma (R,) float32).
+        noise_level: sigma (R,) of times (R,).
 
     Raises:
         ValueError (when called): a latent of another shape than (R, latent_dim).
     """
 
-    def __init__(self, network: Any):
-        self.network = network
+    def __init__(self, network: Any, noise_level: Callable[[Tensor], Tensor]):
+        super().__init__(network)
+        self.noise_level = noise_level
         self.compiled = hasattr(network, "_orig_mod")
+        self._linear: bool | None = None
 
     @property
     def latent_dim(self) -> int:
         """1 for a student of Di4C, 0 otherwise."""
         return 0 if self._latent_layer() is None else 1
 
-    def __call__(self, tokens: Tensor, sigma: Tensor, latent: Tensor | None = None) -> Head:
-        if latent is not None and tuple(latent.shape) != (tokens.shape[0], self.latent_dim):
-            raise ValueError(
-                f"latent must have shape (R, L) = {(tokens.shape[0], self.latent_dim)}, "
-                f"got {tuple(latent.shape)}"
-            )
+    def forward(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Head:
+        return self.at(tokens, self.noise_level(t), latent)
+
+    def at(self, tokens: Tensor, sigma: Tensor, latent: Tensor | None = None) -> Head:
+        """The same at a noise level."""
+        if latent is not None:
+            check_shape(latent, "latent", "R, L", (tokens.shape[0], self.latent_dim))
         # The repositories switch autocast off around their networks, which switch it on inside.
         with without_autocast(tokens.device):
-            if self._linear:
-                head = self._call_for_head(tokens, sigma, latent)
-                if head is not None:
-                    return head
-            return TensorHead(self._call(tokens, sigma, latent))
+            if self._linear is None and len(tokens):
+                self._linear = self._try(tokens[:, :2], sigma, latent)
+            layer = self._last_layer() if self._linear else None
+            return head_of(layer, lambda: self._call(tokens, sigma, latent), tokens, extra=1)
 
     def _call(self, tokens: Tensor, sigma: Tensor, latent: Tensor | None) -> Tensor:
         with self._latents(latent):
-            output = self.network(tokens, sigma)
+            output = self.model(tokens, sigma)
         return getattr(output, "logits", output)
 
-    def _call_for_head(
-        self, tokens: Tensor, sigma: Tensor, latent: Tensor | None
-    ) -> LinearHead | None:
-        """None if the last layer did not see one vector for each token."""
-        layer = self._last_layer()
-        if layer is None:
-            return None
-        inputs: list[Tensor] = []
-
-        def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-            hidden = arguments[0]
-            kind = hidden.device.type
-            if torch.is_autocast_enabled(kind):
-                # As the layer itself would have done, whose autocast is over when we return.
-                hidden = hidden.to(torch.get_autocast_dtype(kind))
-            inputs.append(hidden)
-            return (hidden[:, :0],)
-
-        handle = layer.register_forward_pre_hook(keep)
-        try:
-            self._call(tokens, sigma, latent)
-        finally:
-            handle.remove()
-        if len(inputs) != 1 or inputs[0].ndim != 3 or inputs[0].device != layer.weight.device:
-            return None
-        rows, positions = tokens.shape
-        extra = inputs[0].shape[1] - positions
-        if inputs[0].shape[0] != rows or extra not in (0, 1):
-            return None
-        return LinearHead(inputs[0][:, :positions], layer.weight, layer.bias)
-
-    @functools.cached_property
-    def _linear(self) -> bool:
+    def _try(self, tokens: Tensor, sigma: Tensor, latent: Tensor | None) -> bool:
         """Whether the logits are those of the last layer, with nothing done to them."""
         layer = self._last_layer()
-        if layer is None or not isinstance(self.network, nn.Module):
+        if layer is None or not isinstance(self.model, nn.Module):
             return False
-        device = layer.weight.device
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-        sigma = torch.zeros(1, device=device)
-        latent = torch.full((1, 1), 0.5, device=device) if self.latent_dim else None
-        with torch.no_grad(), evaluation_mode(self.network):
-            logits = self._call(tokens, sigma, latent)
-            try:
-                head = self._call_for_head(tokens, sigma, latent)
-            except (RuntimeError, IndexError):
-                return False  # what follows the layer cannot do without its rows
-        if head is None or head.shape != logits.shape:
-            return False
-        # The same products, of which a scale or a cap would leave more than rounding.
-        bound = max(4.0 * torch.finfo(head.dtype).eps, 1e-3) * float(logits.abs().amax())
-        return bool(((head.logits() - logits).abs() <= bound).all())
+        if latent is None and self.latent_dim:  # no random numbers for a trial
+            latent = sigma.new_full((len(tokens), 1), 0.5)
+        with evaluation_mode(self.model):
+            call = functools.partial(self._call, tokens, sigma, latent)
+            return gives_linear_logits(layer, call, tokens, extra=1)
 
     def _last_layer(self) -> nn.Linear | None:
         if self.compiled:
             return None
         inner = self._inner()
         layer = getattr(getattr(inner, "output_layer", None), "linear", None)
-        if layer is None:
-            getter = getattr(getattr(inner, "model", None), "get_output_embeddings", None)
-            layer = getter() if callable(getter) else None
-        return plain_linear(layer)
+        return output_layer(getattr(inner, "model", None)) if layer is None else plain_linear(layer)
 
     def _latent_layer(self) -> nn.Module | None:
         inner = self._inner()
@@ -140,7 +96,7 @@ class Network:
         return layer if isinstance(layer, nn.Module) else None
 
     def _inner(self) -> Any:
-        return getattr(self.network, "backbone", self.network)
+        return getattr(self.model, "backbone", self.model)
 
     @contextlib.contextmanager
     def _latents(self, latent: Tensor | None) -> Iterator[None]:
@@ -155,8 +111,19 @@ class Network:
             wave = sinusoid(1000.0 * latent.flatten().float(), features.shape[-1])
             return (wave.to(features.device, features.dtype),)
 
-        handle = layer.register_forward_pre_hook(put)
-        try:
+        with layer.register_forward_pre_hook(put):
             yield
-        finally:
-            handle.remove()
+
+
+class Loop:
+    """What stands in for a model's own sampling: its denoiser is made anew with its network."""
+
+    def __init__(self, model: Any, as_model: Callable[[Any], Denoiser]):
+        self.model, self._as_model = model, as_model
+        self._denoiser: Denoiser | None = None
+
+    @property
+    def denoiser(self) -> Denoiser:
+        if self._denoiser is None or self._denoiser.model is not self.model.backbone:
+            self._denoiser = self._as_model(self.model)
+        return self._denoiser

@@ -41,13 +41,9 @@ class Handle:
         while self._undo:
             owner, name, had, old, replacement = self._undo[-1]
             if vars(owner).get(name) is not replacement:
-                raise RuntimeError(
-                    f"{name} of {type(owner).__name__} has been replaced again: undo that first"
-                )
-            if had:
-                setattr(owner, name, old)
-            else:
-                delattr(owner, name)
+                kind = type(owner).__name__
+                raise RuntimeError(f"{name} of {kind} has been replaced again: undo that first")
+            setattr(owner, name, old) if had else delattr(owner, name)
             self._undo.pop()
 
     def __enter__(self) -> Handle:

@@ -6,18 +6,15 @@
         output = model.diffusion_generate(input_ids, attention_mask=..., alg="entropy", ...)
 
 Only the loop behind `diffusion_generate` is replaced: configuration, lengths and warnings are
-the model's own. What is the same: arguments, what comes back, the tokens at temperature 0 and
-their law otherwise. What differs:
+the model's own. Beside what `di4c_fast.integrations` says of all drop-ins:
 
 * the output layer runs for the masked positions alone, a few rows at a time, if it is a plain
   linear layer; `alg="origin"` computes only the positions whose turn it is;
-* a step that fills nothing does not call the model; the history has an entry for it all the same;
-* randomness comes from one seed drawn from torch's default generator;
+* the history has an entry for a step that fills nothing, too;
 * confidences are computed in fp32; `confidence_dtype=torch.bfloat16` gives those of a model in
   bfloat16, many of which tie, at the price of sorting whole rows;
 * sequences with different numbers of masked positions are each filled at their own rate (in the
-  repository by the mean, which overwrites prompts);
-* equal confidences keep the lowest position.
+  repository by the mean, which overwrites prompts); equal confidences keep the lowest position.
 
 Calls with `generation_tokens_hook_func` or `generation_logits_hook_func` run the model's own loop:
 the hooks are promised all logits.
@@ -30,10 +27,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from ..checks import check_bool, check_choice, describe
-from ..draw.request import CONFIDENCE_DTYPES
+from ..checks import check_choice, describe
 from ..heads import Head
 from ..models.linear_output import call_for_head
 from ..samplers.confidence import sample_confidence
@@ -41,6 +38,7 @@ from ._handle import Handle
 
 __all__ = ["DreamOutput", "accelerate", "denoiser"]
 
+HOOKS = ("generation_tokens_hook_func", "generation_logits_hook_func")
 ALGORITHMS = ("origin", "maskgit_plus", "topk_margin", "entropy", "confidence_threshold")
 
 
@@ -62,9 +60,7 @@ def denoiser(model: Any) -> Callable[..., Head]:
             object with logits (R, D, V).
 
     Returns:
-        A callable that gives `LinearHead(hidden, weight, bias)` of the output layer where
-        `model.get_output_embeddings()` is a plain linear layer that the model calls once, and
-        all logits otherwise. It ignores t: Dream has no time.
+        A callable that gives a head, see `di4c_fast.models.linear_output.head_of`. It ignores t.
     """
 
     def call(
@@ -78,75 +74,42 @@ def denoiser(model: Any) -> Callable[..., Head]:
     return call
 
 
-def accelerate(
-    model: Any,
-    *,
-    exclude_mask: bool = False,
-    confidence_dtype: torch.dtype | None = None,
-    seed: int | None = None,
-) -> Handle:
+def accelerate(model: Any, **options: Any) -> Handle:
     """Replace the sampling loop of `model.diffusion_generate`.
 
     Args:
         model: `DreamModel` (any with its `_sample` method) of Dream or of Fast-dLLM.
-        exclude_mask: never draw the mask, and so wait for the device at no step. Dream may draw
-            it and then leaves masks in the answer; a trained model gives it no probability.
-            `origin` never draws it.
-        confidence_dtype: see the module's head.
-        seed: of all calls; None draws one for each.
-
-    Returns:
-        `Handle`: `remove()` undoes it, as does leaving a `with` block.
+        options: keywords of `sample_confidence` for every call: confidence_dtype, seed, ...
+            exclude_mask=True never draws the mask, and so waits for the device at no step. False,
+            the default, as Dream, which then leaves masks in the answer; a trained model gives it
+            no probability. `origin` never draws it.
 
     Raises:
         TypeError: `model` has no method `_sample`.
-        ValueError (when generating): unknown `alg`, and what `sample_confidence` raises.
+        TypeError, ValueError (when generating): unknown `alg`, and what `sample_confidence` raises.
     """
     if not callable(getattr(model, "_sample", None)):
         raise TypeError(f"model must have Dream's method _sample, got {describe(model)}")
-    check_bool(exclude_mask, "exclude_mask")
-    if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
-        known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
-        raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
-    return Handle(model, "_sample", _Loop(model, exclude_mask, confidence_dtype, seed))
+    return Handle(model, "_sample", _Loop(model, options))
 
 
 class _Loop:
     """Dream's `_sample` with its arguments."""
 
-    def __init__(
-        self,
-        model: Any,
-        exclude_mask: bool,
-        confidence_dtype: torch.dtype | None,
-        seed: int | None,
-    ):
-        self._model, self._original = model, model._sample
-        self._exclude_mask, self._confidence_dtype = exclude_mask, confidence_dtype
-        self._seed = seed
+    def __init__(self, model: Any, options: dict[str, Any]):
+        self._model, self._original, self._options = model, model._sample, options
 
     @torch.no_grad()
     def __call__(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        generation_config: Any,
-        generation_tokens_hook_func: Any = None,
-        generation_logits_hook_func: Any = None,
-        **more: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None, generation_config: Any, **more: Any
     ) -> Any:
-        hooks = (generation_tokens_hook_func, generation_logits_hook_func)
-        if not all(_does_nothing(hook) for hook in hooks):
-            return self._original(
-                input_ids,
-                attention_mask=attention_mask,
-                generation_config=generation_config,
-                generation_tokens_hook_func=generation_tokens_hook_func,
-                generation_logits_hook_func=generation_logits_hook_func,
-                **more,
-            )
-        config = generation_config
+        if not all(_does_nothing(more.get(hook)) for hook in HOOKS):
+            own = {"attention_mask": attention_mask, "generation_config": generation_config}
+            return self._original(input_ids, **own, **more)
+        config, options = generation_config, {"exclude_mask": False, **self._options}
         check_choice(config.alg, "alg", ALGORITHMS)
+        if config.alg == "origin":
+            options["exclude_mask"] = True
         by_threshold = config.alg == "confidence_threshold"
         changes: dict[int, Tensor] = {}
         start: list[Tensor] = []
@@ -164,13 +127,11 @@ class _Loop:
             top_p=None if config.top_p is None or config.top_p >= 1 else config.top_p,
             confidence_temperature=0.0 if by_threshold else config.alg_temp or 0.0,
             shift=True,
-            exclude_mask=self._exclude_mask or config.alg == "origin",
-            confidence_dtype=self._confidence_dtype,
             prompt=input_ids,
             context=_attention(attention_mask, config.max_length),
-            seed=self._seed,
             callback=lambda step, total, state: changes.update({step: state}),
             history=start,
+            **options,
         )
         if not config.return_dict_in_generate:
             return tokens
@@ -201,5 +162,5 @@ def _attention(attention_mask: Tensor | None, length: int) -> dict[str, Tensor]:
     missing = length - attention_mask.shape[1]
     real = torch.nn.functional.pad(attention_mask != 0, (0, missing), value=True)
     positions = (real.long().cumsum(-1) - 1).masked_fill(~real, 1)
-    pairs = real[:, None, None, :] & real[:, None, :, None]
+    pairs = rearrange(real, "b d -> b 1 1 d") & rearrange(real, "b d -> b 1 d 1")
     return {"attention_mask": pairs, "tok_idx": positions}

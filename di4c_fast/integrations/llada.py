@@ -6,14 +6,11 @@
     with di4c_fast.integrations.llada.accelerate(module):  # or handle = ...; handle.remove()
         module.generate(model, input_ids, ...)              # a repository's own module and calls
 
-Nothing of the repositories is imported. What is the same: arguments, defaults, results, the
-tokens at temperature 0 and the law of the tokens otherwise. What differs:
+Beside what `di4c_fast.integrations` says of all drop-ins:
 
 * the output layer runs for the masked positions of the current block alone, a few rows at a
-  time, if it is a plain linear layer (`model.get_output_embeddings()`);
-* a step that fills nothing does not call the model; sequences without masked positions in the
-  block are left out of the call;
-* randomness comes from one seed drawn from torch's default generator; draws are exact in fp32;
+  time, if it is a plain linear layer (`model.get_output_embeddings()`); sequences without masked
+  positions in the block are left out of the call;
 * confidences are computed in fp32. `confidence_dtype=torch.bfloat16` gives those of LLaDA in
   bfloat16, many of which tie, `torch.float64` those of Fast-dLLM, both at the price of whole rows;
 * equal confidences keep the lowest position; masks inside the prompt are filled with the first
@@ -29,9 +26,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
-from ..checks import check_choice, check_int64, check_rank, check_tensor, describe
+from ..checks import check_choice, check_int64, check_rank, check_shape, check_tensor, describe
 from ..heads import Head
 from ..models.linear_output import call_for_head
 from ..samplers.arguments import check_counts
@@ -41,6 +39,7 @@ from ._handle import Handle
 __all__ = ["EOS_ID", "EOT_ID", "accelerate", "denoiser", "generate", "generate_fast_dllm"]
 
 MASK_ID, EOS_ID, EOT_ID = 126336, 126081, 126348
+COMMON = ("model", "prompt", "steps", "gen_length", "block_length", "temperature", "remasking")
 REMASKING = ("low_confidence", "random")
 
 
@@ -52,9 +51,7 @@ def denoiser(model: Any) -> Callable[..., Head]:
             with logits (R, D, V); also without `attention_mask` if none is given.
 
     Returns:
-        A callable that gives `LinearHead(hidden, weight, bias)` of the output layer where
-        `model.get_output_embeddings()` is a plain linear layer that the model calls once, and
-        all logits otherwise. It ignores t: LLaDA has no time.
+        A callable that gives a head, see `di4c_fast.models.linear_output.head_of`. It ignores t.
     """
     config = getattr(model, "config", None)
     scale = 1.0
@@ -82,9 +79,6 @@ def generate(
     mask_id: int = MASK_ID,
     logits_eos_inf: bool = False,
     confidence_eos_eot_inf: bool = False,
-    *,
-    exclude_mask: bool = False,
-    confidence_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Tensor:
     """LLaDA's `generate`: the prompt (B, P) with `gen_length` tokens behind it.
@@ -93,11 +87,11 @@ def generate(
         model, prompt, attention_mask, steps, gen_length, block_length, temperature, cfg_scale,
             remasking, mask_id, logits_eos_inf, confidence_eos_eot_inf: as in LLaDA. With
             `confidence_eos_eot_inf` and a temperature, only EoT is deferred, as there.
-        exclude_mask: never draw the mask, and so wait for the device at no step. LLaDA may draw
-            it and then leaves masks in the answer; a trained model gives it no probability.
-        confidence_dtype: see the module's head.
-        options: more of `sample_confidence`: eos_id, threshold, factor, seed, generator,
-            callback, history ... With a threshold or factor, `steps` is not used.
+        options: more of `sample_confidence`: confidence_dtype, eos_id, threshold, factor, seed,
+            generator, callback, history ... With a threshold or factor, `steps` is not used.
+            exclude_mask=True never draws the mask, and so waits for the device at no step. False,
+            the default, as LLaDA, which then leaves masks in the answer; a trained model gives it
+            no probability.
 
     Returns:
         (B, P + gen_length) int64.
@@ -106,30 +100,25 @@ def generate(
         TypeError, ValueError: as `sample_confidence`; `block_length` that does not divide
             `gen_length`, `steps` that are no multiple of the number of blocks.
     """
+    deferred: tuple[int, ...] = ()
+    if confidence_eos_eot_inf and remasking == "low_confidence":
+        # At a temperature the repository changes a copy of the logits for EOS, without effect.
+        deferred = (EOS_ID, EOT_ID) if temperature == 0 else (EOT_ID,)
+    device = getattr(model, "device", None)
     return _generate(
-        model,
+        denoiser(model),
         prompt,
-        attention_mask=attention_mask,
-        steps=steps,
-        gen_length=gen_length,
-        block_length=block_length,
+        attention_mask,
+        (steps, gen_length, block_length),
+        device,
+        rule=remasking,
+        mask_id=mask_id,
         temperature=temperature,
         guidance_scale=cfg_scale,
-        remasking=remasking,
-        mask_id=mask_id,
         banned_ids=(EOS_ID,) if logits_eos_inf else (),
-        deferred_ids=_deferred(confidence_eos_eot_inf, remasking, temperature),
-        exclude_mask=exclude_mask,
-        confidence_dtype=confidence_dtype,
+        deferred_ids=deferred,
         **options,
     )
-
-
-def _deferred(wanted: bool, remasking: str, temperature: float) -> tuple[int, ...]:
-    if not wanted or remasking != "low_confidence":
-        return ()
-    # At a temperature the repository changes a copy of the logits for EOS, without effect.
-    return (EOS_ID, EOT_ID) if temperature == 0 else (EOT_ID,)
 
 
 @torch.no_grad()
@@ -144,9 +133,6 @@ def generate_fast_dllm(
     mask_id: int = MASK_ID,
     threshold: float | None = None,
     factor: float | None = None,
-    *,
-    exclude_mask: bool = False,
-    confidence_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[Tensor, int]:
     """Fast-dLLM's `generate` for LLaDA, without cache: the tokens and the number of model calls.
@@ -163,48 +149,28 @@ def generate_fast_dllm(
         calls += 1
         return given(tokens, t)
 
+    sizes, device = (steps, gen_length, block_length), getattr(model, "device", None)
+    options |= {"threshold": threshold, "factor": factor, "temperature": temperature}
     tokens = _generate(
-        model,
-        prompt,
-        attention_mask=None,
-        steps=steps,
-        gen_length=gen_length,
-        block_length=block_length,
-        temperature=temperature,
-        guidance_scale=0.0,
-        remasking=remasking,
-        mask_id=mask_id,
-        threshold=threshold,
-        factor=factor,
-        exclude_mask=exclude_mask,
-        confidence_dtype=confidence_dtype,
-        call=counted,
-        **options,
+        counted, prompt, None, sizes, device, rule=remasking, mask_id=mask_id, **options
     )
     return tokens, calls
 
 
 def _generate(
-    model: Any,
+    call: Callable[..., Head],
     prompt: Tensor,
-    *,
     attention_mask: Tensor | None,
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    remasking: str,
-    exclude_mask: bool,
-    threshold: float | None = None,
-    factor: float | None = None,
-    call: Callable[..., Head] | None = None,
+    sizes: tuple[int, int, int],
+    device: torch.device | None,
     **options: Any,
 ) -> Tensor:
     check_int64(prompt, "prompt")
     check_rank(prompt, "prompt", exactly=2)
-    check_choice(remasking, "remasking", REMASKING)
-    check_counts(
-        [("steps", steps, 1), ("gen_length", gen_length, 1), ("block_length", block_length, 1)]
-    )
+    check_choice(options["rule"], "remasking", REMASKING)
+    names = ("steps", "gen_length", "block_length")
+    check_counts([(name, size, 1) for name, size in zip(names, sizes, strict=True)])
+    steps, gen_length, block_length = sizes
     if gen_length % block_length:
         raise ValueError(
             f"gen_length must be a multiple of block_length, {block_length}, got {gen_length}"
@@ -212,32 +178,23 @@ def _generate(
     blocks = gen_length // block_length
     if steps % blocks:
         raise ValueError(f"steps must be a multiple of the number of blocks, {blocks}, got {steps}")
-    open_ended = threshold is not None or factor is not None
+    prompt = prompt.to(prompt.device if device is None else device)
     context = {}
-    batch, length = prompt.shape
-    device = getattr(model, "device", prompt.device)
     if attention_mask is not None:
         check_tensor(attention_mask, "attention_mask")
-        if attention_mask.shape != prompt.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of prompt {tuple(prompt.shape)}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        attention_mask = attention_mask.to(device)
-        ones = attention_mask.new_ones(batch, gen_length)
-        context["attention_mask"] = torch.cat([attention_mask, ones], dim=1)
+        check_shape(attention_mask, "attention_mask", "B, P", prompt.shape)
+        seen = functional.pad(attention_mask.to(prompt.device), (0, gen_length), value=1)
+        context["attention_mask"] = seen
+    if options.get("threshold") is None and options.get("factor") is None:
+        options["steps"] = steps
+    batch, length = prompt.shape
     return sample_confidence(
-        denoiser(model) if call is None else call,
+        call,
         (batch, length + gen_length),
-        steps=None if open_ended else steps,
-        rule=remasking,
         block_length=block_length,
-        threshold=threshold,
-        factor=factor,
-        exclude_mask=exclude_mask,
-        prompt=prompt.to(device),
+        prompt=prompt,
         context=context,
-        **options,
+        **{"steps": None, "exclude_mask": False, **options},
     )
 
 
@@ -250,9 +207,6 @@ def accelerate(module: Any, **options: Any) -> Handle:
             before stay as they were.
         options: keywords for every call: exclude_mask, confidence_dtype, seed, eos_id, ...
 
-    Returns:
-        `Handle`: `remove()` undoes it, as does leaving a `with` block.
-
     Raises:
         TypeError: no such function, or one whose arguments are those of neither repository.
     """
@@ -260,15 +214,10 @@ def accelerate(module: Any, **options: Any) -> Handle:
     if not callable(found):
         raise TypeError(f"module must have a function generate, got {describe(module)}")
     names = set(inspect.signature(found).parameters)
-    common = {"model", "prompt", "steps", "gen_length", "block_length", "temperature"}
-    common |= {"remasking", "mask_id"}
-    if common | {"cfg_scale"} <= names:
-        ours: Callable[..., Any] = generate
-    elif common | {"threshold"} <= names:
-        ours = generate_fast_dllm
-    else:
-        raise TypeError(
-            "module.generate must have the arguments of LLaDA's or of Fast-dLLM's, "
-            f"got {', '.join(sorted(names))}"
-        )
-    return Handle(module, "generate", functools.partial(ours, **options))
+    for ours, its_own in ((generate, "cfg_scale"), (generate_fast_dllm, "threshold")):
+        if {*COMMON, "mask_id", its_own} <= names:
+            return Handle(module, "generate", functools.partial(ours, **options))
+    raise TypeError(
+        "module.generate must have the arguments of LLaDA's or of Fast-dLLM's, "
+        f"got {', '.join(sorted(names))}"
+    )

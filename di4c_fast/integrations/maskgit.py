@@ -5,11 +5,20 @@
     with accelerate_di4c(student):           # or handle = ...; handle.remove()
         images, codes, masks = student.sample(nb_sample=10, labels=labels, step=4, w=6)
 
-Nothing of the repositories is imported: the trainers are used by the names of their attributes.
-What is the same: arguments, the tuple that comes back, the law of the tokens (with
-`exclude_mask=False`). What differs:
+Training in place of `student.fit_di4c(teacher, ...)`, with the settings of `di4c_main.py`:
 
-* randomness comes from one seed drawn from torch's default generator, none from NumPy;
+    config = DistillConfig(
+        components=32, teacher_step=0.05, low_t=0.05, low_t_probability=0.05, component_weight=20.0
+    )
+    process = MaskGITProcess(1024, exclude_mask=False)
+    distiller = Distiller(
+        as_model(student), as_model(teacher), optimizer, process=process, config=config
+    )
+    distiller.step(codes.flatten(1), context={"labels": labels, "drop": drop})
+
+Beside what `di4c_fast.integrations` says of all drop-ins (the law of the tokens is that of the
+repositories with `exclude_mask=False`):
+
 * the mask token is not drawn, unless `exclude_mask=False`, which clamps it to the last code as
   the repositories do;
 * exactly as many positions as scheduled are revealed, also where confidences tie; one step works;
@@ -24,45 +33,82 @@ What is the same: arguments, the tuple that comes back, the law of the tokens (w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from ..checks import check_bool, check_number, check_tensor
-from ..models.call import evaluation_mode
+from ..checks import check_bool, check_number, check_shape, check_tensor
+from ..models.call import Wrapper
 from ..processes.reveal import check_schedule, reveal_counts
 from ..samplers.maskgit import sample_maskgit
 from ._handle import Handle, check_attributes
 
-__all__ = ["ConfidenceSampler", "Handle", "accelerate_di4c", "accelerate_valeoai"]
+__all__ = ["ConfidenceSampler", "Handle", "accelerate_di4c", "accelerate_valeoai", "as_model"]
 
 Result = tuple[Tensor, list[Tensor], list[Tensor]]
+
+_ViT = ("vit", "ae", "codebook_size", "patch_size", "args")
+_SETTINGS = ("sm_temp", "w", "randomize", "r_temp", "sched_mode", "step")
+
+
+class _Denoiser(Wrapper):
+    """A network called with codes (R, h, w), labels and which of them to drop."""
+
+    def __init__(self, network: Any, side: int, amp: bool):
+        super().__init__(network)
+        self.side, self.amp = side, amp
+
+    def forward(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        latent: Tensor | None = None,
+        *,
+        labels: Tensor,
+        drop: Tensor,
+    ) -> Tensor:
+        codes = rearrange(tokens, "r (h w) -> r h w", h=self.side)
+        more = {} if latent is None else {"z": latent}
+        amp = self.amp and tokens.is_cuda  # as in the original
+        with torch.autocast("cuda") if amp else contextlib.nullcontext():
+            return self.model(codes, labels, drop, **more)
+
+
+def as_model(trainer: Any) -> _Denoiser:
+    """MaskGIT's network as a module (tokens (R, D), t[, latent (R, 1)], labels=, drop=) → logits.
+
+    For `sample_maskgit` and `Distiller`, with the context labels (B,) int64 and drop (B,) bool,
+    where True leaves the label out. t is not used. All logits: (R, D, codes + 1), from an embedding
+    that serves as output layer, with a bias per position; `LinearHead` takes one (D, V).
+
+    Args:
+        trainer: a `MaskGIT` of the fork or of the first version.
+
+    Raises:
+        TypeError: `trainer` lacks an attribute.
+    """
+    check_attributes(trainer, "trainer", _ViT)
+    return _Denoiser(trainer.vit, trainer.patch_size, amp=True)
 
 
 def accelerate_di4c(trainer: Any, *, exclude_mask: bool = True) -> Handle:
     """Replace `trainer.sample` of the authors' MaskGIT fork by `di4c_fast.samplers`.
 
     Args:
-        trainer: a `MaskGIT` of `Trainer/vit.py`, teacher or student (`args.is_student`). Its
-            attributes `vit`, `ae`, `codebook_size`, `patch_size`, `latent_dim`, `args` are read
-            at every call.
+        trainer: a `MaskGIT` of `Trainer/vit.py`, teacher or student (`args.is_student`), whose
+            attributes are read at every call.
         exclude_mask: see the module's head.
-
-    Returns:
-        `Handle`.
 
     Raises:
         TypeError: `trainer` lacks one of the attributes.
         ValueError (when sampling): `sm_temp` not positive, `args.mask_value` negative (random
             tokens in place of masks), and what `sample_maskgit` raises.
     """
-    check_attributes(
-        trainer,
-        "trainer",
-        ("vit", "ae", "codebook_size", "patch_size", "latent_dim", "args", "sample"),
-    )
+    check_attributes(trainer, "trainer", (*_ViT, "latent_dim", "sample"))
     check_bool(exclude_mask, "exclude_mask")
     return Handle(trainer, "sample", _ViTSampler(trainer, "di4c", exclude_mask))
 
@@ -76,32 +122,21 @@ def accelerate_valeoai(trainer: Any, *, exclude_mask: bool = True) -> Handle:
             the first version has its `sample` replaced.
         exclude_mask: see the module's head.
 
-    Returns:
-        `Handle`.
-
     Raises:
         TypeError: `trainer` lacks an attribute, or its sampler is not the confidence sampler.
         ValueError (when sampling): as in `accelerate_di4c`.
     """
     check_bool(exclude_mask, "exclude_mask")
     if getattr(trainer, "sampler", None) is None:
-        check_attributes(
-            trainer, "trainer", ("vit", "ae", "codebook_size", "patch_size", "args", "sample")
-        )
+        check_attributes(trainer, "trainer", (*_ViT, "sample"))
         return Handle(trainer, "sample", _ViTSampler(trainer, "valeoai_v1", exclude_mask))
     check_attributes(trainer, "trainer", ("vit", "ae", "input_size", "args", "sampler"))
-    settings = ("sm_temp", "w", "randomize", "r_temp", "sched_mode", "step")
-    missing = [name for name in settings if not hasattr(trainer.sampler, name)]
-    if missing:
-        raise TypeError(
-            "trainer.sampler must be a ConfidenceSampler, with the attributes "
-            f"{', '.join(settings)}, got {type(trainer.sampler).__name__} without "
-            f"{', '.join(missing)}"
-        )
-    values = {name: getattr(trainer.sampler, name) for name in settings}
-    return Handle(trainer, "sampler", ConfidenceSampler(**values, exclude_mask=exclude_mask))
+    check_attributes(trainer.sampler, "trainer.sampler, a ConfidenceSampler,", _SETTINGS)
+    settings = {name: getattr(trainer.sampler, name) for name in _SETTINGS}
+    return Handle(trainer, "sampler", ConfidenceSampler(**settings, exclude_mask=exclude_mask))
 
 
+@dataclasses.dataclass(eq=False)
 class ConfidenceSampler:
     """The `ConfidenceSampler` of today's valeoai repository, with the same arguments.
 
@@ -109,24 +144,13 @@ class ConfidenceSampler:
     anew at every step, as there.
     """
 
-    def __init__(
-        self,
-        sm_temp: float = 1.0,
-        w: float = 3.0,
-        randomize: str = "linear",
-        r_temp: float = 4.5,
-        sched_mode: str = "arccos",
-        step: int = 12,
-        *,
-        exclude_mask: bool = True,
-    ):
-        self.sm_temp = sm_temp
-        self.w = w
-        self.randomize = randomize
-        self.r_temp = r_temp
-        self.sched_mode = sched_mode
-        self.step = step
-        self.exclude_mask = exclude_mask
+    sm_temp: float = 1.0
+    w: float = 3.0
+    randomize: str = "linear"
+    r_temp: float = 4.5
+    sched_mode: str = "arccos"
+    step: int = 12
+    exclude_mask: bool = dataclasses.field(default=True, kw_only=True)
 
     def __str__(self) -> str:
         return (
@@ -146,25 +170,14 @@ class ConfidenceSampler:
         """Images in [-1, 1], the tokens (B, h, w) after each step, and the masks as float."""
         args = trainer.args
         network = trainer.ema if args.use_ema else trainer.vit
-
-        def model(tokens: Tensor, t: Tensor, labels: Tensor, drop: Tensor) -> Tensor:
-            codes = tokens.view(-1, trainer.input_size, trainer.input_size)
-            return network(codes, labels, drop)
-
         images, codes, masks = _sample(
-            model,
-            network,
-            trainer.ae,
-            side=trainer.input_size,
-            codebook_size=args.codebook_size,
-            mask_value=args.mask_value,
-            device=args.device,
-            init_code=init_code,
-            nb_sample=nb_sample,
-            labels=labels,
-            sm_temp=self.sm_temp,
+            _Denoiser(network, trainer.input_size, amp=False),
+            trainer,
+            args.codebook_size,
+            (nb_sample, init_code, labels),
+            self.sm_temp,
+            self.randomize,
             guidance=self.w,
-            randomize=self.randomize,
             gumbel_temperature=self.r_temp,
             steps=self.step,
             schedule=self.sched_mode,
@@ -196,48 +209,23 @@ class _ViTSampler:
         teacher: Any = None,
     ) -> Result:
         trainer = self._trainer
-        side, args = trainer.patch_size, trainer.args
-        student = bool(getattr(args, "is_student", False))
-
-        device = torch.device(args.device)
-
-        def network_call(network: Any, *inputs: Tensor, **more: Tensor) -> Tensor:
-            tokens, labels, drop = inputs
-            # Half precision on a GPU, as in the original.
-            autocast = device.type == "cuda"
-            with torch.autocast("cuda") if autocast else contextlib.nullcontext():
-                return network(tokens.view(-1, side, side), labels, drop, **more)
-
-        def model(
-            tokens: Tensor, t: Tensor, latent: Tensor | None = None, **conditions: Tensor
-        ) -> Tensor:
-            more = {} if latent is None else {"z": latent}
-            return network_call(trainer.vit, tokens, *conditions.values(), **more)
-
-        def teacher_model(tokens: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-            return network_call(teacher.vit, tokens, *conditions.values())
-
+        student = bool(getattr(trainer.args, "is_student", False))
+        model = as_model(trainer)
         if isinstance(sched_mode, str):
             check_schedule(sched_mode, step, self._style)
-            counts = reveal_counts(step, side * side, sched_mode, self._style)
+            counts = reveal_counts(step, model.side**2, sched_mode, self._style)
         else:
             counts = [int(count) for count in sched_mode]
+        other = None if teacher is None else _Denoiser(teacher.vit, model.side, amp=True)
         return _sample(
             model,
-            trainer.vit,
-            trainer.ae,
-            side=side,
-            codebook_size=trainer.codebook_size,
-            mask_value=args.mask_value,
-            device=device,
-            init_code=init_code,
-            nb_sample=nb_sample,
-            labels=labels,
-            sm_temp=sm_temp,
+            trainer,
+            trainer.codebook_size,
+            (nb_sample, init_code, labels),
+            sm_temp,
+            randomize,
             guidance=w,
-            guidance_model=None if teacher is None else teacher_model,
-            guidance_network=None if teacher is None else teacher.vit,
-            randomize=randomize,
+            guidance_model=other,
             gumbel_temperature=r_temp,
             steps=len(counts),
             schedule=counts,
@@ -247,23 +235,17 @@ class _ViTSampler:
 
 
 def _sample(
-    model: Any,
-    network: Any,
-    autoencoder: Any,
-    *,
-    side: int,
+    model: _Denoiser,
+    trainer: Any,
     codebook_size: int,
-    mask_value: int,
-    device: Any,
-    init_code: Tensor | None,
-    nb_sample: int,
-    labels: Tensor | None,
+    given: tuple[int, Tensor | None, Tensor | None],
     sm_temp: float,
     randomize: str,
-    guidance_network: Any = None,
     **arguments: Any,
 ) -> Result:
     """Tokens by `sample_maskgit`, in the shapes of the repositories, and their images."""
+    batch, init_code, labels = given
+    mask_value, side = trainer.args.mask_value, model.side
     check_number(sm_temp, "sm_temp")
     if sm_temp <= 0:
         raise ValueError(f"sm_temp must be positive, got {sm_temp}")
@@ -273,42 +255,36 @@ def _sample(
             f"supported, got {mask_value}"
         )
     if labels is None:
-        classes = getattr(network, "module", network).nclass
-        labels = torch.randint(classes, (nb_sample,), device=device)
+        classes = getattr(model.model, "module", model.model).nclass
+        labels = torch.randint(classes, (batch,), device=trainer.args.device)
     check_tensor(labels, "labels")
-    if tuple(labels.shape) != (nb_sample,):
-        raise ValueError(
-            f"labels must have shape (nb_sample,) = ({nb_sample},), got {tuple(labels.shape)}"
-        )
+    check_shape(labels, "labels", "nb_sample,", (batch,))
     prompt = None
     if init_code is not None:
         check_tensor(init_code, "init_code")
-        if init_code.numel() != nb_sample * side * side:
+        if init_code.numel() != batch * side * side:
             raise ValueError(
                 f"init_code must have shape (nb_sample, {side}, {side}) with nb_sample = "
-                f"{nb_sample}, got {tuple(init_code.shape)}"
+                f"{batch}, got {tuple(init_code.shape)}"
             )
-        prompt = init_code.reshape(nb_sample, side * side).long()
+        prompt = init_code.reshape(batch, side * side).long()
         # The repositories know a masked position by this id, whatever fills the others.
         prompt = torch.where(prompt == codebook_size, mask_value, prompt)
-    keep = torch.zeros(nb_sample, dtype=torch.bool, device=labels.device)
+    keep = torch.zeros(batch, dtype=torch.bool, device=labels.device)
     history: list[Tensor] = []
-    with evaluation_mode(network, guidance_network):
-        tokens = sample_maskgit(
-            model,
-            (nb_sample, side * side),
-            mask_id=mask_value,
-            prompt=prompt,
-            context={"labels": labels, "drop": keep},
-            unconditional={"labels": labels, "drop": ~keep},
-            randomize=randomize if randomize in ("linear", "warm_up", "random") else "none",  # type: ignore[arg-type]
-            temperature=1.0 / sm_temp,
-            history=history,
-            device=labels.device,
-            **arguments,
-        )
-        images = autoencoder.decode_code(
-            tokens.view(nb_sample, side, side).clamp(0, codebook_size - 1)
-        )
-    codes = [codes.view(nb_sample, side, side) for codes in history[1:]]
+    sample_maskgit(
+        model,
+        (batch, side * side),
+        mask_id=mask_value,
+        prompt=prompt,
+        context={"labels": labels, "drop": keep},
+        unconditional={"labels": labels, "drop": ~keep},
+        randomize=randomize if randomize in ("linear", "warm_up", "random") else "none",  # type: ignore[arg-type]
+        temperature=1.0 / sm_temp,
+        history=history,
+        device=labels.device,
+        **arguments,
+    )
+    codes = [rearrange(tokens, "b (h w) -> b h w", h=side) for tokens in history[1:]]
+    images = trainer.ae.decode_code(codes[-1].clamp(0, codebook_size - 1))
     return images, codes, [(code == mask_value).float() for code in codes]

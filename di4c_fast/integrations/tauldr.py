@@ -9,23 +9,22 @@
 
 replaces `TauLeaping.sample` and `PCTauLeaping.sample` of the first module, and the draws of
 `DistilChain.calc_pst` of the second, on which the fork's sampling script and its training rest.
-Without replacing anything, and with everything that `sample_gaussian` offers:
+Without replacing anything, for sampling and for training (the component pass included):
 
+    student, process = as_model(network), process_of(network)
     tokens = sample_gaussian(
-        as_model(student), (50, 3 * 32 * 32), process=process_of(student), steps=10,
-        latent_dim=student.lam_raw_dim, teacher=as_model(teacher), teacher_steps=2,
-        device=student.device,
+        student, (50, 3 * 32 * 32), process=process, steps=10, latent_dim=network.lam_raw_dim,
+        teacher=as_model(teacher), teacher_steps=2,
     )
+    distiller = Distiller(student, as_model(teacher), optimizer, process=process, config=config)
 
-Nothing of the repositories is imported. What is the same: arguments, shapes and kinds of what
-comes back, the times, the law of a step. What differs:
+Beside what `di4c_fast.integrations` says of all drop-ins:
 
 * `sample` takes steps from the exact posterior instead of tau-leaps, at the times
   linspace(1, min_t, num_steps), and no corrector steps: `num_steps` model calls, as in the
   fork's script. A student of the fork gets a fresh λ per step and sample;
 * transition matrices are float64 and cached; nothing is added to probabilities, where the fork
   adds 1e-9 to each; an x_0 that cannot have led to x_t leaves x_s to q(x_t | x_s);
-* randomness comes from one seed drawn from torch's default generator;
 * with an odd number of classes "gaussian" starts from the exact stationary law, whose middle is
   half a class from the repositories'.
 """
@@ -33,22 +32,25 @@ comes back, the times, the law of a step. What differs:
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..checks import check_choice, check_int64, check_shape, check_values, describe
 from ..draw.api import sample
 from ..heads import HeadLike, LogisticHead, as_head
+from ..models.call import Wrapper, check_callable
 from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import draw_by_weights, fine_uniform
 from ..rng import draw_seed
 from ..samplers.gaussian import sample_gaussian
-from ._handle import Handle
+from ._handle import Handle, check_attributes
 
 __all__ = ["Handle", "accelerate_tauldr", "as_model", "process_of"]
 
@@ -66,9 +68,6 @@ def accelerate_tauldr(*modules: ModuleType) -> Handle:
         modules: `lib.sampling.sampling`, `lib.losses.losses` (of the fork), or both, in any
             order; whatever has the classes `TauLeaping`, `PCTauLeaping` or `DistilChain`.
 
-    Returns:
-        `Handle`.
-
     Raises:
         TypeError: no module, or one without any of these classes; nothing is then replaced.
         ValueError, TypeError (when sampling): the model has no Gaussian rate, an unknown
@@ -78,18 +77,18 @@ def accelerate_tauldr(*modules: ModuleType) -> Handle:
         raise TypeError("accelerate_tauldr needs lib.sampling.sampling or lib.losses.losses")
     found: list[tuple[Any, str, Callable[..., Any]]] = []
     for module in modules:
-        classes = [(name, getattr(module, name, None)) for name in (*_SAMPLERS, _LOSS)]
-        here = [(name, value) for name, value in classes if isinstance(value, type)]
-        if not here:
+        here = len(found)
+        for name in (*_SAMPLERS, _LOSS):
+            owner = getattr(module, name, None)
+            if isinstance(owner, type) and name == _LOSS:
+                found.append((owner, "calc_pst", _posterior_of(vars(owner)["calc_pst"])))
+            elif isinstance(owner, type):
+                found.append((owner, "sample", _sample))
+        if len(found) == here:
             raise TypeError(
                 f"modules must have one of the classes {', '.join((*_SAMPLERS, _LOSS))}, "
                 f"got {describe(module)}"
             )
-        for name, owner in here:
-            if name == _LOSS:
-                found.append((owner, "calc_pst", _posterior_of(vars(owner)["calc_pst"])))
-            else:
-                found.append((owner, "sample", _sample))
     handle = Handle()
     for replaced in found:
         handle.replace(*replaced)
@@ -102,12 +101,7 @@ def process_of(network: Any, *, t_min: float = 0.01) -> GaussianProcess:
     Raises:
         TypeError: the model has another rate.
     """
-    missing = [name for name in _NUMBERS if not hasattr(network, name)]
-    if missing:
-        raise TypeError(
-            f"network must have a Gaussian rate, with the attributes {', '.join(_NUMBERS)}, got "
-            f"{type(network).__name__} without {', '.join(missing)}"
-        )
+    check_attributes(network, "network, with a Gaussian rate,", _NUMBERS)
     return GaussianProcess(
         int(network.S),
         rate_sigma=float(network.rate_sigma),
@@ -118,33 +112,31 @@ def process_of(network: Any, *, t_min: float = 0.01) -> GaussianProcess:
     )
 
 
-def as_model(network: Any) -> Callable[..., HeadLike]:
-    """A model of this package: (tokens, t[, latent]) to a head.
+def as_model(network: Any) -> Wrapper:
+    """A model of this package as a module: (tokens (R, D), t (R,)[, latent (R, L)]) to a head.
 
     An image model, with `net` giving location and scale of a truncated logistic per pixel,
     becomes a `LogisticHead`, so that its 256 bins need not exist; others give their logits.
 
-    The mode of the network stays as it is: call `network.eval()` first, which also puts its
-    averaged weights in place.
+    In the mode of the network: `network.eval()` also puts its averaged weights in place.
     """
-    if not callable(network):
-        raise TypeError(f"network must be callable, got {describe(network)}")
-    if not all(hasattr(network, name) for name in ("net", "data_shape", "fix_logistic", "S")):
-        return lambda tokens, t, *latent: network(tokens, t, *latent)
+    check_callable(network, "network")
+    image = all(hasattr(network, name) for name in ("net", "data_shape", "fix_logistic", "S"))
+    return (_ImageModel if image else _Model)(network)
 
-    def model(tokens: Tensor, t: Tensor, *latent: Tensor) -> LogisticHead:
-        channels = network.data_shape[0]
-        images = tokens.view(-1, *network.data_shape)
-        output = network.net(images, t, *latent)
-        return LogisticHead(
-            output[:, :channels].flatten(1),
-            output[:, channels:].flatten(1),
-            int(network.S),
-            eps=1e-6,
-            clamp="min" if network.fix_logistic else "left",
-        )
 
-    return model
+class _Model(Wrapper):
+    def forward(self, tokens: Tensor, t: Tensor, *latent: Tensor) -> HeadLike:
+        return self.model(tokens, t, *latent)
+
+
+class _ImageModel(Wrapper):
+    def forward(self, tokens: Tensor, t: Tensor, *latent: Tensor) -> LogisticHead:
+        network = self.model
+        output = network.net(tokens.view(-1, *network.data_shape), t, *latent)
+        mu, log_scale = rearrange(output, "r (two c) h w -> two r (c h w)", two=2)
+        head = functools.partial(LogisticHead, mu, log_scale, int(network.S), eps=1e-6)
+        return head(clamp="min" if network.fix_logistic else "left")
 
 
 def _latent_dim(network: Any) -> int:
@@ -189,28 +181,21 @@ def _sample(self: Any, model: Any, N: int, num_intermediates: int) -> tuple[Any,
 
 
 def _stacked(rows: list[Tensor]) -> Any:
-    return torch.stack(rows).cpu().numpy() if rows else torch.empty(0, dtype=torch.int64).numpy()
+    return (torch.stack(rows) if rows else torch.empty(0, dtype=torch.int64)).cpu().numpy()
 
 
 def _posterior_of(original: Callable[..., Any]) -> Callable[..., Any]:
     """`calc_pst` with its draws replaced; whatever it computes besides stays as it was."""
 
     @functools.wraps(original)
-    def calc_pst(
-        self: Any,
-        model: Any,
-        x_t: Tensor,
-        p0t: Tensor,
-        ts: Tensor,
-        ss: Tensor,
-        sample: bool = False,
-        x_0: Tensor | None = None,
-        log_prob: bool = False,
-        sample_zero: bool = False,
-    ) -> Any:
-        if not sample:
-            return original(self, model, x_t, p0t, ts, ss, False, x_0, log_prob, sample_zero)
-        return _draw_posterior(process_of(model), x_t, p0t, ts, ss, x_0, sample_zero)
+    def calc_pst(self: Any, *arguments: Any, **more: Any) -> Any:
+        given = inspect.signature(original).bind(self, *arguments, **more)
+        given.apply_defaults()
+        call = given.arguments
+        if not call["sample"]:
+            return original(self, *arguments, **more)
+        names = ("x_t", "p0t", "ts", "ss", "x_0", "sample_zero")
+        return _draw_posterior(process_of(call["model"]), *(call[name] for name in names))
 
     return calc_pst
 

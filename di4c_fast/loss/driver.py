@@ -273,7 +273,9 @@ def _values(problem: Problem, saved: Saved, passes: Any) -> Values:
             marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
     if problem.component:
         sums = places.sum(_counted_divergence(problem, saved, places))
-        component = (problem.log_weights.exp() * sums).sum(-1).to(dtype)
+        share = problem.log_weights.exp() * sums
+        # However small its weight, a component that excludes a class of q_T is infinitely far.
+        component = torch.where(sums == float("inf"), sums, share).sum(-1).to(dtype)
     return Values(value.to(dtype), marginal, component, teacher_kl, consistency_kl)
 
 

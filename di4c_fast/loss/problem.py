@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..checks import (
     check_bool,
     check_int64,
+    check_mask_id,
     check_same_device,
     check_shape,
     check_tensor,
@@ -108,14 +110,29 @@ def prepare_student(student: HeadLike) -> Head:
     if len(head.shape) != 4:
         hint = ""
         if len(head.shape) == 3:
-            hint = "; a head of B·N rows becomes one with head.unflatten(B, N)"
+            sizes = "0, (B, N)" if isinstance(student, Tensor) else "B, N"
+            hint = f"; rows of all components become one with student.unflatten({sizes})"
         raise ValueError(f"student must have shape (B, N, D, V), got {tuple(head.shape)}{hint}")
     if head.shape[1] == 0:
         raise ValueError(f"student must have N >= 1 components, got shape {tuple(head.shape)}")
     if head.shape[3] == 0:
         raise ValueError(f"student must have V >= 1 classes, got shape {tuple(head.shape)}")
     _check_tensors(head, "student")
+    if isinstance(student, Tensor):
+        _warn_of_probabilities(student)
     return head
+
+
+def _warn_of_probabilities(student: Tensor) -> None:
+    """A warning where a few rows say that these are no logits; on a CPU, where looking is free."""
+    if student.device.type != "cpu" or torch.compiler.is_compiling() or not student.numel():
+        return
+    rows = student.detach()[0, :, 0].double()
+    if student.shape[-1] > 1 and bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all()):
+        warnings.warn(
+            "student must hold logits, got rows that sum to 1 as probabilities do: student.log()?",
+            stacklevel=5,
+        )
 
 
 def _check_tensors(head: Head, name: str) -> None:
@@ -129,18 +146,6 @@ def _check_tensors(head: Head, name: str) -> None:
                     f"a tensor behind {name} is empty, shape {tuple(tensor.shape)}: a sharded "
                     "parameter has to be gathered first"
                 )
-
-
-def prepare_mask_id(mask_id: int | None, vocabulary: int) -> int | None:
-    if mask_id is None:
-        return None
-    if isinstance(mask_id, bool) or not isinstance(mask_id, int):
-        raise TypeError(f"mask_id must be an int or None, got {describe(mask_id)}")
-    if not 0 <= mask_id < vocabulary:
-        raise ValueError(f"mask_id must be in [0, V) = [0, {vocabulary}), got {mask_id}")
-    if vocabulary == 1:
-        raise ValueError("mask_id excludes the only class: V must be at least 2, got 1")
-    return mask_id
 
 
 def prepare_log_weights(log_weights: Tensor | None, student: Head) -> Tensor:
@@ -342,7 +347,7 @@ def prepare_loss(
     check_generator(generator)
     head = prepare_student(student)
     batch, _, positions, vocabulary = head.shape
-    mask_id = prepare_mask_id(mask_id, vocabulary)
+    check_mask_id(mask_id, vocabulary)
     teacher_head = prepare_teacher(teacher, head)
     active = prepare_active(xt, valid, mask_id, head)
     x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
@@ -424,7 +429,7 @@ def prepare_rows_problem(
     """The problem without distributions of `mixture_log_prob` and `correlation`, and whether x came
     as one row for each example."""
     head = prepare_student(student)
-    mask_id = prepare_mask_id(mask_id, head.shape[-1])
+    check_mask_id(mask_id, head.shape[-1])
     active = prepare_active(xt, valid, mask_id, head)
     tokens, single = prepare_rows(x, head, valid)
     check_targets_allowed(tokens, "x", mask_id, active)

@@ -16,26 +16,42 @@ from ..heads import Head, HeadLike, as_head
 Context = Mapping[str, Tensor]
 
 
+class Wrapper(nn.Module):
+    """A module around a model: its weights, below "model.", and its modes are the model's."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.training = getattr(model, "training", False)  # its parts keep their own modes
+
+
 def check_callable(model: Any, name: str) -> None:
     if not callable(model):
-        raise TypeError(f"{name} must be callable, got {type(model).__name__}")
+        raise TypeError(f"{name} must be callable, got {describe(model)}")
 
 
-def check_context(context: Context | None, batch: int, device: torch.device) -> Context:
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {describe(model)}")
+
+
+def check_context(
+    context: Context | None, batch: int, device: torch.device, name: str = "context"
+) -> Context:
     """Conditioning tensors by keyword, each with one entry per example."""
     if context is None:
         return {}
     if not isinstance(context, Mapping):
-        raise TypeError(f"context must be a mapping of tensors, got {type(context).__name__}")
+        raise TypeError(f"{name} must be a mapping of tensors, got {type(context).__name__}")
     for key, value in context.items():
-        name = f"context[{key!r}]"
-        check_tensor(value, name)
+        entry = f"{name}[{key!r}]"
+        check_tensor(value, entry)
         if value.ndim == 0 or value.shape[0] != batch:
             raise ValueError(
-                f"{name} must have B = {batch} as its first size, got {tuple(value.shape)}"
+                f"{entry} must have B = {batch} as its first size, got {tuple(value.shape)}"
             )
         if value.device != device:
-            raise ValueError(f"{name} must be on {device}, got {value.device}")
+            raise ValueError(f"{entry} must be on {device}, got {value.device}")
     return context
 
 

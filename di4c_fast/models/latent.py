@@ -11,22 +11,17 @@ embedding of 1000 λ, a two-layer network, and one extra token that is dropped f
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import reduce
 from torch import Tensor, nn
 
-from ..checks import check_floating, check_number, check_rank, describe
+from ..checks import check_floating, check_int, check_number, check_rank
 from ..rng import generator_uniform
 
 __all__ = ["LatentEmbedding", "LatentShift", "LatentToken", "draw_latents", "sinusoid"]
-
-
-def _check_count(value: int, name: str, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {describe(value)}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def draw_latents(
@@ -44,9 +39,9 @@ def draw_latents(
     >>> draw_latents(2, 3).shape
     torch.Size([2, 3, 1])
     """
-    _check_count(batch, "batch", 0)
-    _check_count(components, "components", 1)
-    _check_count(dim, "dim", 1)
+    check_int(batch, "batch", minimum=0)
+    check_int(components, "components", minimum=1)
+    check_int(dim, "dim", minimum=1)
     return generator_uniform((batch, components, dim), generator=generator, device=device)
 
 
@@ -66,9 +61,7 @@ def sinusoid(x: Tensor, features: int, max_period: float = 10_000.0) -> Tensor:
         (*x.shape, features), fp32 (fp64 for fp64 input).
     """
     check_floating(x, "x")
-    _check_count(features, "features", 4)
-    if features % 2:
-        raise ValueError(f"features must be even, got {features}")
+    _check_even(features, "features")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     half = features // 2
     exponents = torch.arange(half, device=x.device, dtype=x.dtype) / (half - 1)
@@ -102,11 +95,9 @@ class LatentEmbedding(nn.Module):
         zero_init: bool = False,
     ):
         super().__init__()
-        _check_count(width, "width", 1)
-        _check_count(dim, "dim", 1)
-        _check_count(frequencies, "frequencies", 4)
-        if frequencies % 2:
-            raise ValueError(f"frequencies must be even, got {frequencies}")
+        check_int(width, "width", minimum=1)
+        check_int(dim, "dim", minimum=1)
+        _check_even(frequencies, "frequencies")
         check_number(scale, "scale")
         self.width, self.dim, self.frequencies, self.scale = width, dim, frequencies, float(scale)
         self.hidden = nn.Linear(frequencies, 4 * frequencies)
@@ -132,7 +123,33 @@ class LatentEmbedding(nn.Module):
         return f"width={self.width}, dim={self.dim}, scale={self.scale:g}"
 
 
-class LatentToken(nn.Module):
+class _Conditioning(nn.Module):
+    def __init__(self, width: int, dim: int, **options: Any):
+        super().__init__()
+        self.embedding = LatentEmbedding(width, dim, **options)
+
+    @property
+    def dim(self) -> int:
+        """L, the latent dimensions."""
+        return self.embedding.dim
+
+    def _vectors(self, x: Tensor, latent: Tensor, shapes: dict[int, str]) -> Tensor:
+        """(R, L, C) for an `x` whose shape is one of those, by rank."""
+        check_floating(x, "x")
+        check_floating(latent, "latent")
+        width, rows = self.embedding.width, len(x) if x.ndim else 0
+        if x.ndim not in shapes or x.shape[-1] != width:
+            known = " or ".join(shapes.values())
+            raise ValueError(f"x must have shape {known} with C = {width}, got {tuple(x.shape)}")
+        if latent.ndim != 2 or len(latent) != rows:
+            raise ValueError(
+                f"latent must have shape (R, L) with R = {rows}, the rows of x, "
+                f"got {tuple(latent.shape)}"
+            )
+        return self.embedding(latent)
+
+
+class LatentToken(_Conditioning):
     """λ as L extra tokens of a transformer's input, dropped from its output.
 
     Usage inside a model:
@@ -142,43 +159,25 @@ class LatentToken(nn.Module):
         logits = self.head(self.latent.strip(h))     # (R, D, C) again
 
     Position information (embeddings added before, rotary angles by index) is that of the D
-    tokens when the extra tokens stand last, the default.
-
-    Does the student start at the teacher? With `zero_init` the extra tokens are zero vectors
-    and λ has no influence at first, but attention still has L more keys to spread over: the
-    student starts near the teacher, not at it. It starts exactly there if attention masks the
-    extra keys, which also keeps them from learning; `LatentShift` is the module that starts
+    tokens when the extra tokens stand last, the default. With `zero_init` λ has no influence at
+    first, but attention has L more keys to spread over: the student starts near its teacher, not
+    at it, unless attention masks them, which also keeps them from learning. `LatentShift` starts
     exactly at the teacher and learns.
 
     Args:
         width: C, size of the embeddings.
         dim: L, latent dimensions, one token each.
         first: put the extra tokens before the others instead of after them.
-        frequencies, scale, zero_init: as in `LatentEmbedding`.
+        options: frequencies, scale, zero_init, as in `LatentEmbedding`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        dim: int = 1,
-        *,
-        first: bool = False,
-        frequencies: int = 128,
-        scale: float = 1000.0,
-        zero_init: bool = False,
-    ):
-        super().__init__()
+    def __init__(self, width: int, dim: int = 1, *, first: bool = False, **options: Any):
+        super().__init__(width, dim, **options)
         self.first = bool(first)
-        self.embedding = LatentEmbedding(width, dim, frequencies, scale, zero_init=zero_init)
-
-    @property
-    def dim(self) -> int:
-        return self.embedding.dim
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
         """(R, D, C) embeddings and (R, L) latents to (R, D + L, C), in the dtype of `x`."""
-        _check_embeddings(x, latent, self.embedding.width, ranks=(3,))
-        tokens = self.embedding(latent).to(x.dtype)
+        tokens = self._vectors(x, latent, {3: "(R, D, C)"}).to(x.dtype)
         return torch.cat([tokens, x] if self.first else [x, tokens], dim=1)
 
     def strip(self, x: Tensor) -> Tensor:
@@ -192,49 +191,30 @@ class LatentToken(nn.Module):
         return x.narrow(1, self.dim if self.first else 0, length)
 
 
-class LatentShift(nn.Module):
+class LatentShift(_Conditioning):
     """λ added to what a model computes already: embeddings of tokens or of the time.
 
     `x + sum_l embedding(λ)_l`, the same for every position. Made with `zero_init` (the default)
-    it adds exactly 0 at first, so that a student that is a copy of its teacher plus this
-    module returns the teacher's logits exactly, for every λ, whatever the architecture, until
-    the first optimiser step. The same holds where only a part is shifted, such as the time
-    embedding (R, C) or the embedding (R, C) of a token that the teacher has anyway (a class or
-    start token).
+    it adds exactly 0 at first: a student that is a copy of its teacher plus this module returns
+    the teacher's logits exactly, for every λ, until the first optimiser step, also where only a
+    part is shifted, such as the time embedding (R, C) or that of a class or start token.
 
     Args:
         width: C, last size of `x`.
         dim: L, latent dimensions.
-        frequencies, scale, zero_init: as in `LatentEmbedding`.
+        zero_init, options: frequencies, scale, as in `LatentEmbedding`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        dim: int = 1,
-        *,
-        frequencies: int = 128,
-        scale: float = 1000.0,
-        zero_init: bool = True,
-    ):
-        super().__init__()
-        self.embedding = LatentEmbedding(width, dim, frequencies, scale, zero_init=zero_init)
+    def __init__(self, width: int, dim: int = 1, *, zero_init: bool = True, **options: Any):
+        super().__init__(width, dim, zero_init=zero_init, **options)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
         """(R, D, C) or (R, C) and (R, L) latents to the shape and dtype of `x`."""
-        _check_embeddings(x, latent, self.embedding.width, ranks=(2, 3))
-        shift = self.embedding(latent).sum(dim=1)
-        return x + (shift if x.ndim == 2 else shift.unsqueeze(1)).to(x.dtype)
+        vectors = self._vectors(x, latent, {3: "(R, D, C)", 2: "(R, C)"})
+        shift = reduce(vectors, "r l c -> r 1 c" if x.ndim == 3 else "r l c -> r c", "sum")
+        return x + shift.to(x.dtype)
 
 
-def _check_embeddings(x: Tensor, latent: Tensor, width: int, ranks: tuple[int, ...]) -> None:
-    check_floating(x, "x")
-    check_floating(latent, "latent")
-    letters = " or ".join("(R, D, C)" if rank == 3 else "(R, C)" for rank in sorted(ranks)[::-1])
-    if x.ndim not in ranks or x.shape[-1] != width:
-        raise ValueError(f"x must have shape {letters} with C = {width}, got {tuple(x.shape)}")
-    if latent.ndim != 2 or latent.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"latent must have shape (R, L) with R = {x.shape[0]}, the rows of x, "
-            f"got {tuple(latent.shape)}"
-        )
+def _check_even(value: int, name: str) -> None:
+    if check_int(value, name, minimum=4) % 2:
+        raise ValueError(f"{name} must be even, got {value}")

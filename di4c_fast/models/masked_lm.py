@@ -11,18 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import describe
-from ..heads import Head, LinearHead, TensorHead
-from .call import evaluation_mode
-from .linear_output import call_for_head, output_layer
+from ..heads import Head, TensorHead
+from .call import Wrapper, check_module, evaluation_mode
+from .linear_output import call_for_head, gives_linear_logits, output_layer
 
 __all__ = ["MaskedLM", "has_linear_head"]
 
 
-class MaskedLM(nn.Module):
+class MaskedLM(Wrapper):
     """A masked language model as a callable (tokens, t, **context) → head.
 
     Equivalent PyTorch: `model(tokens, **context).logits`; but where the logits are one linear
@@ -44,9 +43,7 @@ class MaskedLM(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, linear_head: bool | None = None):
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {describe(model)}")
+        check_module(model)
         if linear_head is None:
             linear_head = has_linear_head(model)
         elif not isinstance(linear_head, bool):
@@ -56,8 +53,8 @@ class MaskedLM(nn.Module):
                 "linear_head=True needs a model whose get_output_embeddings() is a plain "
                 f"nn.Linear, got {type(model).__name__}"
             )
-        self.model, self.linear_head = model, linear_head
-        self.training = model.training  # the modes of its parts stay as they are
+        super().__init__(model)
+        self.linear_head = linear_head
 
     def forward(self, tokens: Tensor, t: Tensor | None = None, **context: Any) -> Head:
         """(R, D) int64 to a head (R, D, V); the context goes to the model (attention_mask ...)."""
@@ -72,18 +69,13 @@ class MaskedLM(nn.Module):
 def has_linear_head(model: nn.Module) -> bool:
     """Whether the model's logits are its output layer's, with nothing done to them afterwards.
 
-    Looked up first (`get_output_embeddings()` must be a plain `nn.Linear`), then tried: two tokens
-    go through the model in eval mode, and its logits must be `F.linear(hidden, weight, bias)` bit
-    for bit. Scaled or capped logits are told apart so. A model without memory (meta) is believed.
+    Looked up first (`get_output_embeddings()` must be a plain `nn.Linear`), then tried with two
+    tokens in eval mode: the logits must be `F.linear(hidden, weight, bias)` bit for bit. A model
+    without memory (meta) is believed.
     """
     layer = output_layer(model)
     if layer is None or layer.weight.is_meta:
         return layer is not None
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=layer.weight.device)
-    with torch.no_grad(), evaluation_mode(model):
-        head = call_for_head(model, tokens)
-        if not isinstance(head, LinearHead):
-            return False
-        logits = model(tokens).logits
-        ours = F.linear(head.hidden, head.weight, head.bias)
-    return logits.shape == ours.shape and torch.equal(logits, ours.to(logits.dtype))
+    with evaluation_mode(model):
+        return gives_linear_logits(layer, lambda: model(tokens).logits, tokens)

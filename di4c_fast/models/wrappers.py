@@ -6,12 +6,10 @@
 A student is an `nn.Module` called as student(tokens, t, latent, **context). Its weights are the
 model's, below "model." in the state dictionary, and those of the conditioning, below "latent.".
 
-Which one starts exactly at the teacher? `with_latent_shift` with its zero-initialised projection
-(the default) returns the model's logits bit for bit for every λ until the first optimiser step,
-and learns from there. A token of `with_latent_token`, even the zero vector it starts as, is one
-more key that attention spreads over: the student starts near the teacher. With `mask_key=True`
-nothing attends to it and the student is the teacher up to rounding, but then λ does nothing and
-learns nothing.
+With its zero-initialised projection (the default) `with_latent_shift` returns the model's logits
+bit for bit for every λ until the first optimiser step, and learns from there. A token of
+`with_latent_token`, even the zero vector it starts as, is one more key that attention spreads
+over: the student starts near the teacher, not at it.
 
 Source: the student architectures of Di4C (arXiv 2410.08709): an extra token for masked language
 and VQ images, an addition to the time embedding for pixels.
@@ -25,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_bool, check_floating, describe
-from ..heads import Head, LinearHead, TensorHead
+from ..checks import check_bool, check_floating, check_shape, check_tensor, describe
+from ..heads import Head
+from .call import Wrapper, check_module
 from .latent import LatentShift, LatentToken
-from .linear_output import call_for_head
+from .linear_output import head_of, output_layer
 from .masked_lm import MaskedLM, has_linear_head
 
 __all__ = ["ShiftedModel", "TokenModel", "with_latent_shift", "with_latent_token"]
@@ -70,7 +69,7 @@ def with_latent_shift(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    _check_module(model)
+    check_module(model)
     if not isinstance(module, str):
         raise TypeError(f"module must be the name of a submodule, got {describe(module)}")
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
@@ -81,46 +80,33 @@ def with_latent_shift(
     if found is None:
         kind = type(model.get_submodule(module)).__name__
         raise ValueError(f"width is needed: that of {module!r}, a {kind}, cannot be read off it")
-    latent = LatentShift(
-        found, latent_dim, zero_init=zero_init, frequencies=frequencies, scale=scale
-    )
+    options: dict[str, Any] = {"zero_init": zero_init, "frequencies": frequencies, "scale": scale}
+    latent = LatentShift(found, latent_dim, **options)
     model = _student_of(model, copy)
-    return _beside(ShiftedModel(model, module, latent), model)
+    return ShiftedModel(model, module, _beside(model, latent))
 
 
-class ShiftedModel(nn.Module):
-    """See `with_latent_shift`, which makes it.
-
-    Attributes:
-        model: the model.
-        latent: the `LatentShift`.
-    """
+class ShiftedModel(Wrapper):
+    """See `with_latent_shift`, which makes it: `model`, and `latent`, the `LatentShift`."""
 
     def __init__(self, model: nn.Module, module: str, latent: LatentShift):
-        super().__init__()
-        self.model, self.latent, self.module = model, latent, module
-        self.training = model.training  # the modes of its parts stay as they are
+        super().__init__(model)
+        self.latent, self.module = latent, module
 
     def forward(self, tokens: Tensor, t: Tensor, latent: Tensor, **context: Any) -> Any:
         """(R, D) int64, (R,), (R, L) and the model's context to what the model returns."""
-        _check_latent(latent, tokens, self.latent.embedding.dim)
+        _check_latent(latent, tokens, self.latent.dim)
         calls = 0
 
         def shift(module: nn.Module, arguments: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"module {self.module!r} must return a Tensor, got {describe(output)}"
-                )
+            check_tensor(output, f"the output of module {self.module!r}")
             return self.latent(output, latent)
 
         # For the length of the call: copies of the student then carry no hook of the original.
-        handle = self.model.get_submodule(self.module).register_forward_hook(shift)
-        try:
+        with self.model.get_submodule(self.module).register_forward_hook(shift):
             output = self.model(tokens, t, **context)
-        finally:
-            handle.remove()
         if not calls:
             raise RuntimeError(
                 f"the model did not call its module {self.module!r}, so λ had no influence"
@@ -169,7 +155,7 @@ def with_latent_token(
     if isinstance(model, MaskedLM):
         linear_head = model.linear_head if linear_head is None else linear_head
         model = model.model
-    _check_module(model)
+    check_module(model)
     check_bool(mask_key, "mask_key")
     if getattr(getattr(model, "config", None), "token_dropout", False):
         raise ValueError(
@@ -183,29 +169,23 @@ def with_latent_token(
             "the input embeddings of model must be an nn.Embedding, "
             f"got {type(embeddings).__name__}"
         )
-    latent = LatentToken(
-        width, latent_dim, zero_init=zero_init, frequencies=frequencies, scale=scale
-    )
+    options: dict[str, Any] = {"zero_init": zero_init, "frequencies": frequencies, "scale": scale}
+    latent = LatentToken(width, latent_dim, **options)
     if linear_head is None:
         linear_head = has_linear_head(model)
     model = _student_of(model, copy)
-    return _beside(TokenModel(model, latent, linear_head, mask_key), model)
+    return TokenModel(model, _beside(model, latent), linear_head, mask_key)
 
 
-class TokenModel(nn.Module):
-    """See `with_latent_token`, which makes it.
+class TokenModel(Wrapper):
+    """See `with_latent_token`, which makes it: `model`, and `latent`, the `LatentToken`.
 
-    Attributes:
-        model: the transformer.
-        latent: the `LatentToken`.
-        mask_key: whether attention leaves the extra tokens out.
+    `mask_key` says whether attention leaves the extra tokens out.
     """
 
     def __init__(self, model: nn.Module, latent: LatentToken, linear_head: bool, mask_key: bool):
-        super().__init__()
-        self.model, self.latent = model, latent
-        self.linear_head, self.mask_key = linear_head, mask_key
-        self.training = model.training  # the modes of its parts stay as they are
+        super().__init__(model)
+        self.latent, self.linear_head, self.mask_key = latent, linear_head, mask_key
 
     def forward(self, tokens: Tensor, t: Tensor, latent: Tensor, **context: Any) -> Head:
         """(R, D) int64, (R,), (R, L) to a head (R, D, V).
@@ -224,63 +204,37 @@ class TokenModel(nn.Module):
             )
         embeddings = self.latent(_input_embeddings(self.model)(tokens), latent)
         context = self._lengthened(context, tokens)
-        call = _Embedded(self.model, embeddings)
-        if not self.linear_head:
-            return TensorHead(self.latent.strip(call(None, **context).logits))
-        # Ids that nothing looks at, for the number of rows and positions.
-        head = call_for_head(call, tokens.new_zeros(embeddings.shape[:2]), **context)
-        if isinstance(head, LinearHead):
-            hidden, weight, bias = head.tensors()
-            assert hidden is not None
-            return head.with_tensors([self.latent.strip(hidden), weight, bias])
-        return TensorHead(self.latent.strip(head.logits()))
+        layer = output_layer(self.model) if self.linear_head else None
+
+        def call() -> Tensor:
+            return self.model(inputs_embeds=embeddings, **context).logits[:, :length]
+
+        return head_of(layer, call, tokens, extra=extra)
 
     def _lengthened(self, context: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
         extra = self.latent.dim
-        mask = context.get("attention_mask")
-        if self.mask_key and mask is None:
-            mask = torch.ones_like(tokens)
-        if mask is not None:
-            seen = mask.new_full((len(tokens), extra), 0 if self.mask_key else 1)
-            context = {**context, "attention_mask": torch.cat([mask, seen], 1)}
-        types, positions = context.get("token_type_ids"), context.get("position_ids")
-        if types is not None:
-            last = types[:, -1:].expand(-1, extra)
-            context = {**context, "token_type_ids": torch.cat([types, last], 1)}
-        if positions is not None:
-            after = torch.arange(1, extra + 1, device=tokens.device)
-            following = positions.amax(1, keepdim=True) + after
-            context = {**context, "position_ids": torch.cat([positions, following], 1)}
-        return context
+        longer = dict(context)
+        if self.mask_key and longer.get("attention_mask") is None:
+            longer["attention_mask"] = torch.ones_like(tokens)
+        after = torch.arange(1, extra + 1, device=tokens.device)
+        ends = {
+            "attention_mask": lambda mask: torch.full_like(mask[:, :1], 0 if self.mask_key else 1),
+            "token_type_ids": lambda types: types[:, -1:],
+            "position_ids": lambda positions: positions.amax(1, keepdim=True) + after,
+        }
+        for name, end in ends.items():
+            given = longer.get(name)
+            if given is not None:
+                longer[name] = torch.cat([given, end(given).expand(-1, extra)], 1)
+        return longer
 
     def extra_repr(self) -> str:
         return f"linear_head={self.linear_head}, mask_key={self.mask_key}"
 
 
-class _Embedded:
-    """A transformer that is called with tokens but looks at embeddings."""
-
-    def __init__(self, model: Any, embeddings: Tensor):
-        self._model, self._embeddings = model, embeddings
-
-    def get_output_embeddings(self) -> Any:
-        return self._model.get_output_embeddings()
-
-    def __call__(self, tokens: Tensor | None, **context: Any) -> Any:
-        return self._model(inputs_embeds=self._embeddings, **context)
-
-
-def _check_module(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {describe(model)}")
-
-
 def _check_latent(latent: Any, tokens: Tensor, dim: int) -> None:
     check_floating(latent, "latent")
-    if tuple(latent.shape) != (tokens.shape[0], dim):
-        raise ValueError(
-            f"latent must have shape (R, L) = {(tokens.shape[0], dim)}, got {tuple(latent.shape)}"
-        )
+    check_shape(latent, "latent", "R, L", (tokens.shape[0], dim))
 
 
 def _student_of(model: nn.Module, copy: bool) -> nn.Module:
@@ -294,25 +248,21 @@ def _student_of(model: nn.Module, copy: bool) -> nn.Module:
     return model
 
 
-def _beside(student: Any, model: nn.Module) -> Any:
-    """The student, its conditioning on the device of the model."""
-    for parameter in model.parameters():
-        student.latent.to(parameter.device)
-        break
-    return student
+def _beside(model: nn.Module, latent: Any) -> Any:
+    """The conditioning, on the device of the model."""
+    parameter = next(model.parameters(), None)
+    return latent if parameter is None else latent.to(parameter.device)
 
 
 def _width_of(module: Any) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[-1]
-    if isinstance(module, nn.Sequential):
-        widths = [_width_of(part) for part in module]
-        known = [width for width in widths if width is not None]
-        return known[-1] if known else None
+    match module:
+        case nn.Linear(out_features=width) | nn.Embedding(embedding_dim=width):
+            return int(width)
+        case nn.LayerNorm(normalized_shape=(*_, width)):
+            return int(width)
+        case nn.Sequential():
+            known = [w for part in module if (w := _width_of(part)) is not None]
+            return known[-1] if known else None
     return None
 
 

@@ -165,6 +165,7 @@ def _softmax_mean(
         assert mask_id is not None
         revealed = shown.ne(mask_id)
         share = share.masked_fill(revealed, 0.0)
+        values[revealed] = 0.0  # NaN stays NaN if it is multiplied by 0
     mean = torch.linalg.vecdot(values.transpose(1, 2), share.unsqueeze(1))
     if shown is not None:
         mean.scatter_add_(-1, shown, revealed.to(mean.dtype) / x.components)

@@ -13,30 +13,16 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
-from ..checks import (
-    check_bool,
-    check_choice,
-    check_int64,
-    check_number,
-    check_rank,
-    check_same_device,
-    check_values,
-    describe,
-)
+from ..checks import check_bool, check_choice, check_int, check_number, check_within
 from ..draw.api import sample
-from ..heads import Head, HeadLike, TensorHead, as_head
-from ..rng import check_generator, draw_seed, generator_uniform
-from .base import before, check_teacher_step, check_times, check_valid, widened
-from .masked import MaskedProcess
-from .reveal import (
-    SCHEDULES,
-    check_gumbel_temperature,
-    gumbel,
-    masked_share,
-    most_confident,
-)
+from ..heads import TensorHead
+from ..rng import draw_seed
+from .base import TeacherStep
+from .masked import MaskingProcess
+from .reveal import SCHEDULES, gumbel, masked_share, most_confident
 
 __all__ = ["MaskGITProcess"]
 
@@ -46,8 +32,13 @@ _ROUNDING = 1e-4  # of a position, in fp32
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskGITProcess:
+class MaskGITProcess(MaskingProcess):
     """The process of MaskGIT; the defaults are those of the paper's VQ image experiment.
+
+    All positions and all V columns count in the loss (`loss_mask_id` is None), as in the paper. Its
+    training is `DistillConfig(components=32, teacher_step=0.05, low_t=0.05, low_t_probability=0.05,
+    component_weight=20)` with `exclude_mask=False` here, its r is 1 - t, and its tied embedding is
+    `LinearHead(hidden, weight, bias)`, whose bias may have a row for each position.
 
     Args:
         mask_id: id of the mask token (the paper: 1024, the class after the codes).
@@ -77,180 +68,83 @@ class MaskGITProcess:
     t_min: float = 1e-5
 
     def __post_init__(self) -> None:
-        # The tokens and times of masked diffusion, so its checks.
-        MaskedProcess(self.mask_id, t_min=self.t_min)
+        check_int(self.mask_id, "mask_id", minimum=0)
         check_choice(self.schedule, "schedule", SCHEDULES)
-        check_gumbel_temperature(self.gumbel_temperature)
+        check_number(self.gumbel_temperature, "gumbel_temperature", minimum=0.0)
         if self.teacher_steps is not None:
-            if isinstance(self.teacher_steps, bool) or not isinstance(self.teacher_steps, int):
-                raise TypeError(
-                    f"teacher_steps must be an int or None, got {describe(self.teacher_steps)}"
-                )
-            if self.teacher_steps < 2:
-                raise ValueError(f"teacher_steps must be at least 2, got {self.teacher_steps}")
+            check_int(self.teacher_steps, "teacher_steps", minimum=2)
         check_number(self.temperature, "temperature", minimum=0.0)
         check_bool(self.exclude_mask, "exclude_mask")
+        check_within(self.t_min, "t_min", "(0, 1)")
 
-    @property
-    def loss_mask_id(self) -> None:
-        """None: all positions and all V columns count in the loss, as in the paper."""
-        return None
+    def share(self, t: Tensor) -> Tensor:
+        return masked_share(1.0 - t, self.schedule)
 
-    @property
-    def component_time(self) -> None:
-        """None: the component term replaces the consistency terms where t < low_t."""
-        return None
+    def earlier(self, t: Tensor, step: float, generator: torch.Generator | None) -> Tensor:
+        """u = max(0, t - step), the authors' min(1, r + step); not random."""
+        return (t - step).clamp(min=0.0)
 
-    def sample_times(
-        self,
-        batch: int,
-        *,
-        low_t: float = 0.0,
-        low_t_probability: float = 0.0,
-        stratified: bool = False,
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Training times (B,), float32, as `MaskedProcess.sample_times` draws them.
-
-        The authors draw r uniform on [0, 1) and use the component term at r >= 0.95: that is
-        `low_t` = `low_t_probability` = 0.05.
-        """
-        return MaskedProcess(self.mask_id, t_min=self.t_min).sample_times(
-            batch,
-            low_t=low_t,
-            low_t_probability=low_t_probability,
-            stratified=stratified,
-            generator=generator,
-            device=device,
-        )
-
-    def corrupt(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        *,
-        valid: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """x_t ~ q(. | x_0): every token becomes the mask with probability masked_share(1 - t).
-
-        Arguments, result and errors as in `MaskedProcess.corrupt`.
-        """
-        check_int64(x0, "x0")
-        check_rank(x0, "x0", exactly=2)
-        check_times(t, "t", x0.shape[0], x0)
-        clean = x0 != self.mask_id
-        if valid is not None:
-            check_valid(valid, x0, "x0")
-            clean = clean | ~valid
-        check_values(clean, f"x0 must not hold mask_id = {self.mask_id}")
-        share = masked_share(1.0 - t, self.schedule).unsqueeze(-1)
-        masked = generator_uniform(x0.shape, generator=generator, device=x0.device) < share
-        if valid is not None:
-            masked = masked & valid
-        return x0.masked_fill(masked, self.mask_id)
-
-    def step_time(
-        self, t: Tensor, step: float, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """u = max(0, t - step), the authors' min(1, r + step). `generator` is not used."""
-        check_number(step, "step")
-        if not 0.0 < step <= 1.0:
-            raise ValueError(f"step must be in (0, 1], got {step}")
-        check_times(t, "t", t.shape[0] if isinstance(t, Tensor) and t.ndim else -1, t)
-        wide = widened(t)
-        return before((wide - step).clamp(min=0.0), wide)
-
-    def teacher_step(
-        self,
-        xt: Tensor,
-        t: Tensor,
-        u: Tensor,
-        teacher_head: HeadLike,
-        draws: int,
-        *,
-        valid: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """K draws of x_u | x_t from one teacher pass: tokens by softmax, positions by confidence.
+    def stepped(self, step: TeacherStep) -> Tensor:
+        """Tokens by softmax, positions by confidence.
 
         Each draw takes a token at every masked position, log p of it plus annealed Gumbel noise
         as confidence, and reveals the most confident positions, of equals the first ones. With m
-        masked of D positions, exactly k = m - ceil(D·masked_share(1 - u)) are revealed, none if
-        that is negative, all m at u = 0. Draw k follows component k mod M of the teacher.
+        masked of D positions (those in `valid` only), exactly k = m - ceil(D·masked_share(1 - u))
+        are revealed, none if that is negative, all m at u = 0.
 
         Logits are computed once per masked position, however many draws there are. One host sync
         on a GPU: the number of masked positions.
-
-        Args:
-            xt: (B, D) int64.
-            t, u: (B,) times, 0 <= u < t <= 1.
-            teacher_head: (B, D, V) or (B, M, D, V) logits or a head, the denoiser at (x_t, t).
-            draws: K >= 1.
-            valid: (B, D) bool; where False a position is never revealed and D counts the
-                others only. None: all.
-            generator: source of randomness.
-
-        Returns:
-            (B, K, D) int64; tokens of x_t stay. No graph.
         """
-        batch, positions = check_teacher_step(xt, t, u, draws, valid)
-        check_generator(generator)
-        head = as_head(teacher_head, "teacher_head").detach()
-        self._check_head(head, xt)
-
-        waiting = xt == self.mask_id
-        total: Tensor | int = positions
-        if valid is not None:
-            waiting = waiting & valid
-            total = valid.sum(-1)
-        masked = waiting.sum(-1)
+        xt, (batch, positions), draws = step.xt, step.xt.shape, step.draws
+        waiting = self.waiting(step)
+        total = positions if step.valid is None else step.valid.sum(-1)
         # The small number: where D·share is an integer, rounding must not keep one more.
-        keep = masked_share(1.0 - u.float(), self.schedule) * total - _ROUNDING
-        keep = torch.ceil(keep).long()
-        counts = (masked - keep).clamp(min=0)
-        seed = draw_seed(generator, xt.device)
+        keep = masked_share(1.0 - step.u.float(), self.schedule) * total - _ROUNDING
+        counts = (waiting.sum(-1) - torch.ceil(keep).long()).clamp(min=0)
+        seed = draw_seed(step.generator, xt.device)
         # Examples that reveal nothing need no token.
         where = (waiting & (counts > 0).unsqueeze(-1)).flatten().nonzero().squeeze(-1)
-        tokens, log_prob = self._draw(head, where, draws, positions, seed)
+        b, d = where // positions, where % positions
+        tokens, log_prob = self._draw(step, b, d, seed)
 
-        ratio = 1.0 - t.double()
+        ratio = 1.0 - step.t.double()
         if self.teacher_steps is not None:
             ratio = ratio * (self.teacher_steps / (self.teacher_steps - 1))
         factor = self.gumbel_temperature * (1.0 - ratio).clamp(min=0.0)
+        size = {"b": batch, "k": draws}
         keys = torch.arange(batch * draws, device=xt.device)
-        noise = gumbel(seed, 0, keys, positions).view(batch, draws, positions)
+        noise = rearrange(gumbel(seed, 0, keys, positions), "(b k) d -> b k d", **size)
         confidence = torch.full_like(noise, -torch.inf)
-        b, d = where // positions, where % positions
         confidence[b, :, d] = log_prob + (factor.view(-1, 1, 1) * noise)[b, :, d]
-        rows = counts.repeat_interleave(draws)
-        reveal = most_confident(confidence.flatten(0, 1), rows).view(batch, draws, positions)
-        xu = xt.unsqueeze(1).repeat(1, draws, 1)
+        rows = repeat(counts, "b -> (b k)", k=draws)
+        reveal = most_confident(rearrange(confidence, "b k d -> (b k) d"), rows)
+        xu = repeat(xt, "b d -> b k d", k=draws)
         drawn = xu.clone()
         drawn[b, :, d] = tokens
-        return torch.where(reveal, drawn, xu)
+        return torch.where(rearrange(reveal, "(b k) d -> b k d", **size), drawn, xu)
 
-    def _draw(
-        self, head: Head, where: Tensor, draws: int, positions: int, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """K tokens and their log-probabilities (fp64) for each flat position b*D + d: (R, K)."""
-        components = 1 if len(head.shape) == 3 else head.shape[1]
-        tokens = where.new_empty((where.numel(), draws))
-        log_prob = torch.empty(tokens.shape, dtype=torch.float64, device=where.device)
-        k = torch.arange(draws, device=where.device)
+    def _draw(self, step: TeacherStep, b: Tensor, d: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """K tokens and their log-probabilities (fp64) at each position d of example b: (R, K)."""
+        head, components, draws, positions = (
+            step.head,
+            step.components,
+            step.draws,
+            step.xt.shape[1],
+        )
+        tokens = b.new_empty((b.numel(), draws))
+        log_prob = torch.empty(tokens.shape, dtype=torch.float64, device=b.device)
+        k = torch.arange(draws, device=b.device)
+        keys = (b.unsqueeze(-1) * draws + k) * positions + d.unsqueeze(-1)
         limit = max(_PIECE // head.shape[-1], 1)
-        for start in range(0, where.numel(), limit):
+        for start in range(0, b.numel(), limit):
             piece = slice(start, start + limit)
-            at = where[piece]
-            b, d = at // positions, at % positions
-            keys = (b.unsqueeze(-1) * draws + k) * positions + d.unsqueeze(-1)
             for m in range(min(components, draws)):
-                logits = head.take((b * components + m) * positions + d).logits()
+                rows = (b[piece] * components + m) * positions + d[piece]
                 mine = slice(m, None, components)
-                some = keys[:, mine]
+                some = keys[piece, mine]
+                logits = repeat(head.take(rows).logits(), "r v -> r k v", k=some.shape[1])
                 draw = sample(
-                    TensorHead(logits.unsqueeze(1).expand(-1, some.shape[1], -1)),
+                    TensorHead(logits),
                     temperature=self.temperature,
                     mask_id=self.mask_id if self.exclude_mask else None,
                     seed=seed,
@@ -261,18 +155,3 @@ class MaskGITProcess:
                 tokens[piece, mine] = draw.token
                 log_prob[piece, mine] = draw.log_prob.double()
         return tokens, log_prob
-
-    def _check_head(self, head: Head, xt: Tensor) -> None:
-        shape, sizes = tuple(head.shape), tuple(xt.shape)
-        components = 1 if len(shape) == 3 else shape[1] if len(shape) == 4 else 0
-        if components < 1 or (shape[0], shape[-2]) != sizes:
-            raise ValueError(
-                "teacher_head must have shape (B, D, V) or (B, M, D, V) with "
-                f"(B, D) = {sizes}, got {shape}"
-            )
-        if self.exclude_mask and self.mask_id >= shape[-1]:
-            raise ValueError(
-                f"mask_id must be in [0, V) = [0, {shape[-1]}) of teacher_head, got "
-                f"{self.mask_id}; exclude_mask=False is for teachers without its column"
-            )
-        check_same_device(head, "teacher_head", xt, "xt")

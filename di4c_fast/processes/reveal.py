@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_choice, check_number, describe
+from ..checks import check_choice, check_int, describe
 
 SCHEDULES = ("arccos", "cosine", "linear", "square", "root")
 STYLES = ("di4c", "valeoai", "valeoai_v1")
@@ -105,16 +105,9 @@ def check_schedule(schedule: Any, steps: int, style: Any) -> None:
             f"schedule must be a name or a sequence of counts, got {describe(schedule)}"
         )
     for i, count in enumerate(schedule):
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"schedule[{i}] must be an int, got {describe(count)}")
-        if count < 0:
-            raise ValueError(f"schedule[{i}] must not be negative, got {count}")
+        check_int(count, f"schedule[{i}]", minimum=0)
     if len(schedule) != steps:
         raise ValueError(f"schedule must hold steps = {steps} counts, got {len(schedule)}")
-
-
-def check_gumbel_temperature(value: Any) -> None:
-    check_number(value, "gumbel_temperature", minimum=0.0)
 
 
 def gumbel(seed: rng.Integer, step: int, keys: Tensor, count: int) -> Tensor:

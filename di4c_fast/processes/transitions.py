@@ -24,12 +24,13 @@ import functools
 import math
 import threading
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_number, describe, without_autocast
+from ..checks import check_int, check_number, without_autocast
 
 __all__ = ["GaussianTransitions", "draw_by_weights", "draw_from_cdf", "fine_uniform"]
 
@@ -43,10 +44,7 @@ class GaussianTransitions:
 
     Args:
         num_classes: V >= 2.
-        rate_sigma: width of the moves, in classes.
-        target_sigma: width of the stationary law, in classes ("Q_sigma" of the sources); at least
-            V/12.
-        time_base, time_exponential: of the schedule; positive, and greater than 1.
+        rate_sigma, target_sigma, time_base, time_exponential: see `GaussianProcess`.
 
     Attributes:
         rate: (V, V) float64, A.
@@ -61,16 +59,12 @@ class GaussianTransitions:
     def __init__(
         self,
         num_classes: int,
-        *,
         rate_sigma: float = 6.0,
         target_sigma: float = 512.0,
         time_base: float = 3.0,
         time_exponential: float = 100.0,
     ):
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an int, got {describe(num_classes)}")
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        check_int(num_classes, "num_classes", minimum=2)
         for name, value, bound in (
             ("rate_sigma", rate_sigma, 0.0),
             ("target_sigma", target_sigma, 0.0),
@@ -116,22 +110,9 @@ class GaussianTransitions:
 
     @classmethod
     @functools.lru_cache(maxsize=16)
-    def of(
-        cls,
-        num_classes: int,
-        rate_sigma: float,
-        target_sigma: float,
-        time_base: float,
-        time_exponential: float,
-    ) -> GaussianTransitions:
-        """The transitions of these numbers, made once."""
-        return cls(
-            num_classes,
-            rate_sigma=rate_sigma,
-            target_sigma=target_sigma,
-            time_base=time_base,
-            time_exponential=time_exponential,
-        )
+    def of(cls, *numbers: Any) -> GaussianTransitions:
+        """The transitions of these numbers, in the order of the arguments, made once."""
+        return cls(*numbers)
 
     def elapsed(self, s: Tensor, t: Tensor) -> Tensor:
         """τ(s, t), float64 of the broadcast shape; accurate for close s and t."""

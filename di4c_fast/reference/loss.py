@@ -127,8 +127,16 @@ def row_values(
     return torch.where(active.any(-1, keepdim=True), value, torch.zeros_like(value))
 
 
-def head_log_prob(head: Head, dtype: torch.dtype, mask_id: int | None) -> Tensor:
-    return log_softmax_ref(head.logits().to(dtype), mask_id)
+def head_log_prob(
+    head: Head, dtype: torch.dtype, mask_id: int | None, counted: Tensor | None
+) -> Tensor:
+    """Log-probabilities of a head. Where `counted` (B, D) or (B, C, D) does not hold, logits may be
+    anything, even NaN, and count as 0."""
+    logits = head.logits().to(dtype)
+    if counted is not None:
+        by_row = counted if counted.ndim + 1 == logits.ndim else counted.unsqueeze(1)
+        logits = torch.where(by_row.unsqueeze(-1), logits, 0.0)
+    return log_softmax_ref(logits, mask_id)
 
 
 def alive_positions(log_prob: Tensor, active: Tensor | None) -> Tensor:
@@ -140,7 +148,7 @@ def alive_positions(log_prob: Tensor, active: Tensor | None) -> Tensor:
 def evaluate(problem: Problem) -> Values:
     """The values of a problem, dense; differentiable by autograd as often as one likes."""
     dtype, mask_id, log_weights = problem.dtype, problem.mask_id, problem.log_weights
-    log_prob = head_log_prob(problem.student, dtype, mask_id)  # [B, N, D, V]
+    log_prob = head_log_prob(problem.student, dtype, mask_id, problem.active)  # [B, N, D, V]
     active = alive_positions(log_prob, problem.active)  # [B, D]
     tokens = problem.tokens
     q_consistency = None
@@ -155,7 +163,7 @@ def evaluate(problem: Problem) -> Values:
     zeros = log_weights.detach().new_zeros(rows.shape[0])
     marginal, teacher_kl, consistency_kl, component = zeros, zeros, zeros, zeros
     if problem.teacher is not None:
-        teacher = head_log_prob(problem.teacher, dtype, mask_id).exp()
+        teacher = head_log_prob(problem.teacher, dtype, mask_id, problem.active).exp()
         if teacher.ndim == 4:
             teacher = teacher.mean(1)  # [B, D, V]
     if problem.marginal:
@@ -186,15 +194,19 @@ def consistency_targets(problem: Problem) -> tuple[Tensor, Tensor]:
     """
     assert problem.consistency is not None
     tokens = problem.tokens
+    counted, revealed = problem.active, None
+    if problem.xu is not None:
+        assert problem.mask_id is not None
+        revealed = problem.xu.ne(problem.mask_id)
+        counted = ~revealed if counted is None else counted.unsqueeze(1) & ~revealed
     with torch.no_grad():
-        log_prob = head_log_prob(problem.consistency, problem.dtype, problem.mask_id)
+        log_prob = head_log_prob(problem.consistency, problem.dtype, problem.mask_id, counted)
         prob = log_prob.exp()  # [B, K, D, V]
         draws = tokens[:, tokens.shape[1] - prob.shape[1] :]
         if problem.seed is not None:
             draws = draw_ref(log_prob, problem.seed)
-        if problem.xu is not None:
-            assert problem.mask_id is not None
-            revealed = problem.xu.ne(problem.mask_id)
+        if revealed is not None:
+            assert problem.xu is not None
             one_hot = F.one_hot(problem.xu, prob.shape[-1]).to(prob.dtype)
             prob = torch.where(revealed.unsqueeze(-1), one_hot, prob)
             draws = torch.where(revealed, problem.xu, draws)

@@ -8,7 +8,9 @@ D positions, V classes, L dimensions of λ, R rows of a call. Options of all sam
         the call if it is an `nn.Module`. V must be the same at every call.
     shape: (B, D), the prompt included.
     mask_id: the mask token.
-    steps: how many steps, at least 1.
+    steps: S, at least 1. Where a last step follows, there are S + 1 of them for `latent`,
+        `callback` and `history`.
+    t_min: the last time, in (0, 1).
     vocab_size: V, to check the model, ids and the prompt against; None accepts the model's.
     latent_dim: L of a mixture student; 0 for a model without λ.
     latent: λ to use: (B, L) for every step, or (steps, B, L). None draws a fresh one per step and
@@ -21,9 +23,12 @@ D positions, V classes, L dimensions of λ, R rows of a call. Options of all sam
     first_sequence: number of the first sequence. Randomness is a function of (seed, number of the
         sequence, step, position), so the same sequences come out however they are batched (up to
         the model's own rounding).
-    temperature, top_k, top_p: of the draws, as in `di4c_fast.sample`.
+    temperature, top_k, top_p: of the draws, as in `di4c_fast.sample`. Other values than the
+        defaults are no longer the model's law.
     active_only: call the model with only the sequences that have something to draw at the step.
         False keeps the batch's shape fixed.
+    project_fn: called with the tokens (B, D) at the start and after every step; returns (B, D)
+        int64.
     callback: called as callback(step, total, tokens) after each step, step from 1 to total.
     history: a list to which the tokens (B, D) at the start and after every step are appended.
     device: where to sample; None for the device of the prompt or start, else that of the module's

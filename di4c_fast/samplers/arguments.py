@@ -1,30 +1,101 @@
-"""Checks of the arguments that samplers share. Shapes: B sequences, D positions, L of λ."""
+"""What samplers are given: the options that they share, and checks of arguments.
+
+Shapes: B sequences, D positions, P prompt tokens, L of λ.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack as Unpack
 
-from ..checks import check_floating, check_int64, check_number, check_same_device, describe
+from ..checks import (
+    check_bool,
+    check_int,
+    check_int64,
+    check_same_device,
+    describe,
+)
+from ..heads import HeadLike
+from ..models.call import Context
 from ..rng import check_generator
+
+P = ParamSpec("P")
+Model = Callable[..., HeadLike]
+
+
+class Options(TypedDict, total=False):
+    """Options of every sampler; what they mean stands in `di4c_fast.samplers`."""
+
+    latent_dim: int
+    latent: Tensor | None
+    context: Context | None
+    seed: int | None
+    generator: torch.Generator | None
+    first_sequence: int
+    callback: Callable[[int, int, Tensor], None] | None
+    history: list[Tensor] | None
+    device: torch.device | str | None
+
+
+class DrawOptions(Options, total=False):
+    """The same where tokens are drawn at a temperature."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+
+class MaskOptions(Options, total=False):
+    """Options of every sampler that starts from masks."""
+
+    vocab_size: int | None
+    prompt: Tensor | None
+
+
+class MaskDrawOptions(MaskOptions, DrawOptions, total=False):
+    """Both."""
+
+
+def sampler(
+    options: type, temperature: float = 1.0
+) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """A function without gradients whose `**options` stand in its signature by their names."""
+    known = {"latent_dim": 0, "first_sequence": 0, "temperature": temperature}
+
+    def wrap(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        own, keyword = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
+        shared = [
+            inspect.Parameter(name, keyword, default=known.get(name), annotation=kind)
+            for name, kind in options.__annotations__.items()
+        ]
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        signature = own.replace(parameters=[*named, *shared])
+        defaults = {p.name: p.default for p in shared}
+
+        @functools.wraps(function)
+        @torch.no_grad()
+        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            for name in kwargs:
+                if name not in signature.parameters:
+                    raise TypeError(f"{function.__name__} has no argument {name!r}")
+            return function(*args, **(defaults | kwargs))
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return wrap
 
 
 def check_counts(counts: Sequence[tuple[str, Any, int]]) -> None:
     """Each of (name, value, minimum) is an int of at least its minimum."""
     for name, value, minimum in counts:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {describe(value)}")
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def check_fraction(value: Any, name: str) -> None:
-    check_number(value, name)
-    if not 0.0 < value < 1.0:
-        raise ValueError(f"{name} must be in (0, 1), got {value}")
+        check_int(value, name, minimum=minimum)
 
 
 def check_size(shape: Any) -> tuple[int, int]:
@@ -35,37 +106,22 @@ def check_size(shape: Any) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def check_filters(temperature: Any, top_k: Any, top_p: Any) -> dict[str, Any]:
-    """The draw's options, checked before the first call of the model."""
-    check_number(temperature, "temperature", minimum=0.0)
-    if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise TypeError(f"top_k must be an int or None, got {describe(top_k)}")
-        check_counts([("top_k", top_k, 1)])
-    if top_p is not None:
-        check_number(top_p, "top_p")
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    return {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-
-
-def device_of(device: Any, given: Any, model: Any) -> torch.device:
+def device_of(device: Any, given: Sequence[Any], model: Any) -> torch.device:
     """Where to sample: as asked, else with the tokens given, else with the model, else the CPU."""
-    if device is not None:
-        try:
-            # With the index that tensors there have: "cuda" is none that a tensor names.
-            return torch.empty(0, device=device).device
-        except (AssertionError, RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"device must be one that torch can use here, got {device!r}: {reason}"
-            ) from error
-    if isinstance(given, Tensor):
-        return given.device
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            return parameter.device
-    return torch.device("cpu")
+    if device is None:
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        tensors += list(model.parameters()) if isinstance(model, nn.Module) else []
+        return tensors[0].device if tensors else torch.device("cpu")
+    try:
+        # With the index that tensors there have: "cuda" is none that a tensor names.
+        found = torch.zeros(1, device=device)
+        found.item()  # which "meta" has none of
+        return found.device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be one that torch can use here, got {device!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
@@ -76,15 +132,15 @@ def seed_of(seed: int | None, generator: torch.Generator | None) -> int:
         return int(torch.randint(2**63 - 1, (), generator=generator, device=source))
     if generator is not None:
         raise ValueError("seed and generator exclude each other: pass one of them")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or None, got {describe(seed)}")
-    if not 0 <= seed < 2**63:
+    if check_int(seed, "seed") not in range(2**63):
         raise ValueError(f"seed must be in [0, 2^63), got {seed}")
     return seed
 
 
-def fill_prompt(tokens: Tensor, prompt: Any, mask_id: int, vocab_size: int | None) -> int:
+def fill_prompt(tokens: Tensor, prompt: Any, mask_id: int) -> int:
     """Write the prompt (B, P) or (P,) into the tokens (B, D); the largest known id in it."""
+    if prompt is None:
+        return 0
     check_int64(prompt, "prompt")
     batch, positions = tokens.shape
     if prompt.ndim not in (1, 2) or (prompt.ndim == 2 and prompt.shape[0] != batch):
@@ -101,27 +157,12 @@ def fill_prompt(tokens: Tensor, prompt: Any, mask_id: int, vocab_size: int | Non
         return 0
     known = prompt.masked_fill(prompt == mask_id, 0) if mask_id >= 0 else prompt
     low, high = torch.stack(known.aminmax()).tolist()
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        bound = "V" if vocab_size is None else str(vocab_size)
-        raise ValueError(
-            f"prompt must hold token ids in [0, {bound}), got {low if low < 0 else high}"
-        )
+    if low < 0:
+        raise ValueError(f"prompt must hold ids of at least 0, got {low}")
     tokens[:, :length] = prompt
     return high
 
 
-def check_latent(
-    latent: Any, latent_dim: int, calls: int, batch: int, device: torch.device, letter: str
-) -> None:
-    """λ of every call; `letter` names their number in messages."""
-    check_floating(latent, "latent")
-    if latent_dim < 1:
-        raise ValueError(f"latent needs latent_dim >= 1, got {latent_dim}")
-    allowed = [(batch, latent_dim), (calls, batch, latent_dim)]
-    if tuple(latent.shape) not in allowed:
-        raise ValueError(
-            f"latent must have shape (B, L) = {allowed[0]} or ({letter}, B, L) = {allowed[1]}, "
-            f"got {tuple(latent.shape)}"
-        )
-    if latent.device != device:
-        raise ValueError(f"latent must be on {device}, got {latent.device}")
+def check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        check_bool(value, name)

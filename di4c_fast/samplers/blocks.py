@@ -14,223 +14,201 @@ from torch import Tensor
 
 from .loop import Run, moved
 from .masked import plan_unmask_steps, rows_by_step
+from .schedules import time_grid
 
 
-@dataclasses.dataclass
-class Layout:
-    """The blocks of a run. The first also holds the unknown tokens of the prompt."""
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """Which masked positions a step computes, and how many of them it fills."""
 
-    prompt_length: int
-    positions: int
-    block_length: int  # 0: one block
-    steps: int | None  # of one block; as passed, of all
-    schedule: str
-    t_min: float
-    eos_id: int | None
-    capped: bool  # the steps cap a threshold
+    number: int  # of the step, from 0 on
+    limit: int | Tensor  # masked positions below it are active; a number or (B, 1)
+    size: int  # how many there are in all sequences
+    sequences: Tensor  # int64, those with any
+    counts: Tensor | None = None  # (B,) int64, how many to fill; None: all, or as a rule decides
+    rows: Tensor | None = None  # int64, b*D + d, where they are known in advance
 
-    def __post_init__(self) -> None:
-        self.block_length = self.block_length or max(self.positions - self.prompt_length, 1)
-        if self.steps is None:
-            return
-        if self.capped and self.blocks > 1:
+
+class Blocks:
+    """The blocks of a run. The first also holds the unknown tokens of the prompt.
+
+    Args:
+        block_length: None for a single block.
+        steps: of all blocks together; None where a rule decides.
+        capped: the steps cap a threshold.
+        schedule, t_min, eos_id: see `sample_confidence`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        prompt: Tensor | None,
+        block_length: int | None,
+        steps: int | None,
+        schedule: str,
+        t_min: float,
+        eos_id: int | None,
+        capped: bool,
+    ):
+        self.run, self.schedule, self.t_min, self.eos_id = run, schedule, t_min, eos_id
+        self.prompt_length = 0 if prompt is None else prompt.shape[-1]
+        own = run.positions - self.prompt_length
+        self.block_length = block_length or max(own, 1)
+        self.blocks = max(1, -(-own // self.block_length))
+        self.steps = 0 if steps is None else steps // self.blocks  # of one block
+        if steps is not None and capped and self.blocks > 1:
             raise ValueError(
                 f"steps caps a threshold in a single block only, got {self.blocks} blocks"
             )
-        if self.steps % self.blocks:
+        if steps is not None and steps % self.blocks:
             raise ValueError(
-                f"steps must be a multiple of the number of blocks, {self.blocks}, got {self.steps}"
+                f"steps must be a multiple of the number of blocks, {self.blocks}, got {steps}"
             )
-        self.steps //= self.blocks
-
-    @property
-    def blocks(self) -> int:
-        return max(1, -(-(self.positions - self.prompt_length) // self.block_length))
 
     def bounds(self, block: int) -> tuple[int, int]:
         end = self.prompt_length + (block + 1) * self.block_length
         begin = end - self.block_length if block else 0
-        return begin, min(end, self.positions)
+        return begin, min(end, self.run.positions)
 
     def counts(self, initial: Tensor, active: Tensor, step: int) -> Tensor:
         """How many of the active positions a step fills, with `initial` of them at the start."""
-        assert self.steps is not None
         if self.schedule == "even":
-            return torch.minimum(even_counts(initial, step, self.steps), active)
-        return ancestral_counts(active, step, self.steps, self.t_min)
+            before, after = (self.even(initial, step + i) for i in (0, 1))
+            return torch.minimum(after - before, active)
+        if step == self.steps - 1:
+            return active
+        # In fp32 as Dream does it: the result is cut off to an integer.
+        times = torch.linspace(1.0, self.t_min, self.steps + 1, dtype=torch.float32)
+        return (active.float() * (1 - times[step + 1] / times[step])).long()
+
+    def even(self, total: Tensor, done: int) -> Tensor:
+        """What `done` steps fill of total / S each, the remainder one by one at first (LLaDA)."""
+        done = min(done, self.steps)
+        return total // self.steps * done + (total % self.steps).clamp(max=done)
+
+    # The fills of a run, by what is known of them
+
+    def known(self) -> Iterator[Fill]:
+        """Their number of rows follows from the number of masked positions at the start."""
+
+        def of_block(masked: Tensor, block: int) -> Iterator[Fill]:
+            begin, end = self.bounds(block)
+            initial = active = masked[:, begin:end].sum(1)
+            for index in range(self.steps):
+                counts = self.counts(initial, active, index)
+                if bool(counts.any()):
+                    yield _counted(block * self.steps + index, end, active, counts)
+                active = active - counts
+
+        return self._block_by_block(of_block)
+
+    def planned(self) -> Iterator[Fill]:
+        """The random order of Dream's `origin`: each position's step is drawn in advance.
+
+        A position unmasks at step k of its block with probability t_k − t_(k+1), what remains at
+        the last step.
+        """
+        run, times = self.run, time_grid(self.steps, self.t_min)
+        shape = (run.batch, run.positions)
+        plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
+        plan, place = plan.clamp(max=self.steps - 1), torch.arange(run.positions)
+
+        def of_block(masked: Tensor, block: int) -> Iterator[Fill]:
+            begin, end = self.bounds(block)
+            chosen = torch.where(masked & (place >= begin) & (place < end), plan, -1)
+            by_step = zip(*rows_by_step(chosen, self.steps, plan.device), strict=True)
+            for index, (rows, sequences) in enumerate(by_step):
+                if rows.numel():
+                    number = block * self.steps + index
+                    yield Fill(number, end, rows.numel(), sequences, rows=rows)
+
+        return self._block_by_block(of_block)
+
+    def _block_by_block(self, of_block: Callable[[Tensor, int], Iterator[Fill]]) -> Iterator[Fill]:
+        """The fills of all blocks, made on the host of what is masked (B, D) at the start.
+
+        One host sync at the start; with `eos_id` one more per block, to learn which sequences
+        ended.
+        """
+        masked, fills = self.run.masked().cpu(), list[Fill]()
+        for block in range(self.blocks):
+            if block and self.eos_id is not None:
+                masked[self._end_sequences(self.bounds(block)[0]).cpu()] = False
+            fills += of_block(masked, block)
+            if self.eos_id is not None or block == self.blocks - 1:
+                yield from _moved(fills, self.run.device)
+                fills = []
+
+    def counted(self) -> Iterator[Fill]:
+        """Of a model that may draw the mask: one host sync per step counts what is masked."""
+        for block in range(self.blocks):
+            begin, end = self.bounds(block)
+            if block and self.eos_id is not None:
+                self._end_sequences(begin)
+            initial = None
+            for index in range(self.steps):
+                masked = self.run.masked()[:, :end]
+                active, inside = torch.stack([masked.sum(1), masked[:, begin:].sum(1)]).cpu()
+                initial = inside if initial is None else initial
+                counts = self.counts(initial, active, index)
+                if bool(counts.any()):
+                    fill = _counted(block * self.steps + index, end, active, counts)
+                    yield from _moved([fill], self.run.device)
+
+    def open(self) -> Iterator[Fill]:
+        """Until nothing is masked, each sequence in the block of its first masked position.
+
+        A sequence that has finished its block goes on to the next without waiting for others, so
+        what it becomes does not depend on them. One host sync per step counts the active rows.
+        Each step fills a position of every active sequence, so D are enough; only a model that
+        draws the mask comes to the end of them.
+        """
+        place = torch.arange(self.run.positions, device=self.run.device)
+        initial: Tensor | None = None
+        for number in range(self.run.positions):
+            masked = self.run.masked()
+            first = masked.int().argmax(1, keepdim=True)
+            block = (first - self.prompt_length).clamp(min=0) // self.block_length
+            begin = self.prompt_length + block * self.block_length
+            if self.eos_id is not None and number:
+                masked = masked & ~self._end_sequences(begin).unsqueeze(1)
+            limit = begin + self.block_length
+            active = (masked & (place < limit)).sum(1)
+            counts = None
+            if self.steps:  # a cap on what the rule lets through, at least 1 while any are masked
+                initial = active if initial is None else initial
+                counts = self.even(initial, number + 1) - (initial - active)
+            on_host = active.cpu()
+            rows = int(on_host.sum())
+            if not rows:
+                return
+            sequences = on_host.nonzero()[:, 0].to(self.run.device)
+            yield Fill(number, limit, rows, sequences, counts)
+
+    def _end_sequences(self, begin: int | Tensor) -> Tensor:
+        """Fill up, with eos_id, the sequences that hold it among their own tokens before `begin`.
+
+        Returns:
+            (B,) bool, the sequences that have ended, on the device.
+        """
+        run, end = self.run, self.eos_id
+        assert end is not None
+        place = torch.arange(run.positions, device=run.device)
+        own = (place >= self.prompt_length) & (place < begin)
+        ended = ((run.tokens == end) & own).any(1)
+        run.tokens = torch.where(ended.unsqueeze(1) & run.masked(), end, run.tokens)
+        return ended
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One call of the model."""
-
-    number: int  # from 0 on: which λ, which random numbers
-    limit: int | Tensor  # masked positions below it are active; a number or (B, 1)
-    rows: int  # how many there are in all sequences
-    sequences: Tensor  # int64, those with any
-    counts: Tensor | None = None  # (B,) int64, how many to fill; None: all, or as a rule decides
-    flat: Tensor | None = None  # int64, the rows b*D + d, where they are known in advance
+def _counted(number: int, end: int, active: Tensor, counts: Tensor) -> Fill:
+    return Fill(number, end, int(active.sum()), active.nonzero()[:, 0], counts)
 
 
-def even_counts(total: Tensor, step: int, steps: int) -> Tensor:
-    """total / steps per step, the remainder one by one over the first steps (LLaDA)."""
-    return total // steps + (step < total % steps).long()
-
-
-def even_reached(total: Tensor, step: int, steps: int) -> Tensor:
-    """The sum of `even_counts` up to and with `step`."""
-    done = min(step + 1, steps)
-    return total // steps * done + (total % steps).clamp(max=done)
-
-
-def ancestral_counts(active: Tensor, step: int, steps: int, t_min: float) -> Tensor:
-    """int(active · (1 − s/t)) on the times linspace(1, t_min, steps + 1), at last all (Dream)."""
-    if step == steps - 1:
-        return active
-    # In fp32 as the repository does it: the result is cut off to an integer.
-    times = torch.linspace(1.0, t_min, steps + 1, dtype=torch.float32)
-    share = 1 - times[step + 1] / times[step]
-    return (active.float() * share).long()
-
-
-def known_steps(run: Run, layout: Layout) -> Iterator[Step]:
-    """Steps whose number of rows follows from the number of masked positions at the start."""
-    assert layout.steps is not None
-    per_block = layout.steps
-
-    def of_block(masked: Tensor, block: int) -> Iterator[Step]:
-        begin, end = layout.bounds(block)
-        initial = active = masked[:, begin:end].sum(1)
-        for index in range(per_block):
-            counts = layout.counts(initial, active, index)
-            if bool(counts.any()):
-                yield _counted(block * per_block + index, end, active, counts)
-            active = active - counts
-
-    return _block_by_block(run, layout, of_block)
-
-
-def planned_steps(run: Run, layout: Layout) -> Iterator[Step]:
-    """The random order of Dream's `origin`: each position's step is drawn in advance.
-
-    A position unmasks at step k of its block with probability t_k − t_(k+1), what remains at the
-    last step.
-    """
-    assert layout.steps is not None
-    per_block = layout.steps
-    times = torch.linspace(1.0, layout.t_min, per_block + 1, dtype=torch.float64)
-    shape = (run.batch, run.positions)
-    plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
-    plan = plan.clamp(max=per_block - 1)
-
-    def of_block(masked: Tensor, block: int) -> Iterator[Step]:
-        begin, end = layout.bounds(block)
-        place = torch.arange(layout.positions)
-        chosen = torch.where(masked & (place >= begin) & (place < end), plan, -1)
-        flat, sequences = rows_by_step(chosen, per_block, plan.device)
-        for index, rows in enumerate(flat):
-            if rows.numel():
-                number = block * per_block + index
-                yield Step(number, end, rows.numel(), sequences[index], flat=rows)
-
-    return _block_by_block(run, layout, of_block)
-
-
-def _block_by_block(
-    run: Run, layout: Layout, of_block: Callable[[Tensor, int], Iterator[Step]]
-) -> Iterator[Step]:
-    """The steps of all blocks, made on the host of what is masked (B, D) at the start.
-
-    One host sync at the start; with `eos_id` one more per block, to learn which sequences ended.
-    """
-    masked, steps = run.masked().cpu(), list[Step]()
-    for block in range(layout.blocks):
-        if block and layout.eos_id is not None:
-            masked[_end_sequences(run, layout, layout.bounds(block)[0]).cpu()] = False
-        steps += of_block(masked, block)
-        if layout.eos_id is not None or block == layout.blocks - 1:
-            yield from _moved(steps, run.device)
-            steps = []
-
-
-def counted_steps(run: Run, layout: Layout) -> Iterator[Step]:
-    """Steps of a model that may draw the mask: one host sync per step counts what is masked."""
-    assert layout.steps is not None
-    for block in range(layout.blocks):
-        begin, end = layout.bounds(block)
-        if block and layout.eos_id is not None:
-            _end_sequences(run, layout, begin)
-        initial = None
-        for index in range(layout.steps):
-            masked = run.masked()[:, :end]
-            active, inside = torch.stack([masked.sum(1), masked[:, begin:].sum(1)]).cpu()
-            initial = inside if initial is None else initial
-            counts = layout.counts(initial, active, index)
-            if bool(counts.any()):
-                step = _counted(block * layout.steps + index, end, active, counts)
-                yield from _moved([step], run.device)
-
-
-def open_steps(run: Run, layout: Layout) -> Iterator[Step]:
-    """Steps until nothing is masked, each sequence in the block of its first masked position.
-
-    A sequence that has finished its block goes on to the next without waiting for others, so
-    what it becomes does not depend on them. One host sync per step counts the active rows. Each
-    step fills a position of every active sequence, so D are enough; only a model that draws the
-    mask comes to the end of them.
-    """
-    place = torch.arange(layout.positions, device=run.device)
-    initial: Tensor | None = None
-    for number in range(layout.positions):
-        masked = run.masked()
-        first = masked.int().argmax(1, keepdim=True)
-        block = (first - layout.prompt_length).clamp(min=0) // layout.block_length
-        begin = layout.prompt_length + block * layout.block_length
-        if layout.eos_id is not None and number:
-            masked = masked & ~_end_sequences(run, layout, begin).unsqueeze(1)
-        limit = begin + layout.block_length
-        active = (masked & (place < limit)).sum(1)
-        counts = None
-        if layout.steps is not None:  # a cap on what the rule lets through
-            initial = active if initial is None else initial
-            reached = even_reached(initial, number, layout.steps)
-            counts = reached - (initial - active)  # at least 1 while any are masked
-        on_host = active.cpu()
-        rows = int(on_host.sum())
-        if not rows:
-            return
-        yield Step(number, limit, rows, on_host.nonzero()[:, 0].to(run.device), counts)
-
-
-def _end_sequences(run: Run, layout: Layout, begin: int | Tensor) -> Tensor:
-    """Fill up, with eos_id, the sequences that hold it among their own tokens before `begin`.
-
-    Returns:
-        (B,) bool, the sequences that have ended, on the device.
-    """
-    assert layout.eos_id is not None
-    place = torch.arange(layout.positions, device=run.device)
-    own = (place >= layout.prompt_length) & (place < begin)
-    ended = ((run.tokens == layout.eos_id) & own).any(1)
-    rest = ended.unsqueeze(1) & run.masked()
-    run.tokens = torch.where(rest, layout.eos_id, run.tokens)
-    return ended
-
-
-def _counted(number: int, end: int, active: Tensor, counts: Tensor) -> Step:
-    return Step(number, end, int(active.sum()), active.nonzero()[:, 0], counts)
-
-
-def _moved(steps: list[Step], device: torch.device) -> list[Step]:
-    """The steps with all their tensors on the device, moved in one go."""
-    values = [(s.sequences, s.counts if s.flat is None else s.flat) for s in steps]
-    each = iter(moved([t for pair in values for t in pair if t is not None], device))
-    return [
-        dataclasses.replace(
-            step,
-            sequences=next(each),
-            counts=None if step.counts is None else next(each),
-            flat=None if step.flat is None else next(each),
-        )
-        for step in steps
-    ]
+def _moved(fills: list[Fill], device: torch.device) -> Iterator[Fill]:
+    """The fills with all their tensors on the device, moved in one go."""
+    pairs = [(fill.sequences, fill.counts if fill.rows is None else fill.rows) for fill in fills]
+    each = iter(moved([t for pair in pairs for t in pair if t is not None], device))
+    for fill in fills:
+        sequences, other = next(each), next(each)
+        counts, rows = (other, None) if fill.rows is None else (None, other)
+        yield Fill(fill.number, fill.limit, fill.size, sequences, counts, rows)

@@ -10,22 +10,19 @@ Sources: LLaDA (arXiv 2502.09992), Dream 7B (arXiv 2508.15487), Fast-dLLM (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_choice, check_number, describe
+from ..checks import check_choice, check_int, check_number, check_within, describe
 from ..draw.api import sample
-from ..draw.request import CONFIDENCE_DTYPES
-from ..heads import HeadLike
-from ..models.call import Context
-from .arguments import check_counts, check_filters, check_fraction
-from .blocks import Layout, Step, counted_steps, known_steps, open_steps, planned_steps
-from .loop import Answer, Guidance, Rule, Run, Visit, check_flags
-from .ranking import choose, defer
+from ..heads import Head
+from .arguments import MaskDrawOptions, Model, Unpack, check_flags, sampler
+from .blocks import Blocks
+from .loop import Answer, Guidance, Run, Step, single_logits
 
 __all__ = ["CONFIDENCE_RULES", "sample_confidence"]
 
@@ -41,83 +38,9 @@ _FIELDS: dict[str, tuple[str, int] | None] = {
 CONFIDENCE_RULES = tuple(_FIELDS)
 
 
-class _Confidence(Rule):
-    def __init__(self, name: str, layout: Layout, options: dict[str, Any]):
-        self.name, self.layout, self.options = name, layout, options
-        self.threshold: float | None = None
-        self.factor: float | None = None
-        self.temperature = self.guidance_scale = 0.0
-        self.active_only = True
-        self.deferred: Tensor | None = None
-
-    def visits(self, run: Run) -> Iterator[Visit]:
-        given = ~run.masked()
-        place = torch.arange(run.positions, device=run.device)
-        field = _FIELDS[self.name]
-        want = () if field is None else (field[0],)
-        options = self.options
-        # The draw's logsumexp is that of the plain logits unless something changed them.
-        changed = options["temperature"] not in (0.0, 1.0) or options["top_k"] or options["top_p"]
-        if self.deferred is not None and not changed:
-            want = (*want, "logsumexp")
-        for step in self._steps(run):
-            self.step, self.active = step, run.masked() & (place < step.limit)
-            rows = run.rows_of(self.active, step.rows) if step.flat is None else step.flat
-            guidance = None
-            if self.guidance_scale:
-                without = torch.where(given, run.mask_id, run.tokens)
-                guidance = Guidance(self.guidance_scale, without, run.context)
-            some = step.sequences if self.active_only else None
-            yield Visit(step.number, None, rows, some, want=want, guidance=guidance)
-
-    def _steps(self, run: Run) -> Iterator[Step]:
-        if self.threshold is not None or self.factor is not None:
-            return open_steps(run, self.layout)
-        if self.name == "origin":
-            return planned_steps(run, self.layout)
-        exclude_mask = self.options["mask_id"] is not None
-        return (known_steps if exclude_mask else counted_steps)(run, self.layout)
-
-    def fill(self, run: Run, visit: Visit, answer: Answer) -> Tensor:
-        drawn, field = run.put(visit, answer.draw.token), _FIELDS[self.name]
-        if self.name == "origin":
-            return drawn
-        if field is None:
-            confidence = run.uniform(visit, 1, torch.float32)[:, 0]
-        else:
-            confidence = getattr(answer.draw, field[0]) * field[1]
-        if self.deferred is not None:
-            total = self._logsumexp(answer)
-            confidence = defer(confidence, answer, total, self.deferred)
-        ranking = confidence
-        if self.temperature:
-            noise = rng.exponential(run.uniform(visit, 4, torch.float32)[:, 1]).log().neg()
-            ranking = confidence.float() / self.temperature + noise
-        assert visit.rows is not None
-        chosen = choose(
-            confidence, ranking, visit.rows, self.step.counts, self.active, self.threshold,
-            self.factor,
-        )  # fmt: skip
-        return torch.where(chosen, drawn, run.tokens)
-
-    def _logsumexp(self, answer: Answer) -> Tensor:
-        """Of the logits without temperature and filters."""
-        total = answer.draw.logsumexp
-        if total is None:
-            total = sample(
-                answer.head,
-                temperature=0.0,
-                guidance=answer.guidance,
-                mask_id=self.options["mask_id"],
-                want=("logsumexp",),
-            ).logsumexp
-        assert total is not None
-        return total
-
-
-@torch.no_grad()
+@sampler(MaskDrawOptions, temperature=0.0)
 def sample_confidence(
-    model: Callable[..., HeadLike],
+    model: Model,
     shape: tuple[int, int],
     *,
     mask_id: int,
@@ -128,9 +51,6 @@ def sample_confidence(
     block_length: int | None = None,
     threshold: float | None = None,
     factor: float | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     confidence_temperature: float = 0.0,
     guidance_scale: float = 0.0,
     shift: bool = False,
@@ -139,18 +59,8 @@ def sample_confidence(
     deferred_ids: Sequence[int] = (),
     eos_id: int | None = None,
     confidence_dtype: torch.dtype | None = None,
-    vocab_size: int | None = None,
-    latent_dim: int = 0,
-    latent: Tensor | None = None,
-    prompt: Tensor | None = None,
-    context: Context | None = None,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
-    first_sequence: int = 0,
     active_only: bool = True,
-    callback: Callable[[int, int, Tensor], None] | None = None,
-    history: list[Tensor] | None = None,
-    device: torch.device | str | None = None,
+    **options: Unpack[MaskDrawOptions],
 ) -> Tensor:
     """Fill token rows in the order of the model's confidence.
 
@@ -218,100 +128,145 @@ def sample_confidence(
     one per step, to count what is still masked. Memory above the model's: the hidden states of the
     active rows, a few numbers for each, and the head's budget.
     """
-    check_counts([("mask_id", mask_id, 0)])
-    check_choice(schedule, "schedule", ("even", "ancestral"))
-    check_fraction(t_min, "t_min")
-    options = check_filters(temperature, top_k, top_p)
-    check_number(guidance_scale, "guidance_scale", minimum=0.0)
-    check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only)
-    banned = _check_ids(banned_ids, "banned_ids")
-    deferred = _check_ids(deferred_ids, "deferred_ids")
-    _check_rule(rule, threshold, factor, confidence_temperature, exclude_mask, bool(deferred))
-    if mask_id in deferred:
-        raise ValueError(f"deferred_ids must not hold the mask, {mask_id}")
-    if eos_id is not None:
-        check_counts([("eos_id", eos_id, 0)])
-    if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
-        known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
-        raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
-    ids = {"mask_id": mask_id, "banned_ids": max(banned, default=0), "eos_id": eos_id or 0}
-    ids["deferred_ids"] = max(deferred, default=0)
-    run = Run(model, shape, device, prompt)
-    run.set_seed(seed, generator, first_sequence)
-    run.set_vocabulary(vocab_size, ids)
-    run.set_tokens(mask_id, prompt, context)
-    if block_length is not None:
-        check_counts([("block_length", block_length, 1)])
-    layout = Layout(
-        0 if prompt is None else prompt.shape[-1],
-        run.positions,
-        block_length or 0,
-        _check_steps(steps, threshold, factor),
-        schedule,
-        t_min,
-        eos_id,
-        capped=threshold is not None,
-    )
-    open_ended = threshold is not None or factor is not None
-    total = run.positions if open_ended or steps is None else steps
-    run.set_latents(latent, latent_dim, total, "D" if open_ended else "S")
-    run.set_hooks(callback, history)
-    options["mask_id"] = mask_id if exclude_mask else None
-    options["confidence_dtype"] = confidence_dtype if _FIELDS[rule] else None
-    how = _Confidence(rule, layout, options)
-    how.threshold, how.factor, how.temperature = threshold, factor, confidence_temperature
-    how.guidance_scale, how.shift, how.active_only = guidance_scale, shift, active_only
-    if banned:
-        how.banned = torch.tensor(banned, device=run.device)
-    if deferred:
-        how.deferred = torch.tensor(deferred, device=run.device)
-    return run.loop(how, total)
-
-
-def _check_rule(
-    rule: Any, threshold: Any, factor: Any, temperature: Any, exclude_mask: bool, deferred: bool
-) -> None:
     check_choice(rule, "rule", CONFIDENCE_RULES)
-    check_number(temperature, "confidence_temperature", minimum=0.0)
-    if threshold is not None:
-        check_number(threshold, "threshold")
-    if factor is not None:
-        check_number(factor, "factor", minimum=0.0)
-    both, origin = threshold is not None and factor is not None, rule == "origin"
+    check_choice(schedule, "schedule", ("even", "ancestral"))
+    check_within(t_min, "t_min", "(0, 1)")
+    check_number(guidance_scale, "guidance_scale", minimum=0.0)
+    check_number(confidence_temperature, "confidence_temperature", minimum=0.0)
+    check_number(0.0 if threshold is None else threshold, "threshold")
+    check_number(0.0 if factor is None else factor, "factor", minimum=0.0)
+    check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only)
+    banned, deferred = (
+        _check_ids(banned_ids, "banned_ids"),
+        _check_ids(deferred_ids, "deferred_ids"),
+    )
+    check_int(mask_id, "mask_id", minimum=0)
+    optional = (("steps", steps, 1), ("eos_id", eos_id, 0), ("block_length", block_length, 1))
+    for name, value, least in optional:
+        check_int(least if value is None else value, name, minimum=least)
+    open_ended, origin = threshold is not None or factor is not None, rule == "origin"
+    field = _FIELDS[rule]  # None for origin and random
     bounded = threshold is None or rule == "entropy" or 0.0 <= threshold <= 1.0
-    name = "threshold" if factor is None else "factor"
-    ruled = threshold is not None or factor is not None
+    name, late = "threshold" if factor is None else "factor", "low_confidence"
     for wrong, message in (
-        (both, "threshold and factor exclude each other: pass one of them"),
+        (threshold is not None and factor is not None, "threshold and factor exclude each other"),
         (not bounded, f"threshold must be in [0, 1] with rule={rule!r}, got {threshold}"),
+        (open_ended and field is None, f"{name} needs confidences, got rule={rule!r}"),
         (
-            ruled and rule in ("origin", "random"),
-            f"{name} needs a rule with confidences of the model, got {rule!r}",
+            origin and confidence_temperature,
+            "confidence_temperature needs a rule but origin",
         ),
-        (origin and temperature, f"confidence_temperature needs confidences, got rule={rule!r}"),
-        (origin and not exclude_mask, f"exclude_mask=False needs a rule with counts, got {rule!r}"),
-        (
-            deferred and rule != "low_confidence",
-            f'deferred_ids needs rule="low_confidence", got {rule!r}',
-        ),
+        (origin and not exclude_mask, "exclude_mask=False needs a rule with counts, got origin"),
+        (deferred and rule != late, f"deferred_ids needs rule={late!r}, got {rule!r}"),
+        (steps and factor is not None, f"steps must be None with a factor, got {steps}"),
+        (not open_ended and steps is None, "steps must be an int, or threshold or factor given"),
+        (mask_id in deferred, f"deferred_ids must not hold the mask, {mask_id}"),
+        (eos_id == mask_id, f"eos_id must not hold the mask, {mask_id}"),
     ):
         if wrong:
             raise ValueError(message)
+    ids = {"banned_ids": max(banned, default=0), "deferred_ids": max(deferred, default=0)}
+    run = Run(
+        model,
+        shape,
+        {**options, "confidence_dtype": confidence_dtype},
+        calls=None if open_ended else steps,
+        mask_id=mask_id,
+        exclude_mask=exclude_mask,
+        ids={"mask_id": mask_id, "eos_id": eos_id or 0, **ids},
+    )
+    run.shift = shift
+    run.banned = torch.tensor(banned, device=run.device) if banned else None
+    last = torch.tensor(deferred, device=run.device) if deferred else None
+    want = () if field is None else (field[0],)
+    if field is None:
+        run.draws["confidence_dtype"] = None
+    # The draw's logsumexp is that of the plain logits unless something changed them.
+    changed = run.draws["temperature"] not in (0.0, 1.0) or options["top_k"] or options["top_p"]
+    if last is not None and not changed:
+        want = (*want, "logsumexp")
+    prompt, capped = options["prompt"], threshold is not None
+    blocks = Blocks(run, prompt, block_length, steps, schedule, t_min, eos_id, capped)
+    if open_ended:
+        fills = blocks.open()
+    elif origin:
+        fills = blocks.planned()
+    else:
+        fills = blocks.known() if exclude_mask else blocks.counted()
+    given, place = ~run.masked(), torch.arange(run.positions, device=run.device)
+    active, counts = given, None  # of the step
+
+    def filling() -> Iterator[Step]:
+        nonlocal active, counts
+        for fill in fills:
+            active, counts = run.masked() & (place < fill.limit), fill.counts
+            rows = run.rows_of(active, fill.size) if fill.rows is None else fill.rows
+            guidance = None
+            if guidance_scale:
+                without = torch.where(given, mask_id, run.tokens)
+                guidance = Guidance(guidance_scale, without, run.context)
+            some = fill.sequences if active_only else None
+            how = None if origin else keep
+            yield Step(fill.number, None, rows, some, how, want=want, guidance=guidance)
+
+    def keep(step: Step, answer: Answer) -> Tensor:
+        if field is None:
+            confidence = run.uniform(step, 1, torch.float32)[:, 0]
+        else:
+            confidence = getattr(answer.draw, field[0]) * field[1]
+        if last is not None:
+            confidence = _deferred(confidence, answer, run.draws["mask_id"], last)
+        ranking = confidence
+        if confidence_temperature:
+            noise = rng.exponential(run.uniform(step, 4, torch.float32)[:, 1]).log().neg()
+            ranking = confidence.float() / confidence_temperature + noise
+        order = spread(step, ranking).argsort(dim=1, descending=True, stable=True)
+        sure = spread(step, confidence).gather(1, order)
+        passes = torch.ones_like(active) if threshold is None else sure >= threshold
+        if factor is not None:
+            passes = sure >= 1.0 - factor / (place + 2).double()
+        passes[:, 0] = True
+        if factor is not None:
+            passes = passes.int().cumprod(1).bool()
+        if counts is not None:
+            passes &= place < counts.unsqueeze(1)
+        chosen = torch.zeros_like(active).scatter_(1, order, passes) & active
+        return torch.where(chosen, run.put(step, answer.draw.token), run.tokens)
+
+    def spread(step: Step, values: Tensor) -> Tensor:
+        """(R,) as (B, D), −∞ where no row is."""
+        assert step.rows is not None
+        full = torch.full_like(run.tokens, -torch.inf, dtype=values.dtype).flatten()
+        return full.index_copy(0, step.rows, values).view_as(run.tokens)
+
+    return run.loop(filling())
+
+
+def _deferred(confidence: Tensor, answer: Answer, mask_id: int | None, ids: Tensor) -> Tensor:
+    """Confidences p(x)/(1 − p(ids)), and 0 for the ids (E,) themselves."""
+    total = answer.draw.logsumexp
+    if total is None:  # of the logits without temperature and filters
+        plain: dict[str, Any] = {"guidance": answer.guidance, "mask_id": mask_id}
+        total = sample(answer.head, temperature=0.0, want=("logsumexp",), **plain).logsumexp
+    assert total is not None
+    own = _columns(answer.head, ids)
+    if answer.guidance is not None:
+        head, scale = answer.guidance
+        other = _columns(head, ids)
+        guided = other + (scale + 1) * (own - other)
+        own = torch.where(own == -torch.inf, own, guided)
+    share = (own - total.unsqueeze(1)).exp().sum(1)
+    others = (confidence / (1.0 - share).clamp(min=1e-30)).clamp(max=1.0)
+    return torch.where(torch.isin(answer.draw.token, ids), 0.0, others).to(confidence.dtype)
+
+
+def _columns(head: Head, ids: Tensor) -> Tensor:
+    """The logits of some columns, (R, E) in fp32 or fp64, without the others."""
+    count = head.shape[0]
+    return torch.stack([single_logits(head, token.expand(count)) for token in ids], 1)
 
 
 def _check_ids(ids: Any, name: str) -> list[int]:
     if not isinstance(ids, Sequence) or isinstance(ids, str):
         raise TypeError(f"{name} must be a sequence of ints, got {describe(ids)}")
-    check_counts([(f"{name}[{i}]", value, 0) for i, value in enumerate(ids)])
-    return list(ids)
-
-
-def _check_steps(steps: Any, threshold: Any, factor: Any) -> int | None:
-    if steps is None:
-        if threshold is None and factor is None:
-            raise ValueError("steps must be an int without a threshold or a factor, got None")
-        return None
-    check_counts([("steps", steps, 1)])
-    if factor is not None:
-        raise ValueError(f"steps must be None with a factor, got {steps}")
-    return steps
+    return [check_int(value, f"{name}[{i}]", minimum=0) for i, value in enumerate(ids)]

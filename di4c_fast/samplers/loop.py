@@ -1,33 +1,33 @@
 """The loop of every sampler: arguments, λ, prompt, calls of the model, draws, hooks.
 
-A sampler is a `Rule`: which rows to draw at a step, and what becomes of the draws. All else is
-here and happens once. Shapes: B sequences, D positions, R rows that a step draws, V classes.
+A sampler is a rule: a generator of steps, which say what rows to draw and what becomes of the
+draws. All else is here and happens once. Shapes: B sequences, D positions, R rows that a step
+draws, V classes.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from .. import rng
 from ..checks import (
-    check_bool,
+    check_floating,
+    check_int,
     check_int64,
     check_same_device,
     check_shape,
     check_token_range,
-    check_values,
     describe,
 )
 from ..draw.api import sample
 from ..draw.request import Draw
-from ..heads import Head, HeadLike
+from ..heads import Head
 from ..models.call import (
     Context,
     call_model,
@@ -35,9 +35,8 @@ from ..models.call import (
     check_context,
     evaluation_mode,
     repeat_context,
-    select_context,
 )
-from .arguments import check_counts, check_latent, check_size, device_of, fill_prompt, seed_of
+from .arguments import Model, check_size, device_of, fill_prompt, seed_of
 
 # Step numbers of the counter-based generator. λ and tokens of step k have k (in two streams),
 # what a rule draws besides has RULE + k, and what is drawn before the first step has START.
@@ -52,17 +51,26 @@ class Guidance:
     scale: float  # w of (1 + w)·conditional − w·unconditional
     tokens: Tensor  # (B, D)
     context: Context
-    apart: bool = False  # ask `Run.other`
 
 
 @dataclasses.dataclass(frozen=True)
-class Visit:
-    """One step: what the model is asked, and which rows are drawn."""
+class Answer:
+    """What a step brought: the draw of its rows, and the heads that it came from."""
+
+    draw: Draw
+    head: Head  # (R, V)
+    guidance: tuple[Head, float] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the model is asked at a step, which rows are drawn, and what becomes of the draws."""
 
     number: int  # from 0 on: which λ, which random numbers
     time: float | None  # None: the share of masked positions of each sequence
     rows: Tensor | None  # (R,) int64, b·D + d in ascending order; None: all; empty: no call
     sequences: Tensor | None = None  # int64, those with such rows, ascending; None: all
+    fill: Callable[[Step, Answer], Tensor] | None = None  # new tokens (B, D); None: the draws
     greedy: bool = False  # the argmax in place of a draw
     want: tuple[str, ...] = ()  # statistics of the draw
     guidance: Guidance | None = None
@@ -70,101 +78,110 @@ class Visit:
     tries: Tensor | None = None  # (B·n, L): n rows in place of each sequence, with these λ
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a visit brought: the draw of its rows, and the heads that it came from."""
-
-    draw: Draw
-    head: Head  # (R, V)
-    guidance: tuple[Head, float] | None
-
-
-class Rule(abc.ABC):
-    """What makes a sampler, in two methods."""
-
-    options: Mapping[str, Any] = MappingProxyType({})  # of every draw, as of `di4c_fast.sample`
-    shift = False  # position d takes its logits from row d − 1, position 0 from row 0
-    banned: Tensor | None = None  # ids that are never drawn
-
-    @abc.abstractmethod
-    def visits(self, run: Run) -> Iterator[Visit]:
-        """The steps, one after another; `run.tokens` holds the tokens as they then are."""
-
-    def fill(self, run: Run, visit: Visit, answer: Answer) -> Tensor:
-        """The tokens (B, D) after a visit, as a new tensor: every row takes its draw."""
-        return run.put(visit, answer.draw.token)
-
-
 class Run:
-    """The arguments of a run, checked as they are set, and its tokens (B, D) as they are."""
+    """The arguments of a run, checked, and how far it has got.
 
-    def __init__(self, model: Any, shape: Any, device: Any = None, given: Any = None):
-        """given: tokens whose device serves where `device` is None."""
+    Args:
+        options: `Options` or more of them, complete, and `confidence_dtype` as of `sample`.
+        calls: how many steps there may be, each with its λ; None for D.
+        mask_id: what the tokens are at first, unless there is a `start`.
+        exclude_mask: never draw the mask.
+        ids: those in the vocabulary by their argument; None for `mask_id`.
+        start: (B, D) tokens of a process without masks, or a function of the run that draws them.
+        other: the teacher, or the model of the unconditional logits.
+
+    Attributes:
+        tokens: (B, D), as they are.
+        draws: options of every draw, as of `sample`.
+        shift: position d takes its logits from row d − 1, position 0 from row 0.
+        banned: ids that are never drawn.
+    """
+
+    shift = False
+    banned: Tensor | None = None
+
+    def __init__(
+        self,
+        model: Any,
+        shape: Any,
+        options: Mapping[str, object],
+        *,
+        calls: int | None = None,
+        mask_id: Any = None,
+        exclude_mask: bool = True,
+        ids: dict[str, int] | None = None,
+        start: Any = None,
+        start_name: str = "start",
+        project_fn: Any = None,
+        other: Any = None,
+    ):
+        given: dict[str, Any] = {"prompt": None, "vocab_size": None, **options}
         self.batch, self.positions = check_size(shape)
         check_callable(model, "model")
-        self.model: Callable[..., HeadLike] = model
-        self.other: Callable[..., HeadLike] | None = None
-        size = (self.batch, self.positions)
-        self.tokens = torch.empty(size, dtype=torch.int64, device=device_of(device, given, model))
-        self.device = self.tokens.device
-
-    def set_seed(self, seed: Any, generator: Any, first_sequence: Any) -> None:
-        check_counts([("first_sequence", first_sequence, 0)])
-        self.seed, self.first_sequence = seed_of(seed, generator), first_sequence
+        self.model: Model = model
+        self.other: Model | None = other
+        self.calls = self.positions if calls is None else calls
+        self.mask_id = -1 if start is not None else check_int(mask_id, "mask_id", minimum=0)
+        names = ("temperature", "top_k", "top_p", "confidence_dtype")
+        self.draws: dict[str, Any] = {name: given[name] for name in names if name in given}
+        # A draw of no rows checks its options before the first call of the model.
+        sample(torch.empty(0, 2).double(), seed=0, want=(), backend="torch", **self.draws)
+        self.draws["mask_id"] = self.mask_id if exclude_mask and start is None else None
+        self.device = device_of(given["device"], (given["prompt"], start), model)
+        self.seed = seed_of(given["seed"], given["generator"])
+        self.first_sequence = check_int(given["first_sequence"], "first_sequence", minimum=0)
         rows = torch.arange(self.batch * self.positions, device=self.device)
-        self.keys = rows + first_sequence * self.positions
+        self.keys = rows + self.first_sequence * self.positions
+        self.vocab_size: int | None = given["vocab_size"]
+        if self.vocab_size is not None:
+            least = 1 if self.draws["mask_id"] is None else 2
+            check_int(self.vocab_size, "vocab_size", minimum=least)
+        self.ids = ({"mask_id": self.mask_id} if start is None else {}) if ids is None else ids
+        self.tokens = self.keys.new_full((self.batch, self.positions), self.mask_id)
+        if callable(start):
+            self.tokens = start(self)
+        elif start is not None:
+            assert self.vocab_size is not None
+            check_int64(start, start_name)
+            check_shape(start, start_name, "B, D", self.tokens.shape)
+            check_same_device(start, start_name, self.tokens, "the samples")
+            check_token_range(start, start_name, self.vocab_size)
+            self.tokens.copy_(start)
+        self.ids["prompt"] = fill_prompt(self.tokens, given["prompt"], self.mask_id)
+        if self.vocab_size is not None:
+            self._check_ids(self.vocab_size, "vocab_size")
+        self.context = check_context(given["context"], self.batch, self.device)
+        self.latent = self._latents(given["latent"], given["latent_dim"])
+        self.project_fn, self.callback = project_fn, given["callback"]
+        for name, hook in (("project_fn", project_fn), ("callback", self.callback)):
+            if hook is not None:
+                check_callable(hook, name)
+        self.history: list[Tensor] | None = given["history"]
+        if self.history is not None and not isinstance(self.history, list):
+            raise TypeError(f"history must be a list to fill or None, got {describe(self.history)}")
 
-    def set_vocabulary(self, vocab_size: Any, ids: dict[str, int], unless: str = "") -> None:
-        """ids: those in the vocabulary by their argument; unless: what to do if they are not."""
-        self.vocab_size: int | None = vocab_size
-        self.ids, self.unless = ids, unless
-        if vocab_size is not None:
-            check_counts([("vocab_size", vocab_size, 2 if ids else 1)])
-            self._check_ids("vocab_size", f" = [0, {vocab_size})")
-
-    def set_tokens(self, mask_id: int, prompt: Any, context: Any) -> None:
-        """Masks behind the known tokens of the prompt; what the model is given besides."""
-        self.mask_id = mask_id
-        self.tokens.fill_(mask_id)
-        self._set_prompt(prompt, context)
-
-    def _set_prompt(self, prompt: Any, context: Any) -> None:
-        self.top_known = 0
-        if prompt is not None:
-            self.top_known = fill_prompt(self.tokens, prompt, self.mask_id, self.vocab_size)
-        self.context = check_context(context, self.batch, self.device)
-
-    def set_start(self, start: Any, name: str, vocab_size: int, prompt: Any, context: Any) -> None:
-        """The same for a process without masks, whose start is the argument `name`."""
-        check_int64(start, name)
-        check_shape(start, name, "B, D", self.tokens.shape)
-        check_same_device(start, name, self.tokens, "the samples")
-        check_token_range(start, name, vocab_size)
-        self.tokens.copy_(start)
-        self.mask_id = -1  # no token is
-        self._set_prompt(prompt, context)
-
-    def set_latents(self, latent: Any, latent_dim: Any, calls: int, letter: str = "S") -> None:
+    def _latents(self, latent: Any, dim: Any) -> Tensor | None:
         """λ of every call: none, (B, L) or (calls, B, L) as passed, or drawn on the CPU.
 
         Drawn, they are a function of (seed, call, number of the sequence).
         """
-        check_counts([("latent_dim", latent_dim, 0)])
+        name = "latent_dim" if latent is None else "latent_dim, the last size of latent,"
+        check_int(dim, name, minimum=0 if latent is None else 1)
         if latent is not None:
-            check_latent(latent, latent_dim, calls, self.batch, self.device, letter)
-        elif latent_dim:
-            call = torch.arange(calls).repeat_interleave(self.batch)
-            drawn = rng.uniform(self.seed, call, self.sequence_keys().repeat(calls), latent_dim)
-            latent = drawn.view(calls, self.batch, latent_dim).to(self.device)
-        self.latent = latent
-
-    def set_hooks(self, callback: Any, history: Any, project_fn: Any = None) -> None:
-        for name, hook in (("project_fn", project_fn), ("callback", callback)):
-            if hook is not None:
-                check_callable(hook, name)
-        if history is not None and not isinstance(history, list):
-            raise TypeError(f"history must be a list to fill or None, got {describe(history)}")
-        self.callback, self.history, self.project_fn = callback, history, project_fn
+            check_floating(latent, "latent")
+            check_same_device(latent, "latent", self.tokens, "the samples")
+            one, each = (self.batch, dim), (self.calls, self.batch, dim)
+            if latent.shape not in (one, each):
+                raise ValueError(
+                    f"latent must have shape (B, L) = {one} or (steps, B, L) = {each}, "
+                    f"got {tuple(latent.shape)}"
+                )
+        elif dim:
+            call = torch.arange(self.calls).repeat_interleave(self.batch)
+            drawn = rng.uniform(self.seed, call, self.sequence_keys().repeat(self.calls), dim)
+            size = {"s": self.calls, "b": self.batch}
+            latent = rearrange(drawn, "(s b) l -> s b l", **size).to(self.device)
+        return latent
 
     # What a rule asks
 
@@ -182,136 +199,119 @@ class Run:
             return wanted.flatten().nonzero()[:, 0]
         return first_true(wanted.flatten(), count)
 
-    def put(self, visit: Visit, values: Tensor) -> Tensor:
-        """The tokens with `values` in the rows of the visit."""
-        if visit.rows is None:
+    def put(self, step: Step, values: Tensor) -> Tensor:
+        """The tokens with `values` in the rows of the step."""
+        if step.rows is None:
             return values
         # Not in place: the model may have kept the tensor it was given.
-        return self.tokens.flatten().index_copy(0, visit.rows, values).view_as(self.tokens)
+        return self.tokens.flatten().index_copy(0, step.rows, values).view_as(self.tokens)
 
-    def uniform(self, visit: Visit, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """(R, count) numbers of the rule's own for the rows of the visit."""
-        keys = self.keys if visit.rows is None else self.keys[visit.rows]
-        return rng.uniform(self.seed, RULE + visit.number, keys, count, dtype=dtype)
+    def uniform(self, step: Step, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """(R, count) numbers of the rule's own for the rows of the step."""
+        keys = self.keys if step.rows is None else self.keys[step.rows]
+        return rng.uniform(self.seed, RULE + step.number, keys, count, dtype=dtype)
 
     # The loop
 
-    def loop(self, rule: Rule, total: int) -> Tensor:
-        """Take the steps of the rule; `total` is what the callback is told."""
+    def loop(self, steps: Iterator[Step]) -> Tensor:
+        """Take the steps, one after another; at each of them `tokens` are as they then are."""
         self._project()
         if self.history is not None:
             self.history.append(self.tokens)
         with evaluation_mode(self.model, self.other):
-            for visit in rule.visits(self):
-                if visit.rows is None or visit.rows.numel():
+            for step in steps:
+                if step.rows is None or step.rows.numel():
                     # Kept until the next: memory that is freed here comes back as fresh pages.
-                    answer = self._ask(rule, visit)
-                    self.tokens = rule.fill(self, visit, answer)
+                    answer = self._ask(step)
+                    if step.fill is None:
+                        self.tokens = self.put(step, answer.draw.token)
+                    else:
+                        self.tokens = step.fill(step, answer)
                 self._project()
                 if self.history is not None:
                     self.history.append(self.tokens)
                 if self.callback is not None:
-                    self.callback(visit.number + 1, total, self.tokens)
+                    self.callback(step.number + 1, self.calls, self.tokens)
         return self.tokens
 
-    def _ask(self, rule: Rule, visit: Visit) -> Answer:
-        head, guidance = self._heads(visit, self._local_rows(rule, visit))
-        if rule.banned is not None:
-            head = head.exclude(rule.banned)
+    def _ask(self, step: Step) -> Answer:
+        head, guidance = self._heads(step, self._local_rows(step))
+        if self.banned is not None:
+            head = head.exclude(self.banned)
         keys = None
-        if visit.tries is None:
-            keys = self.keys.view_as(self.tokens) if visit.rows is None else self.keys[visit.rows]
-        options = dict(rule.options) | ({"temperature": 0.0} if visit.greedy else {})
-        draw = sample(
-            head,
-            guidance=guidance,
-            seed=self.seed,
-            step=visit.number,
-            row_keys=keys,
-            want=visit.want,
-            **options,
-        )
+        if step.tries is None:
+            keys = self.keys.view_as(self.tokens) if step.rows is None else self.keys[step.rows]
+        options = self.draws | ({"temperature": 0.0} if step.greedy else {})
+        options |= {"seed": self.seed, "step": step.number, "row_keys": keys, "want": step.want}
+        draw = sample(head, guidance=guidance, **options)
         return Answer(draw, head, guidance)
 
-    def _local_rows(self, rule: Rule, visit: Visit) -> Tensor | None:
+    def _local_rows(self, step: Step) -> Tensor | None:
         """The rows by their numbers in the call of the model."""
-        rows = visit.rows
+        rows = step.rows
         if rows is None:
             return None
         position = rows % self.positions
-        if visit.sequences is not None:
+        if step.sequences is not None:
             number = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
-            number[visit.sequences] = torch.arange(len(visit.sequences), device=self.device)
+            number[step.sequences] = torch.arange(len(step.sequences), device=self.device)
             rows = number[rows // self.positions] * self.positions + position
-        return rows - (position > 0).long() if rule.shift else rows
+        return rows - (position > 0).long() if self.shift else rows
 
-    def _heads(self, visit: Visit, rows: Tensor | None) -> tuple[Head, tuple[Head, float] | None]:
+    def _heads(self, step: Step, rows: Tensor | None) -> tuple[Head, tuple[Head, float] | None]:
         """The wanted rows of the head, and `guidance` for `sample`."""
-        guidance, context = visit.guidance, self.context
-        some = visit.sequences
+        guidance, some = step.guidance, step.sequences
         if some is not None and len(some) == self.batch:
             some = None
 
         def cut(values: Tensor) -> Tensor:
             return values if some is None else values[some]
 
-        if some is not None:
-            context = select_context(context, some)
-        tokens = cut(self.tokens)
-        lam = self.latent
+        tokens, lam = cut(self.tokens), self.latent
+        context: Context = {key: cut(value) for key, value in self.context.items()}
         if lam is not None:
-            lam = cut(lam if lam.ndim == 2 else lam[visit.number])
-        if visit.tries is not None:
-            count = len(visit.tries) // self.batch if self.batch else 1
-            tokens, lam = tokens.repeat_interleave(count, dim=0), visit.tries
+            lam = cut(lam if lam.ndim == 2 else lam[step.number])
+        if step.tries is not None:
+            count = len(step.tries) // self.batch if self.batch else 1
+            tokens, lam = repeat(tokens, "b d -> (b n) d", n=count), step.tries
             context = repeat_context(context, count)
-        if visit.teacher:
-            head = self._call("teacher", visit, tokens, None, context)
-        elif guidance is None or guidance.apart:
-            head = self._call("model", visit, tokens, lam, context)
         if guidance is None:
+            name, lam = ("teacher", None) if step.teacher else ("model", lam)
+            head = self._call(name, step, tokens, lam, context)
             return (head if rows is None else head.take(rows)), None
         assert rows is not None
         others = cut(guidance.tokens)
         without = {key: cut(value) for key, value in guidance.context.items()}
-        if guidance.apart:
-            other = self._call("guidance_model", visit, others, None, without)
+        if self.other is not None:
+            head = self._call("model", step, tokens, lam, context)
+            other = self._call("guidance_model", step, others, None, without)
             return head.take(rows), (other.take(rows), guidance.scale)
         both = {key: torch.cat([value, without[key]]) for key, value in context.items()}
         lam = None if lam is None else torch.cat([lam, lam])
-        head = self._call("model", visit, torch.cat([tokens, others]), lam, both)
+        head = self._call("model", step, torch.cat([tokens, others]), lam, both)
         return head.take(rows), (head.take(rows + tokens.numel()), guidance.scale)
 
     def _call(
-        self, name: str, visit: Visit, tokens: Tensor, lam: Tensor | None, context: Context
+        self, name: str, step: Step, tokens: Tensor, lam: Tensor | None, context: Context
     ) -> Head:
         model = self.model if name == "model" else self.other
         assert model is not None
-        if visit.time is None:
+        if step.time is None:
             t = torch.eq(tokens, self.mask_id).float().mean(1)
         else:
-            t = torch.full((len(tokens),), visit.time, dtype=torch.float32, device=self.device)
+            t = torch.full((len(tokens),), step.time, dtype=torch.float32, device=self.device)
         head = call_model(model, name, tokens, t, lam, context, self.vocab_size)
         if self.vocab_size is None:
             # What could not be checked before; later calls must have as many classes.
             self.vocab_size = head.shape[-1]
-            self._check_ids("V", f" = [0, {self.vocab_size}) of model")
-            if self.top_known >= self.vocab_size:
-                raise ValueError(
-                    f"prompt must hold token ids in [0, V) = [0, {self.vocab_size}) of model, "
-                    f"got {self.top_known}"
-                )
+            self._check_ids(self.vocab_size, "V of model")
         return head
 
-    def _check_ids(self, bound: str, detail: str) -> None:
-        size = self.vocab_size
-        assert size is not None
-        if self.ids and size < 2:
-            raise ValueError(f"model must return at least 2 classes with a mask_id, got {size}")
-        for name, value in self.ids.items():
+    def _check_ids(self, size: int, name: str) -> None:
+        for argument, value in self.ids.items():
             if value >= size:
                 raise ValueError(
-                    f"{name} must be in [0, {bound}){detail}{self.unless}, got {value}"
+                    f"{argument} must hold ids in [0, {size}), as {name} = {size}, got {value}"
                 )
 
     def _project(self) -> None:
@@ -326,10 +326,8 @@ class Run:
                 f"got {tuple(projected.shape)}"
             )
         check_same_device(projected, name, self.tokens, "its input")
-        inside, bound = projected >= 0, "V"
-        if self.vocab_size is not None:
-            inside, bound = inside & (projected < self.vocab_size), str(self.vocab_size)
-        check_values(inside, f"{name} must hold token ids in [0, {bound})", projected)
+        bound = torch.iinfo(torch.int64).max if self.vocab_size is None else self.vocab_size
+        check_token_range(projected, name, bound)
         self.tokens = projected
 
 
@@ -353,8 +351,3 @@ def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     if not tensors:
         return []
     return list(torch.cat(tensors).to(device).split([t.numel() for t in tensors]))
-
-
-def check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        check_bool(value, name)

@@ -14,16 +14,14 @@ Source: the samplers of MDLM (arXiv 2406.07524) and of the masked language exper
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..heads import HeadLike
-from ..models.call import Context
-from .arguments import check_counts, check_filters, check_fraction
-from .loop import START, Rule, Run, Visit, check_flags, moved
+from .arguments import MaskDrawOptions, Model, Unpack, check_flags, sampler
+from .loop import START, Run, Step, moved
+from .schedules import time_grid
 
 __all__ = ["plan_unmask_steps", "rows_by_step", "sample_masked"]
 
@@ -33,19 +31,11 @@ _REPLAN = 2**31  # step numbers of the generator for positions that are masked a
 def plan_unmask_steps(
     times: Tensor, shape: tuple[int, int], *, seed: int, first_sequence: int = 0
 ) -> Tensor:
-    """The step at which each position unmasks, drawn in advance on the CPU.
+    """The step at which each position unmasks, (B, D) int64 in [0, S], drawn on the CPU.
 
-    Step k goes from times[k] to times[k + 1]. Position d of a sequence gets step k with
-    probability times[k] - times[k + 1] and S = len(times) - 1, the final argmax, with
-    probability times[S].
-
-    Args:
-        times: (S + 1,) decreasing, times[0] = 1.
-        shape: (B, D).
-        seed, first_sequence: see `sample_masked`.
-
-    Returns:
-        (B, D) int64 in [0, S], a function of (seed, number of the sequence, d) alone.
+    Step k goes from times[k] to times[k + 1] of the times (S + 1,), decreasing from 1. It has the
+    probability times[k] - times[k + 1], and S, the final argmax, has times[S]. The result is a
+    function of (seed, number of the sequence, position) alone.
     """
     batch, positions = shape
     keys = torch.arange(batch) + first_sequence
@@ -77,64 +67,46 @@ def rows_by_step(
     return both[:steps], both[steps:]
 
 
-class _Ancestral(Rule):
-    def __init__(self, times: Tensor, active_only: bool, options: dict[str, Any]):
-        self.times, self.active_only, self.options = times, active_only, options
-
-    def visits(self, run: Run) -> Iterator[Visit]:
-        last, shape = len(self.times) - 1, (run.batch, run.positions)
-        plan = plan_unmask_steps(
-            self.times, shape, seed=run.seed, first_sequence=run.first_sequence
-        )
-        plan[(~run.masked()).cpu()] = -1
-        rows, sequences = rows_by_step(plan, last + 1, run.device)
-        for step, time in enumerate(self.times.tolist()):
-            some = sequences[step] if self.active_only else None
-            yield Visit(step, time, rows[step], some, greedy=step == last)
-            if run.project_fn is not None and step < last and self._replan(run, plan, step):
-                rows, sequences = rows_by_step(plan, last + 1, run.device)
-
-    def _replan(self, run: Run, plan: Tensor, step: int) -> bool:
-        """Bring the plan in line with what `project_fn` changed; True if it had to change.
-
-        A position masked again after `step` is masked at time s = times[step + 1]; the loop would
-        unmask it at step k > `step` with probability (times[k] - times[k + 1]) / s.
-        """
-        masked = run.masked().cpu()
-        waiting = plan > step
-        filled, again = waiting & ~masked, masked & ~waiting
-        plan[~masked] = -1
-        if bool(again.any()):
-            number, keys = _REPLAN + step, run.sequence_keys()
-            u = rng.uniform(run.seed, number, keys, run.positions, dtype=torch.float64)
-            plan[again] = _step_of(u * self.times[step + 1], self.times)[again]
-        return bool(filled.any()) or bool(again.any())
+def _steps(run: Run, times: Tensor, active_only: bool) -> Iterator[Step]:
+    last, shape = len(times) - 1, (run.batch, run.positions)
+    plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
+    plan[(~run.masked()).cpu()] = -1
+    rows, sequences = rows_by_step(plan, last + 1, run.device)
+    for step, time in enumerate(times.tolist()):
+        some = sequences[step] if active_only else None
+        yield Step(step, time, rows[step], some, greedy=step == last)
+        if run.project_fn is not None and step < last and _replan(run, times, plan, step):
+            rows, sequences = rows_by_step(plan, last + 1, run.device)
 
 
-@torch.no_grad()
+def _replan(run: Run, times: Tensor, plan: Tensor, step: int) -> bool:
+    """Bring the plan in line with what `project_fn` changed; True if it had to change.
+
+    A position masked again after `step` is masked at time s = times[step + 1]; the loop would
+    unmask it at step k > `step` with probability (times[k] - times[k + 1]) / s.
+    """
+    masked = run.masked().cpu()
+    waiting = plan > step
+    filled, again = waiting & ~masked, masked & ~waiting
+    plan[~masked] = -1
+    if bool(again.any()):
+        number, keys = _REPLAN + step, run.sequence_keys()
+        u = rng.uniform(run.seed, number, keys, run.positions, dtype=torch.float64)
+        plan[again] = _step_of(u * times[step + 1], times)[again]
+    return bool(filled.any()) or bool(again.any())
+
+
+@sampler(MaskDrawOptions)
 def sample_masked(
-    model: Callable[..., HeadLike],
+    model: Model,
     shape: tuple[int, int],
     *,
     mask_id: int,
     steps: int,
-    vocab_size: int | None = None,
-    latent_dim: int = 0,
-    latent: Tensor | None = None,
-    prompt: Tensor | None = None,
-    project_fn: Callable[[Tensor], Tensor] | None = None,
-    context: Context | None = None,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
-    first_sequence: int = 0,
     t_min: float = 1e-5,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    project_fn: Callable[[Tensor], Tensor] | None = None,
     active_only: bool = True,
-    callback: Callable[[int, int, Tensor], None] | None = None,
-    history: list[Tensor] | None = None,
-    device: torch.device | str | None = None,
+    **options: Unpack[MaskDrawOptions],
 ) -> Tensor:
     """Draw token rows from a masked diffusion model by ancestral sampling.
 
@@ -144,25 +116,14 @@ def sample_masked(
 
     Args: those of all samplers, see `di4c_fast.samplers`, and
 
-        steps: S >= 1; with the final argmax S + 1 steps for `latent`, `callback`, `history`.
-        project_fn: called with the tokens (B, D) at the start and after every step; returns
-            (B, D) int64. Tokens that it masks again unmask later at the rate of the loop; tokens
-            that it fills stay.
-        t_min: last time.
-        temperature, top_k, top_p: other values than the defaults are no longer the model's law.
+        steps: the final argmax is one more.
+        project_fn: tokens that it masks again unmask later at the rate of the loop; tokens that
+            it fills stay.
 
     The hooks hear of every step, whether or not the model ran. Host syncs: before the loop one or
     two to read the prompt; inside none, but with `project_fn` one per step, to see what it changed.
     """
-    check_counts([("steps", steps, 1), ("mask_id", mask_id, 0)])
-    check_fraction(t_min, "t_min")
     check_flags(active_only=active_only)
-    run = Run(model, shape, device, prompt)
-    run.set_seed(seed, generator, first_sequence)
-    run.set_vocabulary(vocab_size, {"mask_id": mask_id})
-    run.set_tokens(mask_id, prompt, context)
-    run.set_latents(latent, latent_dim, steps + 1, "S + 1")
-    run.set_hooks(callback, history, project_fn)
-    times = torch.linspace(1.0, t_min, steps + 1, dtype=torch.float64)
-    options = check_filters(temperature, top_k, top_p) | {"mask_id": mask_id}
-    return run.loop(_Ancestral(times, active_only, options), steps + 1)
+    times = time_grid(steps, t_min)
+    run = Run(model, shape, options, calls=steps + 1, mask_id=mask_id, project_fn=project_fn)
+    return run.loop(_steps(run, times, active_only))

@@ -45,13 +45,9 @@ class Hold:
     """
 
     def __init__(self, path: str):
-        descriptor = _locked(path)
-        self._end = weakref.finalize(self, _unlock, path, descriptor, os.getpid())
+        weakref.finalize(self, _unlock, path, _lock(path), os.getpid())
         for left in glob.glob(glob.escape(path) + ".*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
-
-    def release(self) -> None:
-        self._end()
 
 
 _held: weakref.WeakValueDictionary[tuple[int, str], Hold] = weakref.WeakValueDictionary()
@@ -73,31 +69,30 @@ def hold(path: PathLike) -> Hold:
     return held
 
 
-def _locked(path: str) -> int | None:
+def _lock(path: str) -> int | None:
     """A descriptor of `path`.lock, locked, with the name of this process in the file."""
     if sys.platform == "win32":
         return None
     name = path + ".lock"
-    while True:
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.read(descriptor, 200).decode() or "that has just started"
-            os.close(descriptor)
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return None
-            raise RuntimeError(
-                f"{path} is in use by process {owner}: wait until it ends, or choose another "
-                f"folder than {os.path.dirname(path)}"
-            ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(name), os.fstat(descriptor)):
-                break
-        os.close(descriptor)  # of a holder that has just ended and removed it
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}".encode())
-    return descriptor
+    descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(descriptor, 200).decode() or "that has just started"
+        os.close(descriptor)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return None
+        raise RuntimeError(
+            f"{path} is in use by process {owner}: wait until it ends, or choose another "
+            f"folder than {os.path.dirname(path)}"
+        ) from None
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(name), os.fstat(descriptor)):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}".encode())
+            return descriptor
+    os.close(descriptor)  # of a holder that has just ended and removed it
+    return _lock(path)
 
 
 def _unlock(path: str, descriptor: int | None, owner: int) -> None:
@@ -118,17 +113,20 @@ def replacing(path: PathLike) -> Iterator[pathlib.Path]:
     try:
         yield folder / path.name
         os.chmod(folder / path.name, folder.stat().st_mode & 0o666)  # as the umask says
-        with open(folder / path.name, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(folder / path.name)
         os.replace(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if os.name == "posix":  # the new name itself survives a crash once the folder is on disk
-        parent = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)  # the new name itself survives a crash once the folder is on disk
+
+
+def _sync(path: pathlib.Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(parent)
+            os.fsync(descriptor)
         finally:
-            os.close(parent)
+            os.close(descriptor)
 
 
 def write_checkpoint(
@@ -196,16 +194,13 @@ def read_checkpoint(path: PathLike, format_name: str) -> tuple[dict[str, Tensor]
         if _sum_of_text(metadata["values"]) != metadata["sum"]:
             raise ValueError("its sum is another")
         record = json.loads(metadata["values"])
-        sums, aliases, values = record["sums"], record["aliases"], record["values"]
-        damaged = sorted(sums.keys() ^ tensors.keys()) or [
-            name for name, value in tensors.items() if _sum_of(value) != sums[name]
-        ]
-        tensors |= {name: tensors[first] for name, first in aliases.items()}
+        there = {name: _sum_of(value) for name, value in tensors.items()}
+        for line in differences(record["sums"], there):
+            raise ValueError(f"not what was written: the sum of {line}")
+        tensors |= {name: tensors[first] for name, first in record["aliases"].items()}
+        return tensors, record["values"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: its header cannot be read ({error!r})") from error
-    if damaged:
-        raise ValueError(f"{path} is damaged: {damaged[0]!r} is not what was written")
-    return tensors, values
+        raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -215,18 +210,15 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     first_of: dict[tuple[Any, ...], str] = {}
     memories: set[int] = set()
     for name, value in tensors.items():
-        value = value.detach()
         same = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        if value.numel() and same in first_of:
-            aliases[name] = first_of[same]
+        first = first_of.setdefault(same, name) if value.numel() else name
+        if first != name:
+            aliases[name] = first
             continue
-        first_of[same] = name
-        own = value.cpu().contiguous()
+        own = value.detach().cpu().contiguous()
         memory = own.untyped_storage().data_ptr()
-        if memory in memories:
-            own = own.clone()
+        stored[name] = own.clone() if memory in memories else own
         memories.add(memory)
-        stored[name] = own
     return stored, aliases
 
 
@@ -254,8 +246,8 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, (list, tuple)):
-        items = [encode(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "list": items}
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [encode(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]}
     if isinstance(value, Mapping):
         pairs = [
             [encode(key, f"{name}/key", tensors), encode(item, f"{name}/{key}", tensors)]
@@ -275,29 +267,24 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    make = {"list": list, "tuple": tuple, "dict": dict, "counter": collections.Counter}[kind]
     if kind in ("list", "tuple"):
-        items = [decode(item, tensors) for item in content]
-        return tuple(items) if kind == "tuple" else items
-    pairs = {decode(key, tensors): decode(item, tensors) for key, item in content}
-    if kind == "counter":
-        return collections.Counter(pairs)
-    if kind == "dict":
-        return pairs
-    raise KeyError(kind)
+        return make(decode(item, tensors) for item in content)
+    return make({decode(key, tensors): decode(item, tensors) for key, item in content})
 
 
-def same_structure(one: Any, other: Any) -> bool:
-    """Containers of the same kinds, keys and lengths all the way down, whatever the values.
+def outline(value: Any) -> Any:
+    """The form of a nested state, for `differences`: tensors by shape and dtype, no other values.
 
-    >>> same_structure({"a": [1, 2.0]}, {"a": [3, None]}), same_structure([1], [1, 2])
-    (True, False)
+    >>> outline({"a": [torch.zeros(2), 3.0]})
+    {'a': {'0': '(2,) float32', '1': 'a value'}}
     """
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(same_structure(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(same_structure, one, other))
-    containers = (Mapping, list, tuple)
-    return not isinstance(one, containers) and not isinstance(other, containers)
+    if isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return {str(key): outline(item) for key, item in items}
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return "a value"
 
 
 def identity(value: Any) -> Any:
@@ -314,29 +301,25 @@ def identity(value: Any) -> Any:
         return [identity(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): identity(item) for key, item in value.items()}
-    settings: dict[str, Any] = {"class": type(value).__name__}
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
+    elif callable(value) or not hasattr(value, "__dict__"):
+        names = []
     else:
-        names = [name for name in vars(value) if not name.startswith("_")] if _open(value) else []
-    return settings | {name: identity(getattr(value, name)) for name in names}
-
-
-def _open(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not callable(value)
+        names = [name for name in vars(value) if not name.startswith("_")]
+    return {"class": type(value).__name__, **{n: identity(getattr(value, n)) for n in names}}
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:
     """'config.components is 16 there and 8 here', for every plain value that differs.
 
-    >>> differences({"a": 1, "b": 2}, {"a": 1, "b": 3})
-    ['b is 2 there and 3 here']
+    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3, "d": 4}})
+    ['b.c is 2 there and 3 here', 'b.d is absent there and 4 here']
     """
     if isinstance(there, dict) and isinstance(here, dict):
-        keys = [*there, *(key for key in here if key not in there)]
         return [
             line
-            for key in keys
+            for key in dict.fromkeys([*here, *there])
             for line in differences(
                 there.get(key, _ABSENT), here.get(key, _ABSENT), f"{name}.{key}" if name else key
             )
@@ -352,6 +335,5 @@ _ABSENT = object()
 def _shown(value: Any) -> str:
     if value is _ABSENT:
         return "absent"
-    if isinstance(value, dict) and "class" in value:
-        value = value["class"]
-    return repr(value)
+    text = str(value["class"] if isinstance(value, dict) and "class" in value else value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -6,13 +6,13 @@ Source: Di4C (arXiv 2410.08709), the training recipes of its three systems.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import check_choice, check_number, describe
+from ..checks import check_choice, check_int, check_number, describe
 from ..loss.api import LossTerms
 
 __all__ = ["SCHEDULES", "DistillConfig", "DistillOutput", "Schedule", "data_weights"]
@@ -70,16 +70,11 @@ class DistillConfig:
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
 
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        if self.draws is not None:
-            counts["draws"] = self.draws
-        for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {describe(value)}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in _WEIGHTS:
-            check_number(getattr(self, name), name, minimum=0.0)
+        for name in ("components", "draws", "latent_dim", "teacher_components"):
+            if name != "draws" or self.draws is not None:
+                check_int(getattr(self, name), name, minimum=1)
+        for name in ("data", "teacher", "consistency", "component"):
+            check_number(getattr(self, f"{name}_weight"), f"{name}_weight", minimum=0.0)
         for name in ("teacher_step", "component_spread", "low_t", "low_t_probability"):
             value = getattr(self, name)
             check_number(value, name)
@@ -90,8 +85,10 @@ class DistillConfig:
         check_choice(self.backend, "backend", backends.names())
 
 
-_COUNTS = ("components", "latent_dim", "teacher_components")
-_WEIGHTS = ("data_weight", "teacher_weight", "consistency_weight", "component_weight")
+def check_kind(value: Any, kind: type, name: str) -> None:
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}, got {describe(value)}")
 
 
 def data_weights(t: Tensor, schedule: Schedule, weight: float = 1.0) -> Tensor:

@@ -21,10 +21,10 @@ from ..heads import HeadLike
 from ..models.call import Context, check_callable
 from ..processes import Process
 from .checkpoint import identity
-from .config import DistillConfig, DistillOutput
+from .config import DistillConfig, DistillOutput, check_kind
 from .ema import EMA
 from .step import distill_step
-from .trainer import Backward, Metrics, Trainer, check_kind
+from .trainer import Backward, Metrics, Trainer
 
 __all__ = ["Distiller"]
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_number, check_tensor, describe
+from ..checks import check_number, check_tensor
+from .checkpoint import differences
+from .config import check_kind
 
 __all__ = ["EMA"]
 
@@ -35,8 +37,7 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.9999, *, warmup: bool = True):
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module must be an nn.Module, got {describe(module)}")
+        check_kind(module, nn.Module, "module")
         check_number(decay, "decay")
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
@@ -56,16 +57,12 @@ class EMA:
             RuntimeError: names or shapes are not those of the time when the average was made.
         """
         live = _state_of(self.module)
-        for name in sorted(live.keys() ^ self.shadow.keys()):
+        changed = differences(_shapes(self.shadow), _shapes(live))
+        if changed:
             raise RuntimeError(
-                f"the module's {name!r} has come or gone since its EMA was made: make a new EMA"
+                "the module is not as it was when its EMA was made (there), make a new EMA: "
+                + "; ".join(changed[:3])
             )
-        for name, value in live.items():
-            if value.shape != self.shadow[name].shape:
-                raise RuntimeError(
-                    f"the module's {name!r} has shape {tuple(value.shape)}, it had "
-                    f"{tuple(self.shadow[name].shape)} when its EMA was made"
-                )
         return live
 
     @torch.no_grad()
@@ -124,27 +121,18 @@ class EMA:
         """Restore what `state_dict` gave; the module itself is left as it is.
 
         Raises:
-            ValueError: missing or unexpected names, or a tensor of another shape; nothing is
-                changed then.
+            TypeError, ValueError: missing or unexpected names, or a tensor of another shape;
+                nothing is changed then.
         """
-        for key in ("decay", "warmup", "updates", "shadow"):
+        for key in self.state_dict():
             if key not in state:
                 raise ValueError(f"state must have the key {key!r}, got {sorted(state)}")
-        shadow = state["shadow"]
-        missing, unexpected = self.shadow.keys() - shadow.keys(), shadow.keys() - self.shadow.keys()
-        if missing or unexpected:
-            raise ValueError(
-                "state must hold the weights of this module: missing "
-                f"{sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}"
-            )
-        for name, value in shadow.items():
+        for name, value in state["shadow"].items():
             check_tensor(value, f"state['shadow'][{name!r}]")
-            if value.shape != self.shadow[name].shape:
-                raise ValueError(
-                    f"state['shadow'][{name!r}] must have shape "
-                    f"{tuple(self.shadow[name].shape)}, got {tuple(value.shape)}"
-                )
-        for name, value in shadow.items():
+        found = differences(_shapes(state["shadow"]), _shapes(self.shadow))
+        if found:
+            raise ValueError(f"state must be that of this module: {'; '.join(found[:3])}")
+        for name, value in state["shadow"].items():
             self.shadow[name].copy_(value)
         self.decay, self.warmup = float(state["decay"]), bool(state["warmup"])
         self.updates = int(state["updates"])
@@ -163,6 +151,10 @@ def _state_of(module: nn.Module) -> dict[str, Tensor]:
     }
     state |= {name: value for name, value in module.named_buffers() if name not in passing}
     return state
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def _average_of(parameter: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ..checks import (
@@ -24,6 +25,7 @@ from ..checks import (
     check_rank,
     check_same_device,
     check_shape,
+    check_values,
     describe,
     without_autocast,
 )
@@ -41,7 +43,7 @@ from ..models.call import (
 from ..models.latent import draw_latents
 from ..processes import Process
 from ..rng import check_generator, generator_uniform
-from .config import DistillConfig, DistillOutput, data_weights
+from .config import DistillConfig, DistillOutput, check_kind, data_weights
 
 __all__ = ["distill_step"]
 
@@ -118,13 +120,10 @@ def distill_step(
     """
     config = DistillConfig() if config is None else config
     step = _Step(student, teacher, process, config, generator, return_terms, backward)
-    given = {
-        "latent": latent,
-        "latent_u": latent_u,
-        "latent_teacher": latent_teacher,
-        "latent_min": latent_min,
-    }
-    step.check(x0, given)
+    step.check(x0)
+    step.check_latents(
+        x0, latent=latent, latent_u=latent_u, latent_teacher=latent_teacher, latent_min=latent_min
+    )
     context = check_context(context, len(x0), x0.device)
     t_host = step.times_on_host(t, len(x0))
     if t is None:
@@ -140,13 +139,13 @@ def distill_step(
     if config.teacher_components > 1:
         latent_teacher = step.latents("latent_teacher", latent_teacher, x0)
 
-    component_time = process.component_time
-    low = t_host < config.low_t if component_time is None else torch.zeros_like(t_host).bool()
+    own_pass = process.component_time is not None
+    low = t_host < (0.0 if own_pass else config.low_t)
     # Examples that need the x_u pass first, so that both kinds are contiguous slices.
     order = torch.argsort(low.int(), stable=True)
     high = len(x0) - int(low.sum())
     permuted = 0 < high < len(x0) and not bool((order[1:] > order[:-1]).all())
-    examples = _Examples(x0, t, u, xt, latent, latent_u, latent_teacher, valid, context)
+    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u)
     if permuted:
         order = order.to(x0.device, non_blocking=True)
         examples = examples.select(order)
@@ -156,25 +155,15 @@ def distill_step(
         inverse = torch.argsort(order)
         terms = None if terms is None else LossTerms(*(term[inverse] for term in terms))
         xu = None if xu is None else xu[inverse]
+    if own_pass and terms is not None:  # not that of x_t
+        terms = terms._replace(component=torch.zeros_like(terms.component))
     output = DistillOutput(
         value, terms, t.detach(), u.detach(), xt, xu, latent.detach(), latent_u.detach(), low
     )
-    if component_time is None:
-        return output
-    if config.component_weight == 0.0:
-        if terms is not None:
-            terms = terms._replace(component=torch.zeros_like(terms.component))
-        return dataclasses.replace(output, terms=terms)
-    latent_min = step.latents("latent_min", latent_min, x0)
-    part, component, t_min, x_min = step.component(x0, latent_min, valid, context, component_time)
-    return dataclasses.replace(
-        output,
-        loss=value + step.hand_over(part),
-        terms=None if terms is None else terms._replace(component=component),
-        t_min=t_min,
-        x_min=x_min,
-        latent_min=latent_min.detach(),
-    )
+    if own_pass and config.component_weight:
+        latent_min = step.latents("latent_min", latent_min, x0)
+        output = step.component(output, x0, latent_min, valid, context)
+    return output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,21 +172,18 @@ class _Examples:
 
     x0: Tensor
     t: Tensor
-    u: Tensor
     xt: Tensor
     latent: Tensor
-    latent_u: Tensor
     latent_teacher: Tensor | None
     valid: Tensor | None
     context: Context
+    u: Tensor
+    latent_u: Tensor
 
     def select(self, index: Tensor | slice) -> _Examples:
-        changes: dict[str, Any] = {"context": select_context(self.context, index)}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changes[field.name] = value[index]
-        return dataclasses.replace(self, **changes)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        chosen = {k: v[index] for k, v in fields.items() if isinstance(v, Tensor)}
+        return _Examples(**{**fields, **chosen, "context": select_context(self.context, index)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,39 +201,21 @@ class _Step:
     return_terms: bool
     backward: Callable[[Tensor], None] | None
 
-    def check(self, x0: Tensor, given: dict[str, Tensor | None]) -> None:
+    def check(self, x0: Tensor) -> None:
         check_callable(self.student, "student")
         check_callable(self.teacher, "teacher")
         check_int64(x0, "x0")
         check_rank(x0, "x0", exactly=2)
         check_generator(self.generator)
-        process, config = self.process, self.config
-        if not isinstance(process, Process):
-            raise TypeError(
-                f"process must be a Process such as MaskedProcess, got {describe(process)}"
-            )
-        if not isinstance(config, DistillConfig):
-            raise TypeError(f"config must be a DistillConfig or None, got {describe(config)}")
+        check_kind(self.process, Process, "process")
+        check_kind(self.config, DistillConfig, "config")
         if self.backward is not None:
             check_callable(self.backward, "backward")
-        time = process.component_time
+        time = self.process.component_time
         if time is not None:
             check_number(time, "process.component_time")
             if not 0.0 < time <= 1.0:
                 raise ValueError(f"process.component_time must be in (0, 1], got {time}")
-        for name, value in given.items():
-            if value is not None:
-                letter, rows = self.rows(name)
-                check_floating(value, name)
-                sizes = (len(x0), rows, config.latent_dim)
-                check_shape(value, name, f"B, {letter}, L", sizes)
-                check_same_device(value, name, x0, "x0")
-        if given["latent_teacher"] is not None and config.teacher_components == 1:
-            raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
-        if given["latent_min"] is not None and time is None:
-            raise ValueError(
-                f"latent_min needs a process with a component_time, got {describe(process)}"
-            )
 
     def rows(self, name: str) -> tuple[str, int]:
         """The letter and the number of an example's latents of that name."""
@@ -258,14 +226,25 @@ class _Step:
             return "M", config.teacher_components
         return "N", config.components
 
+    def check_latents(self, x0: Tensor, **latents: Tensor | None) -> None:
+        for name, given in latents.items():
+            if given is None:
+                continue
+            letter, rows = self.rows(name)
+            check_floating(given, name)
+            check_shape(given, name, f"B, {letter}, L", (len(x0), rows, self.config.latent_dim))
+            check_same_device(given, name, x0, "x0")
+            if name == "latent_teacher" and rows == 1:
+                raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
+            if name == "latent_min" and self.process.component_time is None:
+                got = describe(self.process)
+                raise ValueError(f"latent_min needs a process with a component_time, got {got}")
+
     def latents(self, name: str, given: Tensor | None, x0: Tensor) -> Tensor:
         if given is not None:
             return given
-        return self.new_latents(len(x0), self.rows(name)[1], x0.device)
-
-    def new_latents(self, batch: int, rows: int, device: torch.device) -> Tensor:
-        size = self.config.latent_dim
-        return draw_latents(batch, rows, size, generator=self.generator, device=device)
+        rows, dim = self.rows(name)[1], self.config.latent_dim
+        return draw_latents(len(x0), rows, dim, generator=self.generator, device=x0.device)
 
     def times_on_host(self, t: Tensor | None, batch: int) -> Tensor:
         """The times (B,) on the CPU, checked."""
@@ -282,10 +261,7 @@ class _Step:
         check_floating(t, "t")
         check_shape(t, "t", "B,", (batch,))
         t_host = t.detach().cpu()
-        wrong = ~((t_host > 0) & (t_host <= 1))
-        if bool(wrong.any()):
-            index = int(wrong.nonzero()[0])
-            raise ValueError(f"t must hold times in (0, 1], got {t_host[index].item()} at {index}")
+        check_values((t_host > 0) & (t_host <= 1), "t must hold times in (0, 1]", t_host)
         return t_host
 
     def hand_over(self, part: Tensor) -> Tensor:
@@ -300,27 +276,18 @@ class _Step:
 
     def empty(self, x0: Tensor, t: Tensor, latent: Tensor | None) -> DistillOutput:
         """A step without examples: loss 0, which every weight of the student has a part in."""
-        sources: list[Tensor] = []
+        sources: list[Tensor] = [] if latent is None else [latent]
         if isinstance(self.student, nn.Module):
-            sources = [p for p in self.student.parameters() if p.requires_grad]
-        if latent is not None and latent.requires_grad:
-            sources.append(latent)
+            sources += self.student.parameters()
+        sources = [source for source in sources if source.requires_grad]
         value = torch.zeros((), device=x0.device, requires_grad=not sources)
         for source in sources:  # sums of nothing: weights that are not finite leave no NaN
             value = value + source.flatten()[:0].sum().to(value)
         none = torch.zeros(0, device=x0.device)
-        latents = [self.latents(name, None, x0) for name in ("latent", "latent_u")]
-        return DistillOutput(
-            self.hand_over(value),
-            LossTerms(*[none] * len(LossTerms._fields)) if self.return_terms else None,
-            t.detach(),
-            t.detach().clone(),
-            x0.clone(),
-            None,
-            latents[0],
-            latents[1],
-            torch.zeros(0, dtype=torch.bool),
-        )
+        terms = LossTerms(*[none] * len(LossTerms._fields)) if self.return_terms else None
+        t, low = t.detach(), torch.zeros(0, dtype=torch.bool)
+        latent, latent_u = (self.latents(name, None, x0) for name in ("latent", "latent_u"))
+        return DistillOutput(self.hand_over(value), terms, t, t, x0, None, latent, latent_u, low)
 
     def call(
         self,
@@ -341,32 +308,36 @@ class _Step:
         model = getattr(self, name)
         if latent is None:
             return call_model(model, name, tokens, t, None, context, vocab_size)
-        batch, rows = latent.shape[:2]
+        batch, rows, _ = latent.shape
         if tokens.ndim == 2:
-            tokens = tokens.unsqueeze(1).expand(-1, rows, -1)
-        tokens, t = tokens.flatten(0, 1), t.repeat_interleave(rows)
-        latent, context = latent.flatten(0, 1), repeat_context(context, rows)
+            tokens = repeat(tokens, "b d -> (b n) d", n=rows)
+        else:
+            tokens = rearrange(tokens, "b n d -> (b n) d")
+        t, latent = repeat(t, "b -> (b n)", n=rows), rearrange(latent, "b n l -> (b n) l")
+        context = repeat_context(context, rows)
         head = call_model(model, name, tokens, t, latent, context, vocab_size)
         return head.unflatten(batch, rows)
 
-    def targets(self, tokens: Tensor, t: Tensor, latent: Tensor | None, context: Context) -> Head:
+    def predict(self, at: _Examples) -> tuple[Head, Head]:
+        """The student's head at x_t, with a graph, and the teacher's, without one."""
         with torch.no_grad(), evaluation_mode(self.student, self.teacher):
-            head = self.call("teacher", tokens, t, latent, context)
+            targets = self.call("teacher", at.xt, at.t, at.latent_teacher, at.context)
         # Some versions of PyTorch reuse the casts that autocast made without a graph.
         torch.clear_autocast_cache()
-        return head
+        classes = targets.shape[-1]
+        return self.call("student", at.xt, at.t, at.latent, at.context, classes), targets
 
-    def loss(
-        self, student: Head, teacher: Head, x0: Tensor, xt: Tensor, valid: Any, **options: Any
-    ) -> Any:
+    def loss(self, at: _Examples, student: Head, teacher: Head, **options: Any) -> Any:
         mask = self.process.loss_mask_id
+        if mask is not None:
+            options |= {"mask_id": mask, "xt": at.xt}
+        else:
+            options.pop("xu", None)
         return loss(
             student,
             teacher,
-            x0,
-            xt=None if mask is None else xt,
-            mask_id=mask,
-            valid=valid,
+            at.x0,
+            valid=at.valid,
             control_variate=self.config.control_variate,
             generator=self.generator,
             backend=self.config.backend,
@@ -375,106 +346,84 @@ class _Step:
 
     def run(self, examples: _Examples, high: int) -> tuple[Tensor, LossTerms | None, Tensor | None]:
         """The three model passes and the loss, the first `high` examples with consistency terms."""
-        batch, config, process = len(examples.x0), self.config, self.process
-        xu, consistency = None, None
-        targets = self.targets(examples.xt, examples.t, examples.latent_teacher, examples.context)
-        vocab_size = targets.shape[-1]
-        # Before the draws: a student of fewer classes must not be called with tokens it lacks.
-        prediction = self.call(
-            "student", examples.xt, examples.t, examples.latent, examples.context, vocab_size
-        )
-        draws = self.rows("latent_u")[1]
-        if high:
-            front = examples.select(slice(high))
-            with torch.no_grad(), evaluation_mode(self.student):
-                xu = process.teacher_step(
-                    front.xt,
-                    front.t,
-                    front.u,
-                    targets if high == batch else targets.split(high)[0],
-                    draws,
-                    valid=front.valid,
-                    generator=self.generator,
-                )
-                consistency = self.call(
-                    "student", xu, front.u, front.latent_u, front.context, vocab_size
-                )
-
-        def part_loss(
-            part: _Examples, student: Head, teacher: Head, low: bool
-        ) -> tuple[Tensor, LossTerms | None]:
-            # The mean over the batch sits in the weights, so that nothing is scaled afterwards.
-            share = 1.0 / batch
-            result = self.loss(
-                student,
-                teacher,
-                part.x0,
-                part.xt,
-                part.valid,
-                consistency=None if low else consistency,
-                xu=None if low or process.loss_mask_id is None else xu,
-                data_weight=data_weights(part.t, config.data_schedule, config.data_weight * share),
-                teacher_weight=config.teacher_weight * share,
-                consistency_weight=0.0 if low else config.consistency_weight * share,
-                component_weight=config.component_weight * share if low else 0.0,
-                reduction="sum",
-                return_terms=self.return_terms,
-            )
-            return result if self.return_terms else (result, None)
-
-        if high in (0, batch):
-            return *part_loss(examples, prediction, targets, low=high == 0), xu
-        (value, terms), (low_value, low_terms) = (
-            part_loss(examples.select(cut), student, teacher, low)
-            for cut, student, teacher, low in zip(
-                (slice(high), slice(high, None)),
-                prediction.split(high),
-                targets.split(high),
-                (False, True),
-                strict=True,
-            )
-        )
+        # The student before the draws: with fewer classes it cannot be called with all tokens.
+        student, teacher = self.predict(examples)
+        share = 1.0 / len(examples.x0)
+        if high in (0, len(examples.x0)):
+            value, terms, xu = self.part(examples, student, teacher, share, low=high == 0)
+            return value, terms, xu if high else None
+        front, rest = examples.select(slice(high)), examples.select(slice(high, None))
+        (student, low_student), (teacher, low_teacher) = student.split(high), teacher.split(high)
+        value, terms, xu = self.part(front, student, teacher, share, low=False)
+        low_value, low_terms, low_xu = self.part(rest, low_student, low_teacher, share, low=True)
         if terms is not None and low_terms is not None:
             terms = LossTerms(*map(torch.cat, zip(terms, low_terms, strict=True)))
-        assert xu is not None
-        rest = examples.xt[high:].unsqueeze(1).expand(-1, draws, -1)
-        return value + low_value, terms, torch.cat([xu, rest])
+        return value + low_value, terms, torch.cat([xu, low_xu])
+
+    def part(
+        self, at: _Examples, student: Head, teacher: Head, share: float, *, low: bool
+    ) -> tuple[Tensor, LossTerms | None, Tensor]:
+        """The loss of examples that are all low or all not, their terms, and x_u.
+
+        The mean over the batch sits in the weights, so that nothing is scaled afterwards.
+        """
+        config, draws = self.config, self.rows("latent_u")[1]
+        if low:
+            xu = repeat(at.xt, "b d -> b k d", k=draws)
+            weight = config.component_weight * share
+            options: dict[str, Any] = {"consistency_weight": 0.0, "component_weight": weight}
+        else:
+            with torch.no_grad(), evaluation_mode(self.student):
+                given: Any = {"valid": at.valid, "generator": self.generator}
+                xu = self.process.teacher_step(at.xt, at.t, at.u, teacher, draws, **given)
+                head = self.call("student", xu, at.u, at.latent_u, at.context, student.shape[-1])
+            weight = config.consistency_weight * share
+            options = {"xu": xu, "consistency": head, "consistency_weight": weight}
+        result = self.loss(
+            at,
+            student,
+            teacher,
+            data_weight=data_weights(at.t, config.data_schedule, config.data_weight * share),
+            teacher_weight=config.teacher_weight * share,
+            reduction="sum",
+            return_terms=self.return_terms,
+            **options,
+        )
+        value, terms = result if self.return_terms else (result, None)
+        return value, terms, xu
 
     def component(
-        self, x0: Tensor, latent: Tensor, valid: Tensor | None, context: Context, time: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The component term from calls of its own: weighted mean, term (B,), t_min, x_min."""
-        batch, rows = latent.shape[:2]
-        count, weight, spread = (
-            batch * rows,
-            self.config.component_weight,
-            self.config.component_spread,
-        )
-        t = torch.full((count,), time, dtype=torch.float32, device=x0.device)
-        if spread:
-            later = generator_uniform((2, count), generator=self.generator, device=x0.device)
-            t = (t + (later[0] < 0.5) * later[1] * spread).clamp(max=1.0)
-        x0, context = x0.repeat_interleave(rows, dim=0), repeat_context(context, rows)
-        valid = None if valid is None else valid.repeat_interleave(rows, dim=0)
+        self,
+        output: DistillOutput,
+        x0: Tensor,
+        latent: Tensor,
+        valid: Tensor | None,
+        context: Context,
+    ) -> DistillOutput:
+        """What there is, with the component term from calls of its own."""
+        (batch, rows, dim), config = latent.shape, self.config
+        made: Any = {"generator": self.generator, "device": x0.device}
+        t = x0.new_full((batch * rows,), self.process.component_time or 0.0, dtype=torch.float32)
+        if config.component_spread:
+            later = generator_uniform((2, len(t)), **made)
+            t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
+        x0 = repeat(x0, "b d -> (b n) d", n=rows)
+        valid = None if valid is None else repeat(valid, "b d -> (b n) d", n=rows)
         xt = self.process.corrupt(x0, t, valid=valid, generator=self.generator)
-        one = self.config.teacher_components == 1
-        targets = self.targets(
-            xt, t, None if one else self.new_latents(count, 1, x0.device), context
+        one = config.teacher_components == 1
+        latent_teacher = None if one else draw_latents(len(t), 1, dim, **made)
+        single = rearrange(latent, "b n l -> (b n) 1 l")
+        context = repeat_context(context, rows)
+        at = _Examples(x0, t, xt, single, latent_teacher, valid, context, t, single)  # no step to u
+        weights: Any = dict.fromkeys(("data_weight", "teacher_weight", "consistency_weight"), 0.0)
+        weights["component_weight"] = config.component_weight / len(t)
+        weighted = self.loss(at, *self.predict(at), **weights, reduction="none")
+        term = weighted.detach().view(batch, rows).sum(1) * (batch / config.component_weight)
+        return dataclasses.replace(
+            output,
+            loss=output.loss + self.hand_over(weighted.sum()),
+            terms=output.terms and output.terms._replace(component=term),
+            t_min=t.view(batch, rows),
+            x_min=rearrange(xt, "(b n) d -> b n d", n=rows),
+            latent_min=latent.detach(),
         )
-        prediction = self.call(
-            "student", xt, t, latent.flatten(0, 1).unsqueeze(1), context, targets.shape[-1]
-        )
-        weighted = self.loss(
-            prediction,
-            targets,
-            x0,
-            xt,
-            valid,
-            data_weight=0.0,
-            teacher_weight=0.0,
-            consistency_weight=0.0,
-            component_weight=weight / count,
-            reduction="none",
-        )
-        term = weighted.detach().view(batch, rows).sum(1) * (batch / weight)
-        return weighted.sum(), term, t.view(batch, rows), xt.view(batch, rows, -1)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..checks import check_bool, check_number, describe, without_autocast
+from ..checks import check_bool, check_int, check_number, without_autocast
 from ..rng import check_generator
 from .checkpoint import (
     PathLike,
@@ -19,10 +20,11 @@ from .checkpoint import (
     differences,
     encode,
     hold,
+    outline,
     read_checkpoint,
-    same_structure,
     write_checkpoint,
 )
+from .config import check_kind
 from .ema import EMA
 
 __all__ = ["Trainer"]
@@ -56,8 +58,10 @@ class Trainer:
             device, and one sync per optimiser step for others. False takes every step.
         generator: source of the draws that the loss makes; checkpoints keep its state.
 
-    Mixed precision: call inside `torch.autocast`; backward and optimiser run outside it.
-    bf16 needs no loss scaling; scaling for fp16 is not built in.
+    Mixed precision: call inside `torch.autocast`; backward and optimiser run outside it. A
+    `torch.amp.GradScaler` is not supported: it would decide, with a sync of its own, whether to
+    step, which is done here, and its scale is no part of checkpoints. Use bf16, whose range is
+    that of fp32, so that nothing has to be scaled.
 
     Attributes:
         iterations: optimiser steps taken, those skipped included.
@@ -86,21 +90,21 @@ class Trainer:
     ):
         check_kind(module, nn.Module, self.role)
         check_kind(optimizer, torch.optim.Optimizer, "optimizer")
-        self._check_optimizer(module, optimizer)
         if ema is not None:
-            if not isinstance(ema, EMA):
-                raise TypeError(f"ema must be an EMA or None, got {describe(ema)}")
+            check_kind(ema, EMA, "ema")
             if ema.module is not module:
                 raise ValueError(f"ema must average the {self.role}, got an EMA of another module")
-        _check_scheduler(scheduler, optimizer)
+        if scheduler is not None:
+            check_kind(scheduler, LRScheduler, "scheduler")
+            if isinstance(scheduler, ReduceLROnPlateau):
+                raise ValueError("scheduler must step without a metric, got a ReduceLROnPlateau")
+            if scheduler.optimizer is not optimizer:
+                raise ValueError("scheduler must be that of optimizer, got that of another one")
         if clip_norm is not None:
             check_number(clip_norm, "clip_norm")
             if clip_norm <= 0.0:
                 raise ValueError(f"clip_norm must be positive, got {clip_norm}")
-        if isinstance(accumulate, bool) or not isinstance(accumulate, int):
-            raise TypeError(f"accumulate must be an int, got {describe(accumulate)}")
-        if accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        check_int(accumulate, "accumulate", minimum=1)
         check_bool(skip_nonfinite, "skip_nonfinite")
         check_generator(generator)
         self.module, self.optimizer = module, optimizer
@@ -108,22 +112,22 @@ class Trainer:
         self.clip_norm, self.accumulate = clip_norm, accumulate
         self.skip_nonfinite, self.generator = skip_nonfinite, generator
         self.iterations = self.examples = self.pending = 0
+        self._check_parameters()
         self.skipped = torch.zeros((), device=self._parameters()[0].device)
 
-    def _check_optimizer(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for name, part in module.named_modules():
+    def _check_parameters(self) -> None:
+        for name, part in self.module.named_modules():
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
                 raise ValueError(
                     f"{self.role} must have dense gradients, got {name!r}, an embedding with "
                     "sparse=True"
                 )
-        known = {id(p) for p in module.parameters()}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        foreign = sum(id(p) not in known for p in parameters)
+        known = {id(p) for p in self.module.parameters()}
+        foreign = sum(id(p) not in known for p in self._parameters())
         if foreign:
             raise ValueError(
                 f"optimizer must hold parameters of the {self.role} only, got {foreign} of "
-                f"{len(parameters)} that are not"
+                f"{len(self._parameters())} that are not"
             )
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -283,11 +287,8 @@ class Trainer:
         """
         self._refuse_average("load")
         tensors, values = read_checkpoint(path, self.format)
-        gradients = {
-            name.removeprefix("gradient/"): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("gradient/")
-        }
+        prefix = "gradient/"
+        gradients = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
             states = {name: decode(state, tensors) for name, state in values["states"].items()}
             found = self._misfits(values, states, gradients)
@@ -323,61 +324,58 @@ class Trainer:
     def _misfits(
         self, values: Mapping[str, Any], states: Mapping[str, Any], gradients: Mapping[str, Tensor]
     ) -> list[str]:
-        """What keeps this object from going on with a checkpoint; nothing is changed."""
-        found = differences(values["identity"], self._identity())
-        found += _unlike(states[self.role], self.module.state_dict(), f"{self.role}.")
-        if values["parameters"] != self._optimized_names():
-            found.append("the optimizer has other parameters, or in another order")
-        schedule = None if self.scheduler is None else self.scheduler.state_dict()
-        if not same_structure(states["scheduler"], schedule):
-            found.append("the scheduler consists of other parts")
-        counters = {name: values["counters"][name] for name in _COUNTERS}
-        average = states["ema"]
-        if self.ema is not None and average is not None:
-            found += _unlike(average["shadow"], self.ema.shadow, "average.")
-            counters["ema.updates"] = average["updates"]
-        for name, count in counters.items():
-            if type(count) is not int or count < 0:
-                found.append(f"{name} is {count!r}, which is no count")
-        if not found and counters["pending"] >= self.accumulate:
-            found.append(f"pending is {counters['pending']} of accumulate = {self.accumulate}")
-        waiting = dict(self.module.named_parameters()) if counters["pending"] else {}
-        wanted = {name: waiting[name] for name in gradients if name in waiting}
-        found += _unlike(gradients, wanted, "gradient.")
-        found += _unlike({"": states["skipped"]}, {"": self.skipped}, "skipped")
-        states["random"]["cpu"]
-        for name, generator in self._generators().items():
-            try:  # one of its kind, which is thrown away
-                torch.Generator(generator.device).set_state(states["random"].get(name))
-            except (RuntimeError, TypeError):
-                if name != "cuda" or name in states["random"]:
-                    found.append(f"random.{name} is no state of a generator on {generator.device}")
-        return found or self._optimizer_misfits(states["optimizer"])
+        """What keeps this object from going on with a checkpoint; nothing is changed.
 
-    def _optimizer_misfits(self, state: Mapping[str, Any]) -> list[str]:
-        groups = self.optimizer.state_dict()["param_groups"]
-        if [g["params"] for g in state["param_groups"]] != [g["params"] for g in groups]:
-            return ["the optimizer has other groups"]
-        found = [
-            f"the optimizer's group {i} has no {key}"
-            for i, (there, here) in enumerate(zip(state["param_groups"], groups, strict=True))
-            for key in here.keys() - there.keys()
-        ]
+        torch's own loaders check after the fact, and neither dtypes nor the sizes of moments.
+        """
+        ours, counters = self._states(), {name: values["counters"][name] for name in _COUNTERS}
+        # A run may move to a GPU; it then begins with the state of that GPU's generator.
+        generators = sorted(ours["random"].keys() & {"cpu", "generator", *states["random"]})
+        waiting = dict(self.module.named_parameters()) if counters["pending"] else {}
+        waiting = {name: waiting[name] for name in gradients if name in waiting}
+        there, here = (
+            {
+                **identity,
+                self.role: outline(state[self.role]),
+                "parameters": {str(i): dict(enumerate(names)) for i, names in enumerate(groups)},
+                "schedule": outline(state["scheduler"]),
+                "average": outline(state["ema"] and state["ema"]["shadow"]),
+                "gradient": outline(pending),
+                "skipped": outline(state["skipped"]),
+                "random": outline({name: state["random"].get(name) for name in generators}),
+                "groups": outline(state["optimizer"]["param_groups"]),
+            }
+            for identity, state, groups, pending in (
+                (values["identity"], states, values["parameters"], gradients),
+                (self._identity(), ours, self._optimized_names(), waiting),
+            )
+        )
+        found = differences(there, here)
+        if states["ema"] is not None:
+            counters["ema.updates"] = states["ema"]["updates"]
+        limits = {"pending": self.accumulate}
+        for name, count in counters.items():
+            if type(count) is not int or not 0 <= count < limits.get(name, math.inf):
+                found.append(f"{name} is {count!r}, which is no count here")
+        return found or self._odd_moments(states["optimizer"]["state"])
+
+    def _odd_moments(self, state: Mapping[int, Mapping[str, Any]]) -> list[str]:
+        """Optimiser state that does not fit its parameter, where the optimiser is torch's."""
         if not type(self.optimizer).__module__.startswith("torch.optim"):
-            return found  # others may keep state of any shape
-        parameters = self._parameters()
-        keys: dict[int, Any] = {}  # of the first parameter that has state, by group
+            return []  # others may keep state of any shape
+        found, parameters = [], self._parameters()
+        groups = self.optimizer.state_dict()["param_groups"]
         group_of = {index: i for i, group in enumerate(groups) for index in group["params"]}
-        for index, entries in state["state"].items():
-            shape = parameters[index].shape
-            if entries.keys() != keys.setdefault(group_of[index], entries.keys()):
-                found.append(f"the optimizer's state {index} has other parts than the first")
-            for key, value in entries.items():
-                if isinstance(value, Tensor) and value.numel() != 1 and not _fits(value, shape):
-                    found.append(
-                        f"the optimizer's {key} {index} has shape {tuple(value.shape)}, which "
-                        f"does not fit a parameter of {tuple(shape)}"
-                    )
+        keys: dict[int, Any] = {}  # of the first parameter that has state, by group
+        for index, entries in state.items():
+            shape = tuple(parameters[index].shape)
+            odd = [key for key, value in entries.items() if not _fits(value, shape)]
+            odd += entries.keys() ^ keys.setdefault(group_of[index], entries.keys())
+            found += [
+                f"the optimizer's {key} {index} is {outline(entries.get(key))}, which does not "
+                f"fit a parameter of {shape} or its group"
+                for key in odd
+            ]
         return found
 
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
@@ -427,41 +425,9 @@ class Trainer:
         return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
 
 
-def check_kind(value: Any, kind: type, name: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {describe(value)}")
-
-
-def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
-    if scheduler is None:
-        return
-    if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"scheduler must be an LRScheduler or None, got {describe(scheduler)}")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError("scheduler must step without a metric, got a ReduceLROnPlateau")
-    if scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler must be that of optimizer, got one of another optimizer")
-
-
-def _unlike(there: Mapping[str, Any], here: Mapping[str, Any], what: str) -> list[str]:
-    """'student.bias is (3,) float32 there and absent here', for every tensor that differs."""
-
-    def kind(weights: Mapping[str, Any], name: str) -> str:
-        value = weights.get(name)
-        if not isinstance(value, Tensor):
-            return "absent" if name not in weights else "no tensor"
-        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-
-    return [
-        f"{what}{name} is {kind(there, name)} there and {kind(here, name)} here"
-        for name in dict.fromkeys([*here, *there])
-        if kind(there, name) != kind(here, name)
-    ]
-
-
-def _fits(value: Tensor, shape: Iterable[int]) -> bool:
-    """Whether a moment is one number for each number of a parameter, or for a row of them."""
-    sizes = list(shape)
-    return value.ndim == len(sizes) and all(
-        s in (1, n) for s, n in zip(value.shape, sizes, strict=True)
-    )
+def _fits(value: Any, shape: tuple[int, ...]) -> bool:
+    """A moment has one number, or one for each number of its parameter, or for each row."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return True
+    sizes = tuple(value.shape)
+    return len(sizes) == len(shape) and all(s in (1, n) for s, n in zip(sizes, shape, strict=True))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import pathlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 
 from .options import Recipe
-from .rundir import RunError
+from .rundir import RunError, write_file
 
 SomeRecipe = TypeVar("SomeRecipe", bound=Recipe)
 
@@ -108,6 +110,7 @@ def parse_recipe(
 def run_command(threads: int, run: Callable[[], None]) -> int:
     """Call `run`; the exit status. A run that cannot go on says why in one line."""
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run()
     except RunError as error:
@@ -117,3 +120,23 @@ def run_command(threads: int, run: Callable[[], None]) -> int:
         print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def write_all(
+    folders: Iterable[pathlib.Path | None],
+    results: dict[str, Any],
+    picture: str,
+    draw_picture: Callable[[pathlib.Path], None],
+    **texts: str,
+) -> None:
+    """Results, picture and texts (by name, without .txt) into the folders that are not None."""
+    for folder in folders:
+        if folder is None:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        for name, text in texts.items():
+            write_file(folder / f"{name}.txt", text.encode())
+        draw_picture(folder / picture)
+        names = ("results.json", picture, *(f"{name}.txt" for name in texts))
+        print(f"\nwritten: {', '.join(str(folder / name) for name in names)}")

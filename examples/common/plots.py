@@ -1,4 +1,4 @@
-"""What the pictures of the examples share: colours, and one measure over the step counts."""
+"""What the pictures of the examples share: colours, and curves with the range of the seeds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from di4c_fast.training.checkpoint import replacing
+
+from .report import Scores
+from .sampling import MODELS
 
 # Okabe and Ito's colours, apart for every common colour blindness; markers differ as well.
 COLOURS = {"teacher": "#0072B2", "student": "#D55E00"}
@@ -24,44 +29,50 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def model_values(scores: dict[str, dict[int, Any]], field: str) -> dict[str, list[float]]:
-    """One measure of one seed: by model, a value for each step count."""
-    return {
-        name: [getattr(score, field) for score in by_steps.values()]
-        for name, by_steps in scores.items()
-    }
+def over_steps(scores: Sequence[Scores], name: str, field: str) -> np.ndarray:
+    """(seeds, step counts): one measure of one model."""
+    return np.array([[getattr(s, field) for s in one[name].values()] for one in scores])
 
 
-def draw_curve(
-    axis: Any,
-    step_counts: Sequence[int],
-    by_seed: list[dict[str, list[float]]],
-    real: float,
-    real_label: str,
+def draw_range(
+    axis: Any, x: Sequence[float], by_seed: np.ndarray, colour: str, **options: Any
 ) -> None:
+    """A line through the means over the seeds, and the range of the seeds around it."""
+    axis.plot(x, by_seed.mean(axis=0), color=colour, **options)
+    if len(by_seed) > 1:
+        low, high = by_seed.min(axis=0), by_seed.max(axis=0)
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+
+
+def draw_curve(axis: Any, scores: Sequence[Scores], field: str, real: Any, real_label: str) -> None:
     """Teacher and student over the step counts: mean and range of the seeds, and the real data."""
-    steps = np.array(step_counts)
-    for name in ("teacher", "student"):
-        values = np.array([one[name] for one in by_seed])
-        axis.plot(
-            steps, values.mean(axis=0), color=COLOURS[name], marker=MARKERS[name], lw=2, label=name
-        )
-        if len(values) > 1:
-            low, high = values.min(axis=0), values.max(axis=0)
-            axis.fill_between(steps, low, high, color=COLOURS[name], alpha=0.2, lw=0)
-    axis.axhline(real, color=GREY, ls="--", lw=1.2, label=real_label)
+    steps = list(scores[0]["teacher"])
+    for name in MODELS:
+        values = over_steps(scores, name, field)
+        draw_range(axis, steps, values, COLOURS[name], marker=MARKERS[name], lw=2, label=name)
+    axis.axhline(getattr(real, field), color=GREY, ls="--", lw=1.2, label=real_label)
+    step_axis(axis, steps)
+
+
+def step_axis(axis: Any, steps: Sequence[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(steps, [str(step) for step in steps])
+    tidy(axis)
+
+
+def tidy(axis: Any) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
+def step_words(steps: int) -> str:
+    return f"{steps} step{'s' if steps > 1 else ''}"
+
+
 def save_figure(figure: Any, path: pathlib.Path) -> None:
     """Write a PNG whole or not at all, and close the figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
     pyplot().close(figure)
-    temporary.replace(path)

@@ -15,7 +15,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from di4c_fast.training.checkpoint import hold, read_checkpoint, replacing, write_checkpoint
+from di4c_fast.training.checkpoint import (
+    differences,
+    hold,
+    read_checkpoint,
+    replacing,
+    write_checkpoint,
+)
 
 from .options import Recipe
 
@@ -81,8 +87,9 @@ class RunDirectory:
                 f"{record} is damaged ({error!r}); choose another --run-dir or remove {self.path}"
             ) from error
         if stored != self._identity:
+            found = ", ".join(differences(stored, self._identity)).replace("config.", "")
             raise RunError(
-                f"{self.path} belongs to another run: {_differences(stored, self._identity)}. "
+                f"{self.path} belongs to another run: {found}. "
                 "Repeat that run's options, or choose another --run-dir"
             )
         missing = [name for name in files if not (self.path / name).is_file()]
@@ -138,25 +145,3 @@ def write_file(path: pathlib.Path, data: bytes) -> None:
     """Replace the file in one step."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
-
-
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(values, indent=1) + "\n").encode())
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """'levels is 4 there and 17 here', for each setting that differs."""
-
-    def flat(identity: dict[str, Any]) -> dict[str, Any]:
-        config = identity.get("config")
-        rest = {key: value for key, value in identity.items() if key != "config"}
-        return {**rest, **(config if isinstance(config, dict) else {})}
-
-    there, here = flat(stored), flat(wanted)
-    return ", ".join(
-        f"{key} is {there.get(key, 'unknown')} there and {here.get(key, 'unknown')} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -13,46 +12,34 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from di4c_fast.samplers import sample_masked
-
 from .rundir import RunDirectory
 
 CHUNK = 250
 MODELS = ("teacher", "student")
 
 ScoreType = TypeVar("ScoreType", covariant=True)
+# (model, shape, steps=, latent_dim=, seed=, first_sequence=) to tokens of that shape (B, D), the
+# sequences numbered from `first_sequence`.
+Draw = Callable[..., Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What to sample: S sequences of D positions at each step count, λ of L for the student."""
+class Sizes(Protocol):
+    """What to sample: `samples` of D = `positions` at each of the step counts, λ of L."""
 
-    samples: int
-    steps: tuple[int, ...]
-    latent_dim: int
-    positions: int
-    mask_id: int
+    @property
+    def samples(self) -> int: ...
+    @property
+    def steps(self) -> tuple[int, ...]: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def latent_dim(self) -> int: ...
 
 
 class Scorer(Protocol[ScoreType]):
     """Judges samples (S, D)."""
 
     def score(self, samples: np.ndarray) -> ScoreType: ...
-
-
-class Draw(Protocol):
-    """Draws sequences of a shape (B, D) from a model, those numbered from `first_sequence`."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        shape: tuple[int, int],
-        *,
-        steps: int,
-        latent_dim: int,
-        seed: int,
-        first_sequence: int,
-    ) -> Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,31 +56,15 @@ class Samples:
 
 
 def draw_samples(
-    sizes: Sizes,
-    model: nn.Module,
-    latent_dim: int,
-    steps: int,
-    seed: int,
-    draw: Draw | None = None,
+    sizes: Sizes, model: nn.Module, latent_dim: int, steps: int, seed: int, draw: Draw
 ) -> Samples:
-    """`sizes.samples` sequences in chunks; the chunks do not change what is drawn.
-
-    draw: the sampler; None for that of masked diffusion.
-    """
-    sampler: Draw = draw or functools.partial(sample_masked, mask_id=sizes.mask_id)
+    """`sizes.samples` sequences in chunks; the chunks do not change what is drawn."""
     chunks: list[Tensor] = []
     started = time.perf_counter()
     for first in range(0, sizes.samples, CHUNK):
-        chunks.append(
-            sampler(
-                model,
-                (min(CHUNK, sizes.samples - first), sizes.positions),
-                steps=steps,
-                latent_dim=latent_dim,
-                seed=seed,
-                first_sequence=first,
-            )
-        )
+        shape = (min(CHUNK, sizes.samples - first), sizes.positions)
+        options = {"steps": steps, "latent_dim": latent_dim, "seed": seed}
+        chunks.append(draw(model, shape, **options, first_sequence=first))
     return Samples(torch.cat(chunks), time.perf_counter() - started)
 
 
@@ -102,8 +73,8 @@ def sample_all(
     models: Mapping[str, nn.Module],
     run: RunDirectory,
     seed: int,
-    unit: str = "img",
-    draw: Draw | None = None,
+    unit: str,
+    draw: Draw,
 ) -> dict[str, dict[int, Samples]]:
     """Samples by model name and step count; what the run directory holds is not drawn again."""
     result: dict[str, dict[int, Samples]] = {name: {} for name in models}
@@ -117,8 +88,9 @@ def sample_all(
                 if stored is None:
                     bar.set_postfix_str(f"{name}, {steps} steps")
                     drawn = draw_samples(sizes, model, latent_dim, steps, seed, draw)
-                    tokens = drawn.tokens.to(torch.uint8 if sizes.mask_id <= 256 else torch.int32)
-                    run.save(file, {"tokens": tokens}, {"seconds": drawn.seconds})
+                    small = torch.uint8 if int(drawn.tokens.max()) < 256 else torch.int32
+                    tokens = {"tokens": drawn.tokens.to(small)}
+                    run.save(file, tokens, {"seconds": drawn.seconds})
                 else:
                     drawn = Samples(stored[0]["tokens"].long(), stored[1]["seconds"])
                 result[name][steps] = drawn
@@ -126,11 +98,21 @@ def sample_all(
     return result
 
 
-def score_all(
-    judge: Scorer[ScoreType], samples: dict[str, dict[int, Samples]]
-) -> dict[str, dict[int, ScoreType]]:
-    """Scores by model name and step count."""
-    return {
-        name: {steps: judge.score(np.asarray(drawn.tokens)) for steps, drawn in by_steps.items()}
-        for name, by_steps in samples.items()
-    }
+def sample_seeds(
+    sizes: Sizes,
+    seeds: Sequence[int],
+    run: RunDirectory,
+    judge: Scorer[ScoreType],
+    models_of: Callable[[int], Mapping[str, nn.Module]],
+    draw: Draw,
+    unit: str = "img",
+) -> tuple[dict[int, dict[str, dict[int, ScoreType]]], dict[int, dict[str, dict[int, Samples]]]]:
+    """Scores and samples by seed, model name and step count; `models_of` trains those of a seed."""
+    scores, samples = {}, {}
+    for seed in seeds:
+        samples[seed] = sample_all(sizes, models_of(seed), run, seed, unit, draw)
+        scores[seed] = {
+            name: {steps: judge.score(np.asarray(one.tokens)) for steps, one in by_steps.items()}
+            for name, by_steps in samples[seed].items()
+        }
+    return scores, samples

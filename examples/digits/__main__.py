@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
 
-from ..common.command import add_recipe, base_parser, parse_recipe, run_command
-from ..common.rundir import RunDirectory, RunError, write_json
-from ..common.sampling import Samples, sample_all, score_all
-from . import data, report, speed
+from torch import nn
+
+from ..common import report
+from ..common.command import add_recipe, base_parser, parse_recipe, run_command, write_all
+from ..common.rundir import RunDirectory, RunError
+from ..common.sampling import sample_seeds
+from . import data, speed
 from .config import Config
-from .metrics import ClassJudge, Score
+from .metrics import MEASURES, ClassJudge
 from .plots import draw_picture
 from .systems import RECIPES, system_of
 from .train import distill_student, train_teacher
 
-DESCRIPTIONS = {
-    "masked": "Train a masked-diffusion teacher on scikit-learn's handwritten digits, ",
-    "maskgit": "Train a MaskGIT teacher with class labels on scikit-learn's handwritten digits, ",
-    "gaussian": "Train a discretised-Gaussian teacher on scikit-learn's handwritten digits, ",
+TEACHERS = {
+    "masked": "a masked-diffusion teacher",
+    "maskgit": "a MaskGIT teacher with class labels",
+    "gaussian": "a discretised-Gaussian teacher",
 }
 
 
@@ -30,8 +34,8 @@ def build_parser(system: str) -> argparse.ArgumentParser:
     """The options of one system; each has its own recipe and defaults."""
     parser = base_parser(
         "python -m examples.digits",
-        DESCRIPTIONS[system]
-        + "distil it with di4c_fast into a mixture student, sample both with few steps, and print "
+        f"Train {TEACHERS[system]} on scikit-learn's handwritten digits, "
+        "distil it with di4c_fast into a mixture student, sample both with few steps, and print "
         "how far the samples are from the real digits. Interrupted, the same command resumes.",
         "runs/digits" if system == Config.system else f"runs/digits-{system}",
         "digits.png",
@@ -93,35 +97,45 @@ def run_example(config: Config, arguments: argparse.Namespace) -> None:
     accuracy = judge.features.accuracy
     print(f"classifier: {accuracy:.1%} of the held-out digits right{within}", flush=True)
 
-    scores: list[dict[str, dict[int, Score]]] = []
-    samples: list[dict[str, dict[int, Samples]]] = []
-    for seed in arguments.seeds:
-        every = arguments.checkpoint_every
-        teacher = train_teacher(config, digits, run, seed, every)
-        student = distill_student(config, digits, teacher, run, seed, every)
-        models = {"teacher": teacher, "student": student}
-        samples.append(sample_all(config.sizes, models, run, seed, draw=system.draw))
-        scores.append(score_all(judge, samples[-1]))
+    def models_of(seed: int) -> dict[str, nn.Module]:
+        teacher = train_teacher(config, digits, run, seed, arguments.checkpoint_every)
+        student = distill_student(config, digits, teacher, run, seed, arguments.checkpoint_every)
+        return {"teacher": teacher, "student": student}
+
+    scores, samples = sample_seeds(config, arguments.seeds, run, judge, models_of, system.draw)
     comparisons = None
     if config.system == Config.system and not arguments.no_speed:
         comparisons = speed.compare(config.student_batch, config.components, config.levels)
 
-    for seed, one, drawn in zip(arguments.seeds, scores, samples, strict=True):
-        print(f"\n{report.table(seed, one, drawn, floor)}")
-    print(f"\n{report.verdict(scores)}")
+    note = "noise floor: as many real digits, drawn again"
+    for seed, one in scores.items():
+        print(f"\n{report.table(seed, MEASURES, one, samples[seed], floor, note)}")
+    title, every = "student / teacher, below 1 the student is better", list(scores.values())
+    print(f"\n{report.verdict(title, MEASURES, every, operator.truediv, lambda _: '.2f')}")
     if comparisons is not None:
-        print(f"\n{report.speed_table(comparisons)}")
+        print(f"\n{speed.table(comparisons)}")
 
+    more = {
+        "classifier_accuracy": round(accuracy, 4),
+        "noise_floor": report.rounded(MEASURES, floor),
+    }
     results = report.results(
-        config, arguments.seeds, arguments.threads, judge, floor, scores, samples, comparisons
+        config,
+        arguments.threads,
+        MEASURES,
+        scores,
+        samples,
+        **more,
+        **({"distances": "within classes"} if isinstance(judge, ClassJudge) else {}),
+        loss=comparisons and [one.to_json() for one in comparisons],
     )
-    for folder in (run.path, arguments.report):
-        if folder is None:
-            continue
-        write_json(folder / "results.json", results)
-        picture = folder / "digits.png"
-        draw_picture(picture, config, digits.tokens[:36], samples[0], scores, floor)
-        print(f"\nwritten: {folder / 'results.json'}, {picture}")
+    first = samples[arguments.seeds[0]]
+    write_all(
+        (run.path, arguments.report),
+        results,
+        "digits.png",
+        lambda path: draw_picture(path, config, digits.tokens[:36], first, every, floor),
+    )
     print(f"{time.perf_counter() - started:.0f} s")
 
 

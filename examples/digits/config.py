@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, ClassVar
 
 from ..common.options import Recipe, option
-from ..common.sampling import Sizes
 
 POSITIONS = 64
 SIDE = 8
@@ -59,9 +58,8 @@ class Config(Recipe):
         return self.levels
 
     @property
-    def sizes(self) -> Sizes:
-        """What is sampled from the models."""
-        return Sizes(self.samples, self.steps, self.latent_dim, POSITIONS, self.mask_id)
+    def positions(self) -> int:
+        return POSITIONS
 
 
 @dataclasses.dataclass(frozen=True)

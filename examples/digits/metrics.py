@@ -12,9 +12,14 @@ import warnings
 import numpy as np
 from torch import Tensor
 
+from ..common.report import Measure
 from .config import POSITIONS
 from .data import Digits
 
+MEASURES = (
+    Measure("frechet", "Fréchet distance", 2, kept=3),
+    Measure("pair_tv", "pixel-pair TV", 4, kept=5),
+)
 HIDDEN = (64, 32)
 PAIR_LEVELS = 4
 BOOTSTRAPS = 8

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from torch import Tensor
 
-from ..common.plots import COLOURS, GREY, draw_curve, model_values, pyplot, save_figure
-from ..common.sampling import Samples
+from ..common.plots import COLOURS, GREY, draw_curve, pyplot, save_figure, step_words
+from ..common.report import Drawn, Scores
+from ..common.sampling import MODELS
 from .config import SIDE, Config, MaskGITConfig
 from .metrics import Score
 
@@ -22,19 +25,16 @@ def mosaic(tokens: Tensor, levels: int) -> np.ndarray:
     ink = np.zeros((count, SIDE, SIDE))
     some = tokens[:count].numpy().reshape(-1, SIDE, SIDE) / (levels - 1)
     ink[: len(some)] = some
-    cell = np.zeros((count, SIDE + 2, SIDE + 2))
-    cell[:, 1:-1, 1:-1] = ink
-    return 1.0 - cell.reshape(GRID, GRID, SIDE + 2, SIDE + 2).transpose(0, 2, 1, 3).reshape(
-        GRID * (SIDE + 2), GRID * (SIDE + 2)
-    )
+    cells = np.pad(ink, ((0, 0), (1, 1), (1, 1)))
+    return 1.0 - rearrange(cells, "(r c) h w -> (r h) (c w)", r=GRID)
 
 
 def draw_picture(
     path: pathlib.Path,
     config: Config,
     real: Tensor,
-    samples: dict[str, dict[int, Samples]],
-    scores: list[dict[str, dict[int, Score]]],
+    samples: Drawn,
+    scores: Sequence[Scores],
     floor: Score,
 ) -> None:
     """Write the picture as PNG.
@@ -51,12 +51,12 @@ def draw_picture(
     parts: Any = figure.subfigures(2, 1, height_ratios=(1.55, 1.0))
     grids, curves = parts
     axes = grids.subplots(2, columns + 1, squeeze=False)
-    for row, name in enumerate(("teacher", "student")):
+    for row, name in enumerate(MODELS):
         for column, steps in enumerate(config.steps):
             axis = axes[row, column + 1]
             _show(axis, mosaic(samples[name][steps].tokens, config.levels), COLOURS[name])
             if row == 0:
-                axis.set_title(f"{steps} step{'s' if steps > 1 else ''}", fontsize=11)
+                axis.set_title(step_words(steps), fontsize=11)
             if column == 0:
                 axis.set_ylabel(name, fontsize=12, color=COLOURS[name], fontweight="bold")
     _show(axes[0, 0], mosaic(real, config.levels), GREY)
@@ -75,12 +75,10 @@ def draw_picture(
 
     left, right = curves.subplots(1, 2)
     label = "real digits (noise floor)"
-    by_seed = [model_values(one, "frechet") for one in scores]
-    draw_curve(left, config.steps, by_seed, floor.frechet, label)
+    draw_curve(left, scores, "frechet", floor, label)
     left.set_yscale("log")
     left.set_ylabel("Fréchet distance (classifier features)")
-    by_seed = [model_values(one, "pair_tv") for one in scores]
-    draw_curve(right, config.steps, by_seed, floor.pair_tv, label)
+    draw_curve(right, scores, "pair_tv", floor, label)
     right.set_ylim(bottom=0.0)
     right.set_ylabel("distance of pixel-pair joints (TV)")
     place = "center" if isinstance(config, MaskGITConfig) else "upper right"

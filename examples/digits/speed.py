@@ -1,6 +1,6 @@
 """The loss against its dense reference: time in one process, peak memory in a child of its own.
 
-`python -m examples.digits.speed torch|reference` is the child: it prints the peak memory, in bytes
+`python -m examples.digits.speed auto|reference` is the child: it prints the peak memory, in bytes
 above the inputs, for each shape as a JSON list.
 """
 
@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import di4c_fast
 
-Backend = Literal["torch", "reference"]
-BACKENDS: tuple[Backend, ...] = ("torch", "reference")
+Backend = Literal["auto", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference")
 MASKED_SHARE = 0.6
 
 
@@ -90,6 +90,31 @@ class Comparison:
     peak_bytes: dict[str, int | None]
     relative_difference: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, rounded to what they can carry."""
+        seconds = {name: round(value, 5) for name, value in self.seconds.items()}
+        difference = float(f"{self.relative_difference:.1e}")
+        return {**dataclasses.asdict(self), "seconds": seconds, "relative_difference": difference}
+
+
+def table(comparisons: list[Comparison]) -> str:
+    """A line per shape: times, peaks and their ratios."""
+    lines = [
+        "di4c_fast.loss, forward and backward: the default backend against the dense reference",
+        f"{'(B, N, D, V)':>20} {'ms':>10} {'ref. ms':>10} {'ratio':>7} {'MiB':>9} {'ref. MiB':>9} "
+        f"{'ratio':>7}",
+    ]
+    for one in comparisons:
+        ours, dense = (one.seconds[backend] for backend in BACKENDS)
+        line = f"{one.sizes!s:>20} {ours * 1e3:>10.1f} {dense * 1e3:>10.1f} {dense / ours:>7.1f}"
+        peaks = [one.peak_bytes[backend] for backend in BACKENDS]
+        if None in peaks:
+            lines.append(line + " (peak memory cannot be read on this system)")
+        else:
+            ours, dense = (max(peak or 0, 1) / 2**20 for peak in peaks)
+            lines.append(f"{line} {ours:>9.1f} {dense:>9.1f} {dense / ours:>7.1f}")
+    return "\n".join(lines)
+
 
 def compare(batch: int, components: int, levels: int) -> list[Comparison]:
     """Time the backends in turn in this process, and measure their memory in two children."""
@@ -117,7 +142,7 @@ def compare(batch: int, components: int, levels: int) -> list[Comparison]:
                     (shape.batch, shape.components, shape.positions, shape.vocabulary),
                     {backend: statistics.median(times[backend]) for backend in BACKENDS},
                     {backend: peaks[backend][index] for backend in BACKENDS},
-                    abs(values["torch"] - values["reference"]) / scale,
+                    abs(values["auto"] - values["reference"]) / scale,
                 )
             )
     return results

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import operator
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from ..common.command import add_recipe, base_parser, parse_recipe, run_command
-from ..common.rundir import RunDirectory, write_file, write_json
-from ..common.sampling import Samples, Sizes, sample_all, score_all
-from . import data, report
+from torch import nn
+
+from di4c_fast.samplers import sample_masked
+
+from ..common import report
+from ..common.command import add_recipe, base_parser, parse_recipe, run_command, write_all
+from ..common.plots import step_words
+from ..common.rundir import RunDirectory
+from ..common.sampling import MODELS, sample_seeds
+from . import data, likelihood
 from .config import Config
-from .likelihood import one_step
-from .metrics import Judge, Score
-from .plots import draw_picture
-from .train import distill_student, train_teacher
+from .metrics import MEASURES, Judge
+from .plots import SHOWN, draw_picture
+from .train import distill_student, process_of, train_teacher
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,48 +60,70 @@ def run_example(config: Config, arguments: argparse.Namespace) -> None:
     real, windows = judge.real(config.samples)
     print(f"judge: {real.bits:.3f} bits per character of held-out text", flush=True)
 
-    wanted = Sizes(
-        config.samples, config.steps, config.latent_dim, config.length, len(text.alphabet)
-    )
-    scores: list[dict[str, dict[int, Score]]] = []
-    likelihoods: list[report.Likelihoods] = []
-    samples: list[dict[str, dict[int, Samples]]] = []
-    for seed in arguments.seeds:
-        every = arguments.checkpoint_every
-        teacher = train_teacher(config, text, run, seed, every)
-        student = distill_student(config, text, teacher, run, seed, every)
+    likelihoods: list[likelihood.Likelihoods] = []
+
+    def models_of(seed: int) -> Mapping[str, nn.Module]:
+        teacher = train_teacher(config, text, run, seed, arguments.checkpoint_every)
+        student = distill_student(config, text, teacher, run, seed, arguments.checkpoint_every)
         models = {"teacher": teacher, "student": student}
-        likelihoods.append(one_step(config, text, models, run, seed))
-        samples.append(sample_all(wanted, models, run, seed, unit="seq"))
-        scores.append(score_all(judge, samples[-1]))
+        likelihoods.append(likelihood.one_step(config, text, models, run, seed))
+        return models
+
+    draw = functools.partial(sample_masked, mask_id=process_of(text, config).mask_id)
+    scores, samples = sample_seeds(config, arguments.seeds, run, judge, models_of, draw, unit="seq")
 
     passages = []
-    for seed, one, drawn in zip(arguments.seeds, scores, samples, strict=True):
-        print(f"\n{report.table(seed, one, drawn, real, windows)}")
-        passages.append(report.sample_texts(text, seed, drawn))
-    print(f"\n{report.verdict(scores)}")
-    print(f"\n{report.one_step_table(likelihoods)}")
+    note = f"{windows} windows of held-out text"
+    for seed, one in scores.items():
+        print(f"\n{report.table(seed, MEASURES, one, samples[seed], real, note)}")
+        passages.append(sample_texts(text, seed, samples[seed]))
+    every = list(scores.values())
+    print(f"\n{verdict(every)}")
+    print(f"\n{likelihood.table(likelihoods)}")
 
     results = report.results(
         config,
-        text,
-        arguments.seeds,
         arguments.threads,
-        real,
-        windows,
+        MEASURES,
         scores,
         samples,
-        likelihoods,
+        text={
+            "fingerprint": text.fingerprint,
+            "characters": len(text.alphabet),
+            "train": sizes[0],
+            "held_out": sizes[1],
+            "held_out_topics": list(text.names),
+        },
+        real={**report.rounded(MEASURES, real), "windows": windows},
     )
-    for folder in (run.path, arguments.report):
-        if folder is None:
-            continue
-        write_json(folder / "results.json", results)
-        write_file(folder / "samples.txt", "\n".join(passages).encode())
-        draw_picture(folder / "text.png", config, text, samples[0], scores, likelihoods, real)
-        names = ", ".join(str(folder / name) for name in ("results.json", "text.png"))
-        print(f"\nwritten: {names}, samples.txt")
+    for seed, found in zip(arguments.seeds, likelihoods, strict=True):
+        results["seeds"][str(seed)]["one_step"] = likelihood.to_json(found)
+    first = samples[arguments.seeds[0]]
+    write_all(
+        (run.path, arguments.report),
+        results,
+        "text.png",
+        lambda path: draw_picture(path, text, first, every, likelihoods, real),
+        samples="\n".join(passages),
+    )
     print(f"{time.perf_counter() - started:.0f} s")
+
+
+def verdict(scores: Sequence[report.Scores]) -> str:
+    """Student minus teacher, over all seeds."""
+    title = "student - teacher, bits below 0 the student is better"
+    return report.verdict(title, MEASURES, scores, operator.sub, lambda m: f"+.{m.digits}f")
+
+
+def sample_texts(text: data.Text, seed: int, samples: report.Drawn) -> str:
+    """The first samples of each model and step count, to read."""
+    lines = [f"seed {seed}; teacher and student start from the same random numbers"]
+    for steps in samples["teacher"]:
+        for name in MODELS:
+            lines.append(f"\n{name}, {step_words(steps)}")
+            rows = samples[name][steps].tokens[:SHOWN].tolist()
+            lines += [f"  |{text.decode(row)}|" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

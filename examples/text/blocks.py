@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from einops import rearrange
 from torch import Tensor
 
 Model = Callable[..., Tensor]
@@ -38,22 +39,21 @@ class BlockModel:
 
     def __call__(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
         """tokens (E·N, P), t (E·N,), latent (E·N, L / J) to logits (E·N, P, V)."""
-        count = len(tokens) // (self.rows * self.blocks)
-        whole = join(tokens, self.rows, self.blocks, count).roll(self.shift, dims=1)
-        times = t.view(self.rows, self.blocks, count)[:, 0].flatten()
+        whole = join(tokens, self.rows, self.blocks).roll(self.shift, dims=1)
+        times = rearrange(t, "(b j n) -> j (b n)", b=self.rows, j=self.blocks)[0]
         if latent is None:
             logits = self.model(whole, times)
         else:
-            logits = self.model(whole, times, join(latent, self.rows, self.blocks, count))
-        parts = logits.roll(-self.shift, dims=1).unflatten(1, (self.blocks, -1))
-        return parts.unflatten(0, (self.rows, count)).transpose(1, 2).flatten(0, 2)
+            logits = self.model(whole, times, join(latent, self.rows, self.blocks))
+        logits = logits.roll(-self.shift, dims=1)
+        return rearrange(logits, "(b n) (j p) v -> (b j n) p v", b=self.rows, j=self.blocks)
 
 
 def cut(x0: Tensor, blocks: int, shift: int) -> Tensor:
     """Rows (B, D) to the blocks (E, P) that a `BlockModel` with that shift puts together again."""
-    return x0.roll(-shift, dims=1).unflatten(1, (blocks, -1)).flatten(0, 1)
+    return rearrange(x0.roll(-shift, dims=1), "b (j p) -> (b j) p", j=blocks)
 
 
-def join(parts: Tensor, rows: int, blocks: int, count: int) -> Tensor:
+def join(parts: Tensor, rows: int, blocks: int) -> Tensor:
     """(B·J·N, X), components of a block adjacent, to (B·N, J·X), components of a row adjacent."""
-    return parts.view(rows, blocks, count, -1).transpose(1, 2).reshape(rows * count, -1)
+    return rearrange(parts, "(b j n) x -> (b n) (j x)", b=rows, j=blocks)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..common.model import HEADS
 from ..common.options import Recipe, option
 
 PATCH = 2  # characters that share one place in the transformer
-HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,3 +53,7 @@ class Config(Recipe):
     def latent_dim(self) -> int:
         """L: one number for each stretch."""
         return self.length // self.stretch
+
+    @property
+    def positions(self) -> int:
+        return self.length

@@ -43,13 +43,38 @@ class OneStep:
     student: float
 
 
+Likelihoods = dict[float, OneStep]  # by share of hidden characters
+
+
+def to_json(likelihoods: Likelihoods) -> dict[str, dict[str, float]]:
+    return {
+        str(share): {name: round(value, 4) for name, value in dataclasses.asdict(one).items()}
+        for share, one in likelihoods.items()
+    }
+
+
+def table(likelihoods: list[Likelihoods]) -> str:
+    """Mean over the seeds: what teacher and student give to characters filled in at once."""
+    lines = [
+        "bits per hidden character of held-out text, all filled in at once",
+        f"  hidden{'teacher':>10}{'student':>9}   its marginals alone",
+    ]
+    for share in likelihoods[0]:
+        teacher, student, marginals = (
+            sum(getattr(one[share], name) for one in likelihoods) / len(likelihoods)
+            for name in ("teacher", "student", "marginals")
+        )
+        lines.append(f"{share:>8.0%}{teacher:>10.3f}{student:>9.3f}{marginals:>22.3f}")
+    return "\n".join(lines)
+
+
 def one_step(
     config: Config,
     text: Text,
     models: Mapping[str, Callable[..., Tensor]],
     run: RunDirectory,
     seed: int,
-) -> dict[float, OneStep]:
+) -> Likelihoods:
     """By share of hidden characters; what the run directory holds is not computed again."""
     file = f"seed-{seed}/one-step"
     stored = run.load(file)

@@ -10,9 +10,16 @@ import dataclasses
 
 import numpy as np
 
+from ..common.report import Measure
 from .data import Text, consecutive_windows
 from .ngram import NGramModel
 
+MEASURES = (
+    Measure("bits", "bits per char.", 3, kept=4),
+    Measure("reverse_bits", "reverse bits", 3, kept=4),
+    Measure("self_bleu", "self-BLEU", 1, kept=4),
+    Measure("repeats", "repeats", 4, kept=4),
+)
 GROUP = 64
 REPEAT_LENGTH = 8
 

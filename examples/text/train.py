@@ -8,12 +8,13 @@ from torch import Tensor
 from di4c_fast.processes import MaskedProcess
 from di4c_fast.training import DistillConfig, Trainer, distill_step
 
+from ..common.model import start_from
 from ..common.rundir import RunDirectory
 from ..common.training import masked_cross_entropy, stratified_latents, take_loss, train
 from .blocks import BlockModel, cut
 from .config import Config
 from .data import Text, draw_windows
-from .model import TextDenoiser, student_from_teacher
+from .model import TextDenoiser
 
 
 def draw_batch(text: Text, size: int, length: int, generator: torch.Generator) -> Tensor:
@@ -59,7 +60,8 @@ def distill_student(
 ) -> TextDenoiser:
     """The teacher's Di4C student, trained or resumed, with averaged weights."""
     torch.manual_seed(seed + 1)
-    model = student_from_teacher(teacher, config)
+    new = TextDenoiser(len(text.alphabet), config, config.latent_dim)
+    model = start_from(teacher, new)
     process = process_of(text, config)
     recipe = DistillConfig(
         components=config.components,

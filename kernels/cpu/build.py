@@ -9,6 +9,7 @@ contents: a file that is stale, torn or foreign is never loaded. Needs the stand
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -50,13 +51,13 @@ def find_library() -> Path:
     compiler = find_compiler()
     key, reasons = _key(compiler), []
     for folder in _folders():
-        found = _intact(folder, key)
-        if found is not None:
-            return found
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if folder.stat().st_uid != os.getuid():
+            if folder.stat().st_uid != os.getuid():  # who could have put anything there
                 raise PermissionError("it belongs to somebody else")
+            found = _intact(folder, key)
+            if found is not None:
+                return found
             with _lock(folder / f"{key}.lock"):
                 return _intact(folder, key) or _build_loudly(compiler, folder, key)
         except OSError as error:
@@ -72,7 +73,7 @@ def find_compiler() -> list[str]:
     """
     given = os.environ.get("CXX")
     for command in [given] if given else ["c++", "g++", "clang++"]:
-        words = shlex.split(command)
+        words = _words("CXX", command)
         if words and shutil.which(words[0]):
             return words
     wanted = f"CXX={given}" if given else "c++, g++ and clang++"
@@ -154,7 +155,7 @@ def _ninja() -> str | None:
 
 def _build_loudly(compiler: list[str], folder: Path, key: str) -> Path:
     print(
-        f"di4c_fast: building its C++ passes into {folder} (once; ten to twenty seconds) ...",
+        f"di4c_fast: building its C++ passes into {folder} (once; some ten seconds) ...",
         file=sys.stderr,
         flush=True,
     )
@@ -162,7 +163,14 @@ def _build_loudly(compiler: list[str], folder: Path, key: str) -> Path:
 
 
 def _extra_flags() -> list[str]:
-    return shlex.split(os.environ.get("DI4C_FAST_CXXFLAGS", ""))
+    return _words("DI4C_FAST_CXXFLAGS", os.environ.get("DI4C_FAST_CXXFLAGS", ""))
+
+
+def _words(variable: str, value: str) -> list[str]:
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        raise BuildError(f"{variable}={value!r} cannot be read: {error}") from None
 
 
 def _digest(data: bytes) -> str:
@@ -181,10 +189,14 @@ def _key(compiler: list[str] | None) -> str:
 
 
 def _intact(folder: Path, key: str) -> Path | None:
-    """The library with this key in a folder, if its contents are what its name says."""
+    """The library with this key in a folder, if its contents are what its name says.
+
+    One that does not load here, such as that of a newer C library, counts as missing.
+    """
     for path in folder.glob(f"di4c_{key}_*.so"):
         with contextlib.suppress(OSError):
             if path.stem.endswith(f"_{_digest(path.read_bytes())}"):
+                ctypes.CDLL(str(path))
                 return path
             path.unlink()
     return None
@@ -193,10 +205,9 @@ def _intact(folder: Path, key: str) -> Path | None:
 def _folders() -> list[Path]:
     """Where a library may be kept: the user's cache, else the folder of temporary files."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return [
-        Path(cache) / "di4c_fast",
-        Path(tempfile.gettempdir()) / f"di4c_fast-{os.getuid()}",
-    ]
+    temporary = os.path.join(tempfile.gettempdir(), f"di4c_fast-{os.getuid()}")
+    folders = [Path(cache) / "di4c_fast", Path(temporary)]
+    return [folder for folder in folders if folder.is_absolute()]
 
 
 @contextlib.contextmanager
@@ -215,3 +226,7 @@ def _lock(path: Path) -> Iterator[None]:
                     raise BuildError(f"another process holds {path}") from None
                 time.sleep(0.1)
         yield
+
+
+if __name__ == "__main__":
+    print(find_library())

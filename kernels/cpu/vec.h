@@ -38,6 +38,7 @@ DI4C_INLINE vf all(float x) { return x - vf{}; }
 DI4C_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 DI4C_INLINE vf as_float(vi x) { return (vf)x; }
 DI4C_INLINE vi as_int(vf x) { return (vi)x; }
+DI4C_INLINE vf power_of_two(vi n) { return (vf)((vu)(n + 127) << 23); }  // for -127 < n < 128
 DI4C_INLINE vf load(const float* p) { return *(const vf_any*)p; }
 DI4C_INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
 
@@ -91,10 +92,10 @@ DI4C_INLINE vf vexp(vf x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
-  vi whole = as_int(shifted) - 0x4b400000;
+  vi whole = (vi)((vu)shifted - 0x4b400000);
   vi half = whole >> 1;  // two steps, so that denormal results are rounded once
-  y = y * as_float((half + 127) << 23);
-  return y * as_float((whole - half + 127) << 23);
+  y = y * power_of_two(half);
+  return y * power_of_two(whole - half);
 #endif
 }
 
@@ -103,8 +104,8 @@ DI4C_INLINE vf vexp(vf x) {
 DI4C_INLINE vf vlog(vf x) {
   vi small = x < 1.17549435e-38f;
   vf scaled = select(small, x * 33554432.0f, x);
-  vi e = (as_int(scaled) - 0x3f3504f3) >> 23;
-  vf f = as_float(as_int(scaled) - (e << 23)) - 1.0f;
+  vi e = (vi)((vu)scaled - 0x3f3504f3) >> 23;
+  vf f = (vf)((vu)scaled - ((vu)e << 23)) - 1.0f;
   vf n = __builtin_convertvector(e - (small & 25), vf);
   vf p = ((-7.6343916e-2f * f + 1.2765431e-1f) * f - 1.3162005e-1f) * f + 1.4201368e-1f;
   p = ((p * f - 1.6623144e-1f) * f + 2.0001236e-1f) * f - 2.5000826e-1f;

@@ -66,7 +66,7 @@ def _edges(mu_ptr, log_scale_ptr, row, wanted, cols, V):
     return left * inverse, (left + step) * inverse, step * inverse, inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _bins_kernel(
     mu_ptr,  # [R] in
     log_scale_ptr,  # [R] in
@@ -98,7 +98,7 @@ def _bins_kernel(
     tl.store(out_ptr + row[:, None] * stride_r + cols[None, :], logits, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _bins_gradient_kernel(
     mu_ptr,  # [R] in
     log_scale_ptr,  # [R] in

@@ -26,6 +26,7 @@ from .tiles import (
     COMPONENT_TILE,
     load_align,
     load_sums,
+    log2_softmax,
     logits_tile,
     position_at,
     row_offset,
@@ -39,8 +40,8 @@ from .tuning import launch_parameters, power_of_two, tunable
 @tunable("marginal")
 @dataclasses.dataclass(frozen=True)
 class Marginal:
-    elements: int = 2048  # of a tile, C · BLOCK_V
-    warps: int = 8
+    elements: int = 1024  # of a tile, C · BLOCK_V
+    warps: int = 1  # so that a thread holds whole columns, and sums over components need no other
     stages: int = 3
     split_columns: int = 4096  # columns of one program
 
@@ -48,30 +49,43 @@ class Marginal:
 
 
 @triton.jit
-def _softmax_sum(
-    x_ptr, shift_ptr, total_ptr, xu_ptr, slot, place, b, d, begin, C, D, cols, V, mask_id,
+def _load_rows(
+    shift_ptr, total_ptr, xu_ptr, slot, place, b, d, c0, C, D, mask_id,
     stride_i, stride_b, stride_c, stride_d,
-    ALIGN: tl.constexpr, HAS_XU: tl.constexpr, TAIL: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, HAS_XU: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the BLOCK_C components from `begin` on of softmax, [W]."""
-    c = begin + tl.arange(0, BLOCK_C).to(tl.int64)
-    inside = c < C
-    hidden = inside
+    """Of the BLOCK_C components from c0 on: whether a row is read, its offset, shift, log2(total)
+    and the token that it shows, mask_id for none."""
+    c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
+    hidden = c < C
+    shown = tl.full([BLOCK_C], 0, tl.int32) + mask_id
     if HAS_XU:
         # int32: one comparison per element below
-        shown = tl.load(xu_ptr + (b * C + c) * D + d, mask=inside, other=mask_id).to(tl.int32)
-        hidden = inside & (shown == mask_id)
-    shift, log_total = load_sums(shift_ptr, total_ptr, place * C + c, hidden)
+        shown = tl.load(xu_ptr + (b * C + c) * D + d, mask=hidden, other=mask_id).to(tl.int32)
+        hidden = hidden & (shown == mask_id)
+    shift, log2_total = load_sums(shift_ptr, total_ptr, place * C + c, hidden)
     offset = row_offset(slot, b, c, d, stride_i, stride_b, stride_c, stride_d, ALIGN)
-    tile = logits_tile(x_ptr, offset, hidden, cols, V, mask_id, TAIL)
-    prob = tl.exp(tile - shift[:, None] - log_total[:, None])
-    if HAS_XU:
-        one_hot = (cols[None, :] == shown[:, None]).to(tl.float32)
-        prob = tl.where((inside & (shown != mask_id))[:, None], one_hot, prob)
-    return tl.sum(prob, axis=0)
+    return hidden, offset, shift, log2_total, shown
 
 
 @triton.jit
+def _softmax_sum(
+    x_ptr, hidden, offset, shift, log2_total, shown, begin, V, mask_id,
+    HAS_XU: tl.constexpr, TAIL: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Sum over the rows of softmax, one-hot where a token is shown: [W]."""
+    tile = logits_tile(x_ptr, offset, hidden, begin, W, V, mask_id, TAIL)
+    total = tl.sum(tl.exp2(log2_softmax(tile, shift, log2_total)), axis=0)
+    if HAS_XU:
+        here = (shown != mask_id) & (shown >= begin) & (shown < begin + W)
+        if tl.max(here.to(tl.int32), axis=0) == 1:  # few tiles hold a token that is shown
+            cols = begin + tl.arange(0, W)
+            one_hot = here[:, None] & (cols[None, :] == shown[:, None])
+            total += tl.sum(one_hot.to(tl.float32), axis=0)
+    return total
+
+
+@triton.jit(do_not_specialize=["first", "slots"])
 def _marginal_kernel(
     x_ptr,  # logits of the operand, in
     shift_ptr,  # [A, C] fp32, in
@@ -124,6 +138,11 @@ def _marginal_kernel(
     start = tl.program_id(1) * split
     stop = tl.minimum(start + split, V)
     full = start + (stop - start) // BLOCK_V * BLOCK_V
+    if SINGLE:
+        hidden, offset, shift, log2_total, shown = _load_rows(
+            shift_ptr, total_ptr, xu_ptr, slot, place, b, d, 0, C, D, mask_id,
+            stride_i, stride_b, stride_c, stride_d, ALIGN, HAS_XU, BLOCK_C,
+        )  # fmt: skip
     for TAIL in tl.static_range(2):
         for begin in tl.range(
             full if TAIL else start, stop if TAIL else full, BLOCK_V, num_stages=STAGES
@@ -131,16 +150,19 @@ def _marginal_kernel(
             cols = begin + tl.arange(0, BLOCK_V)
             if SINGLE:  # without a loop inside, this one can be pipelined
                 total = _softmax_sum(
-                    x_ptr, shift_ptr, total_ptr, xu_ptr, slot, place, b, d, 0, C, D, cols, V,
-                    mask_id, stride_i, stride_b, stride_c, stride_d, ALIGN, HAS_XU, TAIL, BLOCK_C,
+                    x_ptr, hidden, offset, shift, log2_total, shown, begin, V, mask_id,
+                    HAS_XU, TAIL, BLOCK_V,
                 )  # fmt: skip
             else:
                 total = tl.zeros([BLOCK_V], tl.float32)
-                for c in range(0, C, BLOCK_C):
+                for c0 in range(0, C, BLOCK_C):
+                    hidden, offset, shift, log2_total, shown = _load_rows(
+                        shift_ptr, total_ptr, xu_ptr, slot, place, b, d, c0, C, D, mask_id,
+                        stride_i, stride_b, stride_c, stride_d, ALIGN, HAS_XU, BLOCK_C,
+                    )  # fmt: skip
                     total += _softmax_sum(
-                        x_ptr, shift_ptr, total_ptr, xu_ptr, slot, place, b, d, c, C, D, cols, V,
-                        mask_id, stride_i, stride_b, stride_c, stride_d, ALIGN, HAS_XU, TAIL,
-                        BLOCK_C,
+                        x_ptr, hidden, offset, shift, log2_total, shown, begin, V, mask_id,
+                        HAS_XU, TAIL, BLOCK_V,
                     )  # fmt: skip
             q = total * scale
             keep = cols < V
@@ -170,7 +192,8 @@ def marginal(
         return
     tuned = launch_parameters("marginal", operand.logits.device)
     block_c = min(power_of_two(operand.components), COMPONENT_TILE)
-    block_v = max(1, min(power_of_two(operand.vocabulary), tuned.elements // block_c))
+    wide = max(1, block_c // 16)  # as many columns per tile for 32 components as for 16
+    block_v = max(1, min(power_of_two(operand.vocabulary), tuned.elements * wide // block_c))
     split = max(tuned.split_columns, block_v)
     _marginal_kernel[(visit.slots, triton.cdiv(operand.vocabulary, split))](
         operand.logits,
@@ -201,5 +224,5 @@ def marginal(
         BLOCK_N=power_of_two(alive.shape[1]),
         BLOCK_V=block_v,
         STAGES=tuned.stages,
-        num_warps=min(tuned.warps, power_of_two(max(1, block_c * block_v // 128))),
+        num_warps=min(tuned.warps * wide, power_of_two(max(1, block_c * block_v // 128))),
     )

@@ -24,7 +24,9 @@ from .tiles import (
     LOWEST,
     add_components,
     load_align,
+    load_log2_weights,
     load_sums,
+    log2_softmax,
     logits_tile,
     mixture_tiles,
     position_at,
@@ -42,7 +44,9 @@ from .tuning import launch_parameters, tunable
 @dataclasses.dataclass(frozen=True)
 class MixtureBackward:
     elements: int = 2048  # of a tile, N · BLOCK_V, in 2 bytes; half as many in fp32
-    warps: int = 8
+    # A thread holds whole columns: with 8 warps, numbers of a column (q, m) are computed four times
+    # and sums over components cross warps. 28 instructions per logit with 8, 20 with 2.
+    warps: int = 2  # for tiles of up to 16 components; twice as many for 32
     stages: int = 3
     split_columns: int = 4096  # columns of one program
 
@@ -51,10 +55,10 @@ class MixtureBackward:
 
 @triton.jit
 def dense_gradient(
-    log_prob, share, probability, pull, component, qt, HAS_Q: tl.constexpr, HAS_C: tl.constexpr
+    log2_prob, share, probability, pull, component, qt, HAS_Q: tl.constexpr, HAS_C: tl.constexpr
 ):
     """probability p - pull share - component qT; pull is marginal q over the sum of the shares."""
-    grad = probability * tl.exp(log_prob)
+    grad = probability * tl.exp2(log2_prob)
     if HAS_Q:
         grad -= share * pull
     if HAS_C:
@@ -62,7 +66,7 @@ def dense_gradient(
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _mixture_backward_kernel(
     z_ptr,  # student logits, in
     shift_ptr,  # [A, N] fp32, in, and so total: the student's row sums
@@ -122,8 +126,8 @@ def _mixture_backward_kernel(
         if ONE_TILE:
             inside = index < N
             entry = place * N + index
-            shift, log_total = load_sums(shift_ptr, total_ptr, entry, inside)
-            a = tl.load(log_weights_ptr + b * N + index, mask=inside, other=float("-inf"))
+            shift, log2_total = load_sums(shift_ptr, total_ptr, entry, inside)
+            a = load_log2_weights(log_weights_ptr, b * N + index, inside)
             z_offset = row_offset(slot, b, index, d, z_i, z_b, z_n, z_d, Z_ALIGN)
             g_offset = row_offset(slot, b, index, d, g_i, g_b, g_n, g_d, G_ALIGN)
             probability = tl.load(probability_ptr + entry, mask=inside, other=0.0)
@@ -142,14 +146,14 @@ def _mixture_backward_kernel(
                 if HAS_C:
                     qt = row_tile(qt_row, cols, V, TAIL)
                 if ONE_TILE:
-                    z = logits_tile(z_ptr, z_offset, inside, cols, V, mask_id, TAIL)
-                    log_prob = z - shift[:, None] - log_total[:, None]
-                    share = log_prob
+                    z = logits_tile(z_ptr, z_offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
+                    log2_prob = log2_softmax(z, shift, log2_total)
+                    share = log2_prob
                     if HAS_Q:
-                        share, total, _ = responsibility_tile(log_prob, a)
+                        share, total, _ = responsibility_tile(log2_prob, a)
                         q = q / tl.where(total == 0.0, 1.0, total)
                     grad = dense_gradient(
-                        log_prob, share, probability[:, None], q[None, :], component[:, None],
+                        log2_prob, share, probability[:, None], q[None, :], component[:, None],
                         qt[None, :], HAS_Q, HAS_C,
                     )  # fmt: skip
                     keep = inside[:, None]
@@ -166,36 +170,36 @@ def _mixture_backward_kernel(
                         for n0 in range(0, N, BLOCK_N):
                             n = n0 + index
                             inside = n < N
-                            shift, log_total = load_sums(
+                            shift, log2_total = load_sums(
                                 shift_ptr, total_ptr, place * N + n, inside
                             )
-                            a = tl.load(
-                                log_weights_ptr + b * N + n, mask=inside, other=float("-inf")
-                            )
+                            a = load_log2_weights(log_weights_ptr, b * N + n, inside)
                             z_offset = row_offset(slot, b, n, d, z_i, z_b, z_n, z_d, Z_ALIGN)
-                            z = logits_tile(z_ptr, z_offset, inside, cols, V, mask_id, TAIL)
-                            log_prob = z - shift[:, None] - log_total[:, None]
-                            peak, total = add_components(peak, total, log_prob + a[:, None])
+                            z = logits_tile(
+                                z_ptr, z_offset, inside, begin, BLOCK_V, V, mask_id, TAIL
+                            )
+                            log2_prob = log2_softmax(z, shift, log2_total)
+                            peak, total = add_components(peak, total, log2_prob + a[:, None])
                     q = q / tl.where(total == 0.0, 1.0, total)
                     for n0 in range(0, N, BLOCK_N):
                         n = n0 + index
                         inside = n < N
                         entry = place * N + n
-                        shift, log_total = load_sums(shift_ptr, total_ptr, entry, inside)
-                        a = tl.load(log_weights_ptr + b * N + n, mask=inside, other=float("-inf"))
+                        shift, log2_total = load_sums(shift_ptr, total_ptr, entry, inside)
+                        a = load_log2_weights(log_weights_ptr, b * N + n, inside)
                         z_offset = row_offset(slot, b, n, d, z_i, z_b, z_n, z_d, Z_ALIGN)
                         g_offset = row_offset(slot, b, n, d, g_i, g_b, g_n, g_d, G_ALIGN)
                         probability = tl.load(probability_ptr + entry, mask=inside, other=0.0)
                         component = probability
                         if HAS_C:
                             component = tl.load(component_ptr + entry, mask=inside, other=0.0)
-                        z = logits_tile(z_ptr, z_offset, inside, cols, V, mask_id, TAIL)
-                        log_prob = z - shift[:, None] - log_total[:, None]
-                        share = log_prob
+                        z = logits_tile(z_ptr, z_offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
+                        log2_prob = log2_softmax(z, shift, log2_total)
+                        share = log2_prob
                         if HAS_Q:
-                            share = tl.exp(log_prob + a[:, None] - peak[None, :])
+                            share = tl.exp2(log2_prob + a[:, None] - peak[None, :])
                         grad = dense_gradient(
-                            log_prob, share, probability[:, None], q[None, :], component[:, None],
+                            log2_prob, share, probability[:, None], q[None, :], component[:, None],
                             qt[None, :], HAS_Q, HAS_C,
                         )  # fmt: skip
                         keep = inside[:, None]

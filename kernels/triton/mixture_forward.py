@@ -27,10 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import (
+    LN_2,
     LOWEST,
     add_components,
     load_align,
+    load_log2_weights,
     load_sums,
+    log2_softmax,
     logits_tile,
     mixture_tiles,
     position_at,
@@ -48,7 +51,8 @@ from .tuning import launch_parameters, tunable
 @dataclasses.dataclass(frozen=True)
 class MixtureForward:
     elements: int = 2048  # of a tile, N · BLOCK_V, in 2 bytes; half as many in fp32
-    warps: int = 8
+    # As in mixture backward: 55 instructions per logit with 8 warps, 22 with 2.
+    warps: int = 2  # for tiles of up to 16 components; twice as many for 32
     stages: int = 3
     split_columns: int = 4096  # columns of one program
 
@@ -56,12 +60,12 @@ class MixtureForward:
 
 
 @triton.jit
-def _divergence(q, log_q, log_p):
-    """q (log q - log p), 0 where q is 0, inf where only p is 0; NaN stays NaN."""
-    return tl.where(q == 0.0, 0.0, q * (log_q - log_p))
+def _divergence(q, log2_q, log2_p):
+    """q (log2 q - log2 p), 0 where q is 0, inf where only p is 0; NaN stays NaN."""
+    return tl.where(q == 0.0, 0.0, q * (log2_q - log2_p))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _mixture_forward_kernel(
     z_ptr,  # student logits, in
     t_ptr,  # teacher logits, in, unless STORED_T
@@ -130,7 +134,7 @@ def _mixture_forward_kernel(
             consistency_weight = tl.load(consistency_weight_ptr + b)
     one = tl.arange(0, 1).to(tl.int64)
     if not STORED_T:
-        shift_t, log_total_t = load_sums(shift_t_ptr, total_t_ptr, place + one, one == 0)
+        shift_t, log2_total_t = load_sums(shift_t_ptr, total_t_ptr, place + one, one == 0)
         t_offset = row_offset(slot, b, one, d, t_i, t_b, t_m, t_d, T_ALIGN)
     qt_row = qt_ptr + slot * qt_i
     qu_row = qu_ptr + slot * qu_i
@@ -144,8 +148,8 @@ def _mixture_forward_kernel(
         dead = tl.where(tl.max(some.to(tl.int32), axis=0) == 1, 0, dead)
     if ONE_TILE:
         inside = n < N
-        shift, log_total = load_sums(shift_ptr, total_ptr, place * N + n, inside)
-        a = tl.load(log_weights_ptr + b * N + n, mask=inside, other=float("-inf"))
+        shift, log2_total = load_sums(shift_ptr, total_ptr, place * N + n, inside)
+        a = load_log2_weights(log_weights_ptr, b * N + n, inside)
         offset = row_offset(slot, b, n.to(tl.int64), d, z_i, z_b, z_n, z_d, Z_ALIGN)
 
     kl_t = tl.zeros([BLOCK_V], tl.float32)
@@ -163,12 +167,12 @@ def _mixture_forward_kernel(
             if STORED_T:
                 qt = row_tile(qt_row, cols, V, TAIL)
             else:
-                t = logits_tile(t_ptr, t_offset, one == 0, cols, V, mask_id, TAIL)
-                qt = tl.sum(tl.exp(t - shift_t[:, None] - log_total_t[:, None]), axis=0)
+                t = logits_tile(t_ptr, t_offset, one == 0, begin, BLOCK_V, V, mask_id, TAIL)
+                qt = tl.sum(tl.exp2(log2_softmax(t, shift_t, log2_total_t)), axis=0)
                 qt = tl.where(dead == 1, 0.0, qt)
                 if KEEP_T:
                     tl.store(qt_row + cols, qt, mask=cols < V)
-            log_qt = tl.log(qt)
+            log2_qt = tl.log2(qt)
             if HAS_Q:
                 q = teacher_weight * qt
                 if HAS_U:
@@ -178,17 +182,17 @@ def _mixture_forward_kernel(
                     tl.store(q_row + cols, q, mask=cols < V)
 
             if ONE_TILE:
-                z = logits_tile(z_ptr, offset, inside, cols, V, mask_id, TAIL)
-                log_prob = z - shift[:, None] - log_total[:, None]
+                z = logits_tile(z_ptr, offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
+                log2_prob = log2_softmax(z, shift, log2_total)
                 if HAS_Q:
-                    part, total, peak = responsibility_tile(log_prob, a)
+                    part, total, peak = responsibility_tile(log2_prob, a)
                     mass += part * (q / tl.where(total == 0.0, 1.0, total))[None, :]
-                    m = peak + tl.log(total)
-                    kl_t += _divergence(qt, log_qt, m)
+                    m = peak + tl.log2(total)
+                    kl_t += _divergence(qt, log2_qt, m)
                     if HAS_U:
-                        kl_u += _divergence(qu, tl.log(qu), m)
+                        kl_u += _divergence(qu, tl.log2(qu), m)
                 if HAS_C:
-                    gap = _divergence(qt[None, :], log_qt[None, :], log_prob)
+                    gap = _divergence(qt[None, :], log2_qt[None, :], log2_prob)
                     divergence += tl.where(inside[:, None], gap, 0.0)
             else:
                 # Two runs over the components: m first, then what needs it.
@@ -198,42 +202,46 @@ def _mixture_forward_kernel(
                     for n0 in range(0, N, BLOCK_N):
                         c = n0 + n.to(tl.int64)
                         inside = c < N
-                        shift, log_total = load_sums(shift_ptr, total_ptr, place * N + c, inside)
-                        a = tl.load(log_weights_ptr + b * N + c, mask=inside, other=float("-inf"))
+                        shift, log2_total = load_sums(shift_ptr, total_ptr, place * N + c, inside)
+                        a = load_log2_weights(log_weights_ptr, b * N + c, inside)
                         offset = row_offset(slot, b, c, d, z_i, z_b, z_n, z_d, Z_ALIGN)
-                        z = logits_tile(z_ptr, offset, inside, cols, V, mask_id, TAIL)
-                        log_prob = z - shift[:, None] - log_total[:, None]
-                        peak, total = add_components(peak, total, log_prob + a[:, None])
-                    m = peak + tl.log(total)
-                    kl_t += _divergence(qt, log_qt, m)
+                        z = logits_tile(z_ptr, offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
+                        log2_prob = log2_softmax(z, shift, log2_total)
+                        peak, total = add_components(peak, total, log2_prob + a[:, None])
+                    m = peak + tl.log2(total)
+                    kl_t += _divergence(qt, log2_qt, m)
                     if HAS_U:
-                        kl_u += _divergence(qu, tl.log(qu), m)
+                        kl_u += _divergence(qu, tl.log2(qu), m)
                 for n0 in range(0, N, BLOCK_N):
                     c = n0 + n.to(tl.int64)
                     inside = c < N
-                    shift, log_total = load_sums(shift_ptr, total_ptr, place * N + c, inside)
-                    a = tl.load(log_weights_ptr + b * N + c, mask=inside, other=float("-inf"))
+                    shift, log2_total = load_sums(shift_ptr, total_ptr, place * N + c, inside)
+                    a = load_log2_weights(log_weights_ptr, b * N + c, inside)
                     offset = row_offset(slot, b, c, d, z_i, z_b, z_n, z_d, Z_ALIGN)
-                    z = logits_tile(z_ptr, offset, inside, cols, V, mask_id, TAIL)
-                    log_prob = z - shift[:, None] - log_total[:, None]
+                    z = logits_tile(z_ptr, offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
+                    log2_prob = log2_softmax(z, shift, log2_total)
                     if HAS_Q:
-                        part = tl.exp(log_prob + a[:, None] - peak[None, :])
+                        part = tl.exp2(log2_prob + a[:, None] - peak[None, :])
                         sums = part * (q / tl.where(total == 0.0, 1.0, total))[None, :]
                         tl.store(mass_ptr + part_of * N + c, tl.sum(sums, axis=1), mask=inside)
                     if HAS_C:
-                        gap = _divergence(qt[None, :], log_qt[None, :], log_prob)
+                        gap = _divergence(qt[None, :], log2_qt[None, :], log2_prob)
                         gap = tl.where(inside[:, None] & (dead == 0), gap, 0.0)
-                        tl.store(divergence_ptr + part_of * N + c, tl.sum(gap, axis=1), mask=inside)
+                        tl.store(
+                            divergence_ptr + part_of * N + c,
+                            tl.sum(gap, axis=1) * LN_2,
+                            mask=inside,
+                        )
 
     if HAS_Q:
-        tl.store(kl_t_ptr + part_of, tl.where(dead == 1, 0.0, tl.sum(kl_t, axis=0)))
+        tl.store(kl_t_ptr + part_of, tl.where(dead == 1, 0.0, tl.sum(kl_t, axis=0) * LN_2))
         if HAS_U:
-            tl.store(kl_u_ptr + part_of, tl.where(dead == 1, 0.0, tl.sum(kl_u, axis=0)))
+            tl.store(kl_u_ptr + part_of, tl.where(dead == 1, 0.0, tl.sum(kl_u, axis=0) * LN_2))
     if ONE_TILE:
         if HAS_Q:
             tl.store(mass_ptr + part_of * N + n, tl.sum(mass, axis=1), mask=n < N)
         if HAS_C:
-            sums = tl.where(dead == 1, 0.0, tl.sum(divergence, axis=1))
+            sums = tl.where(dead == 1, 0.0, tl.sum(divergence, axis=1) * LN_2)
             tl.store(divergence_ptr + part_of * N + n, sums, mask=n < N)
 
 

@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import (
+    LOG2_E,
     LOWEST,
     align_of,
-    logits_tile,
+    block_columns,
     position_at,
     row_offset,
     split_position,
@@ -35,13 +36,13 @@ from .tuning import launch_parameters, power_of_two, tunable
 @dataclasses.dataclass(frozen=True)
 class RowStatistics:
     elements: int = 2048  # of 2 bytes in a tile, half as many of fp32: as many bytes in flight
-    warps: int = 8
+    warps: int = 2
     stages: int = 2  # blocks of columns on their way from memory
 
     powers_of_two = ("elements", "warps")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _row_statistics_kernel(
     x_ptr,  # logits of the operand, in
     tokens_ptr,  # [B, J, D] int64, in, with HAS_TARGETS
@@ -67,6 +68,7 @@ def _row_statistics_kernel(
     HAS_TARGETS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    W: tl.constexpr,
     BLOCK_J: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -81,20 +83,28 @@ def _row_statistics_kernel(
     b, d = split_position(position, D)
     offset = row_offset(slot, b, c, d, stride_i, stride_b, stride_c, stride_d, ALIGN)
 
-    # Every lane keeps its own maximum and sum; they meet once, after the loop.
-    peak = tl.full([BLOCK_R, BLOCK_V], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    # Every lane of W columns keeps its own maximum and sum; they meet once, after the loop. A
+    # thread holds K columns of each lane, so that the maximum of a lane moves once in K logits.
+    K: tl.constexpr = BLOCK_V // W
+    column = tl.arange(0, K)[:, None, None] * W + tl.arange(0, W)[None, None, :]
+    at = x_ptr + offset[None, :, None] + column
+    peak = tl.full([BLOCK_R, W], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_R, W], tl.float32)
     full = V // BLOCK_V * BLOCK_V
     for TAIL in tl.static_range(2):
         for begin in tl.range(full if TAIL else 0, V if TAIL else full, BLOCK_V, num_stages=STAGES):
-            cols = begin + tl.arange(0, BLOCK_V)
-            x = logits_tile(x_ptr, offset, wanted, cols, V, mask_id, TAIL)
-            # One exponential per element: of minus the distance to the larger of the two.
-            ratio = tl.exp(-tl.abs(x - peak))
-            total = tl.where(x > peak, total * ratio + 1.0, total + ratio)
-            peak = tl.maximum(peak, x)
+            keep = wanted[None, :, None]
+            if TAIL:
+                keep = keep & (begin + column < V)
+            x = tl.load(at + begin, mask=keep, other=float("-inf")).to(tl.float32)  # [K, R, W]
+            if (mask_id >= begin) & (mask_id < begin + BLOCK_V):
+                x = tl.where(begin + column == mask_id, float("-inf"), x)
+            top = tl.maximum(peak, tl.max(x, axis=0))
+            total *= tl.exp2((peak - top) * LOG2_E)
+            total += tl.sum(tl.exp2((x - top[None, :, :]) * LOG2_E), axis=0)
+            peak = top
     top = tl.max(peak, axis=1)
-    sums = tl.sum(total * tl.exp(peak - top[:, None]), axis=1)
+    sums = tl.sum(total * tl.exp2((peak - top[:, None]) * LOG2_E), axis=1)
     shift = tl.where(sums == 0.0, 0.0, top)
     tl.store(shift_ptr + place * C + c, shift, mask=wanted)
     tl.store(total_ptr + place * C + c, sums, mask=wanted)
@@ -131,9 +141,12 @@ def row_statistics(
     if rows == 0:
         return
     tuned = launch_parameters("row_statistics", operand.logits.device)
+    align = align_of(operand)
     elements = tuned.elements * 2 // operand.logits.element_size()
-    block_v = max(1, min(power_of_two(operand.vocabulary), elements))
-    block_r = max(1, elements // block_v)
+    block_v = block_columns(operand.vocabulary, elements)
+    block_r = max(1, min(elements // block_v, 16)) if block_v >= operand.vocabulary else 1
+    warps = min(tuned.warps, max(1, block_v * block_r // 256))
+    lanes = min(block_v, 32 * warps * max(align, 4 // operand.logits.element_size()))
     targets = 0 if tokens is None else tokens.shape[1]
     like = sums.total
     _row_statistics_kernel[(triton.cdiv(rows, block_r),)](
@@ -151,12 +164,13 @@ def row_statistics(
         operand.vocabulary,
         -1 if mask_id is None else mask_id,
         *operand.strides,
-        ALIGN=align_of(operand),
+        ALIGN=align,
         **visit_flags(visit),
         HAS_TARGETS=tokens is not None and targets > 0,
         BLOCK_R=block_r,
         BLOCK_V=block_v,
+        W=lanes,
         BLOCK_J=max(1, min(power_of_two(max(targets, 1)), 32)),
         STAGES=tuned.stages,
-        num_warps=tuned.warps,
+        num_warps=warps,
     )

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from .mixture_backward import dense_gradient
 from .tiles import (
+    LOG2_E,
     LOWEST,
+    load_log2_weights,
     position_at,
     row_offset,
     split_position,
@@ -31,7 +33,7 @@ from .tiles import (
 from .tuning import power_of_two
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _target_gradient_kernel(
     tokens_ptr,  # [B, J, D] int64, in
     log_prob_ptr,  # [A, J, N] fp32, in
@@ -85,10 +87,10 @@ def _target_gradient_kernel(
             inside = (j < J)[:, None] & (n < N)[None, :]
             entry = (place * J + j[:, None]) * N + n[None, :]
             weighted = tl.load(log_prob_ptr + entry, mask=inside, other=float("-inf"))
-            a = tl.load(log_weights_ptr + b * N + n, mask=n < N, other=float("-inf"))
-            weighted += a[None, :]
+            a = load_log2_weights(log_weights_ptr, b * N + n, n < N)
+            weighted = weighted * LOG2_E + a[None, :]
             top = tl.maximum(peak, tl.max(weighted, axis=1))
-            total = total * tl.exp(peak - top) + tl.sum(tl.exp(weighted - top[:, None]), axis=1)
+            total = total * tl.exp2(peak - top) + tl.sum(tl.exp2(weighted - top[:, None]), axis=1)
             peak = top
         pull = tl.load(q_ptr + slot * q_i + tokens, mask=j < J, other=0.0)
         pull = pull * tl.load(marginal_ptr + place) / tl.where(total == 0.0, 1.0, total)
@@ -99,17 +101,17 @@ def _target_gradient_kernel(
         n = n0 + index
         inside = (j < J)[:, None] & (n < N)[None, :]
         entry = (place * J + j[:, None]) * N + n[None, :]
-        log_prob = tl.load(log_prob_ptr + entry, mask=inside, other=float("-inf"))
-        a = tl.load(log_weights_ptr + b * N + n, mask=n < N, other=float("-inf"))
+        log2_prob = LOG2_E * tl.load(log_prob_ptr + entry, mask=inside, other=float("-inf"))
+        a = load_log2_weights(log_weights_ptr, b * N + n, n < N)
         probability = tl.load(probability_ptr + place * N + n, mask=n < N, other=0.0)
         component = probability
         if HAS_C:
             component = tl.load(component_ptr + place * N + n, mask=n < N, other=0.0)
-        share = log_prob
+        share = log2_prob
         if HAS_Q:
-            share = tl.exp(log_prob + a[None, :] - peak[:, None])
+            share = tl.exp2(log2_prob + a[None, :] - peak[:, None])
         grad = dense_gradient(
-            log_prob, share, probability[None, :], pull[:, None], component[None, :], qt[:, None],
+            log2_prob, share, probability[None, :], pull[:, None], component[None, :], qt[:, None],
             HAS_Q, HAS_C,
         )  # fmt: skip
         # Targets may coincide: each element gathers the kappa of all that share its token.

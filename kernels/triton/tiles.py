@@ -2,7 +2,8 @@
 
 Shapes: B examples, C components, D positions, V classes, A slots, W columns of a tile. A *slot*
 counts the positions that a launch visits, from 0; its *place* is its number among all A slots, by
-which statistics are stored; its *position* is b·D + d (see `passes.base.Visit`).
+which statistics are stored; its *position* is b·D + d (see `passes.base.Visit`). Kernels do not
+specialise on counts: those change from step to step, and each would be compiled for anew.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from .tuning import power_of_two
 MAX_ALIGN_BYTES = 16  # the widest load of one thread
 COMPONENT_TILE = 32  # the largest number of components in one tile; the kernels loop beyond
 LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite: differences of it are no NaN
+# Logarithms are to base 2 in the kernels: exp and log cost a product and, for denormal numbers, a
+# comparison and two products more than exp2 and log2.
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -61,20 +66,38 @@ def row_offset(slot, b, c, d, stride_i, stride_b, stride_c, stride_d, ALIGN: tl.
 
 @triton.jit
 def load_sums(shift_ptr, total_ptr, entry, wanted):
-    """Shift and log(total) of rows; both are 0 for rows without a class, whose logits are -inf."""
+    """Shift and log2(total) of rows; both are 0 for rows without a class, whose logits are -inf."""
     shift = tl.load(shift_ptr + entry, mask=wanted, other=0.0)
     total = tl.load(total_ptr + entry, mask=wanted, other=0.0)
-    return shift, tl.log(tl.where(total == 0.0, 1.0, total))
+    return shift, tl.log2(tl.where(total == 0.0, 1.0, total))
 
 
 @triton.jit
-def logits_tile(x_ptr, offset, wanted, cols, V, mask_id, TAIL: tl.constexpr):
-    """Logits [C, W] in fp32; -inf at the excluded column, beyond V, and in rows not wanted."""
+def load_log2_weights(log_weights_ptr, entry, wanted):
+    """Component log-weights to base 2; -inf where not wanted."""
+    return tl.load(log_weights_ptr + entry, mask=wanted, other=float("-inf")) * LOG2_E
+
+
+@triton.jit
+def log2_softmax(logits, shift, log2_total):
+    """log2 of the softmax of rows [C, W]. The difference comes first: it carries no rounding of
+    large logits."""
+    return (logits - shift[:, None]) * LOG2_E - log2_total[:, None]
+
+
+@triton.jit
+def logits_tile(x_ptr, offset, wanted, begin, W: tl.constexpr, V, mask_id, TAIL: tl.constexpr):
+    """Logits [C, W] of columns from `begin` on, in fp32; -inf at the excluded column, beyond V, and
+    in rows not wanted."""
+    cols = begin + tl.arange(0, W)
     keep = wanted[:, None]
     if TAIL:
         keep = keep & (cols < V)[None, :]
     tile = tl.load(x_ptr + offset[:, None] + cols[None, :], mask=keep, other=float("-inf"))
-    return tl.where((cols == mask_id)[None, :], float("-inf"), tile.to(tl.float32))
+    tile = tile.to(tl.float32)
+    if (mask_id >= begin) & (mask_id < begin + W):  # few tiles hold it: no comparison elsewhere
+        tile = tl.where((cols == mask_id)[None, :], float("-inf"), tile)
+    return tile
 
 
 @triton.jit
@@ -86,21 +109,23 @@ def row_tile(row_ptr, cols, V, TAIL: tl.constexpr):
 
 
 @triton.jit
-def responsibility_tile(log_prob, a):
-    """exp(a_n + l_nv - peak_v) [N, W], their sums over n [W], peak [W] of a tile that holds all
-    components. Where no component has the class the sum is 0; else the largest part is 1."""
-    weighted = log_prob + a[:, None]
+def responsibility_tile(log2_prob, log2_weights):
+    """exp(a_n + l_nv - peak_v) [N, W], their sums over n [W], peak [W] to base 2, of a tile that
+    holds all components. Where no component has the class the sum is 0; else the largest part is
+    1."""
+    weighted = log2_prob + log2_weights[:, None]
     peak = tl.max(weighted, axis=0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    part = tl.exp(weighted - peak[None, :])
+    part = tl.exp2(weighted - peak[None, :])
     return part, tl.sum(part, axis=0), peak
 
 
 @triton.jit
 def add_components(peak, total, weighted):
-    """Take a tile [N, W] of a_n + l_nv into the running maximum and sum [W] over components."""
+    """Take a tile [N, W] of a_n + l_nv, to base 2, into the running maximum and sum [W] over
+    components."""
     top = tl.maximum(peak, tl.max(weighted, axis=0))
-    total = total * tl.exp(peak - top) + tl.sum(tl.exp(weighted - top[None, :]), axis=0)
+    total = total * tl.exp2(peak - top) + tl.sum(tl.exp2(weighted - top[None, :]), axis=0)
     return top, total
 
 
@@ -167,6 +192,20 @@ def mixture_tiles(operand: Any, tuned: Any) -> Tiles:
     if one_tile:  # even splits
         split = triton.cdiv(triton.cdiv(vocabulary, splits), block_v) * block_v
         splits = triton.cdiv(vocabulary, split)
-    # A warp should have at least 128 elements: small tiles of single components need few.
-    most = max(1, block_n * block_v // 128)
-    return Tiles(one_tile, block_n, block_v, split, splits, min(tuned.warps, power_of_two(most)))
+    # A warp should have at least 128 elements: small tiles of single components need few. Columns
+    # of more than 16 components do not fit the registers of as few threads.
+    most = power_of_two(max(1, block_n * block_v // 128))
+    warps = min(tuned.warps * max(1, block_n // 16), most)
+    return Tiles(one_tile, block_n, block_v, split, splits, warps)
+
+
+def block_columns(vocabulary: int, elements: int) -> int:
+    """Columns of a tile: `elements`, but fewer where the last tile would waste a quarter.
+
+    >>> [block_columns(vocabulary, 2048) for vocabulary in (50258, 1025, 130)]
+    [2048, 256, 256]
+    """
+    block = min(power_of_two(vocabulary), elements)
+    while block > 256 and triton.cdiv(vocabulary, block) * block > 1.25 * vocabulary:
+        block //= 2
+    return block

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from di4c_fast.processes import Process
 from di4c_fast.training import DistillConfig
 
+from ...common.model import start_from
 from ..config import Config
 from ..data import Digits
 from ..metrics import ClassJudge, Judge
@@ -36,12 +37,16 @@ class System(abc.ABC):
         self.config = config
 
     @abc.abstractmethod
-    def teacher(self) -> nn.Module:
-        """A model without λ, at its random start."""
+    def model(self, latent_dim: int) -> nn.Module:
+        """A model with λ, or with 0 one without, at its random start."""
 
-    @abc.abstractmethod
+    def teacher(self) -> nn.Module:
+        """A model without λ."""
+        return self.model(0)
+
     def student(self, teacher: nn.Module) -> nn.Module:
         """A model with λ that has its teacher's weights."""
+        return start_from(teacher, self.model(self.config.latent_dim))
 
     def times(self, batch: int, generator: torch.Generator) -> Tensor:
         """Training times (B,) of the teacher, one in each of B equal parts."""
@@ -56,17 +61,11 @@ class System(abc.ABC):
         """The distillation."""
 
     @abc.abstractmethod
-    def draw(
-        self,
-        model: nn.Module,
-        shape: tuple[int, int],
-        *,
-        steps: int,
-        latent_dim: int,
-        seed: int,
-        first_sequence: int,
-    ) -> Tensor:
-        """Samples (B, D), those numbered from `first_sequence`."""
+    def draw(self, model: nn.Module, shape: tuple[int, int], **options: Any) -> Tensor:
+        """Samples (B, D).
+
+        options: steps, latent_dim, seed and first_sequence, the number of the first sample.
+        """
 
     def judge(self, digits: Digits) -> Judge | ClassJudge:
         """Scores the samples."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from di4c_fast.heads import LogisticHead
@@ -14,8 +15,9 @@ from di4c_fast.processes import GaussianProcess
 from di4c_fast.samplers import sample_gaussian
 from di4c_fast.training import DistillConfig
 
+from ...common.model import check_given
 from ..config import GaussianConfig
-from ..model import PATCH_PIXELS, PATCHES, Block, patch_order, start_from
+from ..model import PATCHES, DigitsBase
 from .base import System
 
 TIME_FREQUENCIES = 128
@@ -24,7 +26,7 @@ TIME_SCALE = 1000.0
 COMPONENT_SPREAD = 0.01
 
 
-class GaussianDenoiser(nn.Module):
+class GaussianDenoiser(DigitsBase):
     """A transformer over 2x2 patches with a logistic law per pixel: two numbers, not V.
 
     Time enters as one vector per patch, made from an embedding to which the student adds λ. The
@@ -46,54 +48,32 @@ class GaussianDenoiser(nn.Module):
         latent_dim: int = 0,
         latent_scale: float = 1000.0,
     ):
-        super().__init__()
-        self.levels, self.width = levels, width
-        self.tokens = nn.Embedding(PATCH_PIXELS * levels, width)
-        self.places = nn.Parameter(torch.randn(PATCHES, width))
+        super().__init__(levels, width)
         self.time = nn.Linear(TIME_FREQUENCIES, 4 * width)
         self.condition = nn.Linear(4 * width, PATCHES * width)
         self.gate = nn.Linear(4 * width, 1)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, PATCH_PIXELS * 2)
+        self.make_body(layers, outputs=2)
         # Not zero at first: equal components would have the gradient of one.
         self.latent = (
             LatentShift(4 * width, latent_dim, scale=latent_scale, zero_init=False)
             if latent_dim
             else None
         )
-        nn.init.normal_(self.tokens.weight, std=1.0 / math.sqrt(PATCH_PIXELS))
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        order = patch_order()
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("inverse", order.argsort(), persistent=False)
-        offsets = torch.arange(PATCH_PIXELS) * levels
-        self.register_buffer("offsets", offsets, persistent=False)
-
-    order: Tensor
-    inverse: Tensor
-    offsets: Tensor
+        self.start()
 
     def forward(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> LogisticHead:
         """tokens (R, 64) int64, t (R,), latent (R, L) to a head (R, 64, V)."""
-        if (latent is None) != (self.latent is None):
-            takes = "needs latents" if latent is None else "takes no latents"
-            raise ValueError(f"this model {takes}")
-        time = self.time(sinusoid(t.float() * TIME_SCALE, TIME_FREQUENCIES))
+        check_given(latent, self.latent, "latents")
+        waves = sinusoid(t.float() * TIME_SCALE, TIME_FREQUENCIES)
+        time = self.time(waves.to(self.time.weight.dtype))
         if self.latent is not None and latent is not None:
             time = self.latent(time, latent)
         time = F.gelu(time)
-        patches = tokens[:, self.order].unflatten(-1, (PATCHES, PATCH_PIXELS))
-        x = self.tokens(patches + self.offsets).sum(dim=2) + self.places
-        x = x + self.condition(time).unflatten(-1, (PATCHES, self.width))
-        for block in self.blocks:
-            x = block(x)
-        numbers = self.head(self.norm(x)).unflatten(-1, (PATCH_PIXELS, 2))
-        location, log_scale = numbers.flatten(1, 2)[:, self.inverse].unbind(-1)
-        noisy = tokens * (2.0 / (self.levels - 1)) - 1.0
+        shift = rearrange(self.condition(time), "r (t c) -> r t c", t=PATCHES)
+        location, log_scale = self.run_pixels(self.embed_pixels(tokens) + shift).unbind(-1)
+        noisy = tokens * (2.0 / (self.vocabulary - 1)) - 1.0
         mu = torch.tanh(location + self.gate(time) * noisy)
-        return LogisticHead(mu, log_scale, self.levels)
+        return LogisticHead(mu, log_scale, self.vocabulary)
 
 
 class GaussianSystem(System):
@@ -113,16 +93,11 @@ class GaussianSystem(System):
         )
         self.columns = config.levels
 
-    def teacher(self) -> GaussianDenoiser:
-        return GaussianDenoiser(self.config.levels, self.config.width, self.config.layers)
-
-    def student(self, teacher: nn.Module) -> GaussianDenoiser:
+    def model(self, latent_dim: int) -> GaussianDenoiser:
         config = self.config
-        student = GaussianDenoiser(
-            config.levels, config.width, config.layers, config.latent_dim, config.latent_scale
+        return GaussianDenoiser(
+            config.levels, config.width, config.layers, latent_dim, config.latent_scale
         )
-        start_from(teacher, student)
-        return student
 
     def times(self, batch: int, generator: torch.Generator) -> Tensor:
         """Uniform from t_min, where the samplers end, to 1, one in each of B equal parts."""
@@ -141,22 +116,5 @@ class GaussianSystem(System):
             component_spread=COMPONENT_SPREAD,
         )
 
-    def draw(
-        self,
-        model: nn.Module,
-        shape: tuple[int, int],
-        *,
-        steps: int,
-        latent_dim: int,
-        seed: int,
-        first_sequence: int,
-    ) -> Tensor:
-        return sample_gaussian(
-            model,
-            shape,
-            process=self.process,
-            steps=steps,
-            latent_dim=latent_dim,
-            seed=seed,
-            first_sequence=first_sequence,
-        )
+    def draw(self, model: nn.Module, shape: tuple[int, int], **options: Any) -> Tensor:
+        return sample_gaussian(model, shape, process=self.process, **options)

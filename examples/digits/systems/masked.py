@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from di4c_fast.processes import MaskedProcess
+from di4c_fast.samplers import sample_masked
 from di4c_fast.training import DistillConfig
 
-from ...common import sampling
 from ..config import Config
-from ..model import DigitsDenoiser, student_from_teacher
+from ..model import DigitsDenoiser
 from .base import SMALLEST_TIME, System
 
 
@@ -24,19 +26,10 @@ class MaskedSystem(System):
         self.process = MaskedProcess(config.mask_id, t_min=SMALLEST_TIME)
         self.columns = config.levels
 
-    def teacher(self) -> DigitsDenoiser:
-        return DigitsDenoiser(self.config.levels, self.config.width, self.config.layers)
-
-    def student(self, teacher: nn.Module) -> DigitsDenoiser:
-        assert isinstance(teacher, DigitsDenoiser)
+    def model(self, latent_dim: int) -> DigitsDenoiser:
         config = self.config
-        return student_from_teacher(
-            teacher,
-            config.levels,
-            config.width,
-            config.layers,
-            config.latent_dim,
-            config.latent_scale,
+        return DigitsDenoiser(
+            config.levels, config.width, config.layers, latent_dim, config.latent_scale
         )
 
     def student_times(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -49,22 +42,5 @@ class MaskedSystem(System):
     def recipe(self) -> DistillConfig:
         return self._recipe(data_schedule="constant", low_t=0.0, low_t_probability=0.0)
 
-    def draw(
-        self,
-        model: nn.Module,
-        shape: tuple[int, int],
-        *,
-        steps: int,
-        latent_dim: int,
-        seed: int,
-        first_sequence: int,
-    ) -> Tensor:
-        return sampling.sample_masked(
-            model,
-            shape,
-            mask_id=self.config.mask_id,
-            steps=steps,
-            latent_dim=latent_dim,
-            seed=seed,
-            first_sequence=first_sequence,
-        )
+    def draw(self, model: nn.Module, shape: tuple[int, int], **options: Any) -> Tensor:
+        return sample_masked(model, shape, mask_id=self.config.mask_id, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from di4c_fast.training import DistillConfig
 from ..config import MaskGITConfig
 from ..data import Digits
 from ..metrics import ClassJudge
-from ..model import DigitsDenoiser, student_from_teacher
+from ..model import DigitsDenoiser
 from .base import SMALLEST_TIME, System
 
 CLASSES = 10
@@ -38,21 +40,10 @@ class MaskGITSystem(System):
         )
         self.columns = config.levels + 1
 
-    def teacher(self) -> DigitsDenoiser:
+    def model(self, latent_dim: int) -> DigitsDenoiser:
         config = self.config
-        return DigitsDenoiser(config.levels, config.width, config.layers, classes=CLASSES)
-
-    def student(self, teacher: nn.Module) -> DigitsDenoiser:
-        assert isinstance(teacher, DigitsDenoiser)
-        config = self.config
-        return student_from_teacher(
-            teacher,
-            config.levels,
-            config.width,
-            config.layers,
-            config.latent_dim,
-            config.latent_scale,
-            CLASSES,
+        return DigitsDenoiser(
+            config.levels, config.width, config.layers, latent_dim, config.latent_scale, CLASSES
         )
 
     def student_times(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -80,29 +71,17 @@ class MaskGITSystem(System):
             low_t_probability=self.config.low_t,
         )
 
-    def draw(
-        self,
-        model: nn.Module,
-        shape: tuple[int, int],
-        *,
-        steps: int,
-        latent_dim: int,
-        seed: int,
-        first_sequence: int,
-    ) -> Tensor:
+    def draw(self, model: nn.Module, shape: tuple[int, int], **options: Any) -> Tensor:
         """Samples with the labels 0, 1, ..., 9, 0, 1, ... in turn; classes are as frequent."""
-        labels = (torch.arange(shape[0]) + first_sequence) % CLASSES
+        labels = (torch.arange(shape[0]) + options["first_sequence"]) % CLASSES
         return sample_maskgit(
             model,
             shape,
             mask_id=self.config.mask_id,
-            steps=steps,
             vocab_size=self.config.levels + 1,
-            latent_dim=latent_dim,
             context={"label": labels},
             guidance=self.config.guidance,
             unconditional={"label": torch.full_like(labels, NO_LABEL)},
             gumbel_temperature=self.config.gumbel_temperature,
-            seed=seed,
-            first_sequence=first_sequence,
+            **options,
         )

@@ -1,15 +1,21 @@
-"""A small Gaussian process and its exact laws, for the tests of process and transitions."""
+"""For the tests of processes: one of each over five classes, and the exact laws of the Gaussian."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from di4c_fast.processes import GaussianProcess
+from di4c_fast.processes import GaussianProcess, MaskedProcess, MaskGITProcess
 
-V = 5
+VOCAB, MASK = 5, 4
 # Wide moves and a target that is not flat, so that nothing is symmetric by accident.
-SMALL = GaussianProcess(V, rate_sigma=1.2, target_sigma=2.0, time_base=0.02)
+SMALL = GaussianProcess(VOCAB, rate_sigma=1.2, target_sigma=2.0, time_base=0.02)
+PROCESSES = {
+    "masked": MaskedProcess(MASK),
+    "maskgit": MaskGITProcess(MASK),
+    "maskgit, linear": MaskGITProcess(MASK, schedule="linear", teacher_steps=None),
+    "gaussian": SMALL,
+}
 
 
 def rng(seed: int = 0) -> torch.Generator:

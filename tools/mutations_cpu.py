@@ -1,0 +1,293 @@
+"""What `mutate_kernels` breaks in the C++ passes."""
+
+from __future__ import annotations
+
+from .mutations import Mutation
+
+LOSS, DRAW = "test_loss_conformance.py", "test_draw_conformance.py"
+VECTORS, PASSES = "test_cpu_vectors.py", "test_cpu_passes.py"
+
+
+def _rows(name: str, before: str, after: str, tests: str, select: str) -> Mutation:
+    return Mutation(name, "kernels/cpu/rows.h", before, after, tests, select)
+
+
+def _mixture(name: str, before: str, after: str, select: str) -> Mutation:
+    return Mutation(name, "kernels/cpu/mixture.h", before, after, LOSS, f"cpu and {select}")
+
+
+def _draw(name: str, before: str, after: str, select: str) -> Mutation:
+    return Mutation(f"draw: {name}", "kernels/cpu/draw.h", before, after, DRAW, f"cpu and {select}")
+
+
+def _vec(name: str, before: str, after: str, tests: str, select: str) -> Mutation:
+    return Mutation(name, "kernels/cpu/vec.h", before, after, tests, select)
+
+
+CPU = [
+    _rows(
+        "rows at the strides of another dimension",
+        "b * o.stride_b + c * o.stride_c",
+        "b * o.stride_c + c * o.stride_b",
+        LOSS,
+        "cpu and settings",
+    ),
+    _rows(
+        "mask column counted",
+        "hole = mask >= begin && mask < end ? mask - begin : n;",
+        "hole = n;",
+        LOSS,
+        "cpu and settings",
+    ),
+    _rows(
+        "shift: the mask column may be the largest",
+        "if (mask < 0) best",
+        "if (true) best",
+        LOSS,
+        "cpu and mask_column",
+    ),
+    _rows(
+        "shift: the tail left out",
+        "if (v < n) best = vmax(load_tail",
+        "if (n < 0) best = vmax(load_tail",
+        LOSS,
+        "cpu and any_column",
+    ),
+    _rows(
+        "lanes beyond the last column counted",
+        "load_tail<T>(p + v, (int)(stop - v), -INF)",
+        "load_tail<T>(p + v, (int)(stop - v), 0.0f)",
+        LOSS,
+        "cpu and settings",
+    ),
+    _rows(
+        "every second vector left out of the sum",
+        "s0 += e0, s1 += e1;",
+        "s0 += e0;",
+        LOSS,
+        "cpu and settings",
+    ),
+    _rows(
+        "last column of a gradient not written",
+        "store_tail<T>(to + v, load(from + v), (int)(n - v))",
+        "store_tail<T>(to + v, load(from + v), (int)(n - v) - 1)",
+        LOSS,
+        "cpu and settings",
+    ),
+    _mixture(
+        "weights of the components ignored",
+        "expf(log_weight[n]) / total[n]",
+        "1.0f / total[n]",
+        "every_head",
+    ),
+    _mixture(
+        "tokens of the first position",
+        "i64 x = st.tokens[(slot.b * J + j) * a.visit.positions + slot.d];",
+        "i64 x = st.tokens[(slot.b * J + j) * a.visit.positions];",
+        "settings",
+    ),
+    _mixture(
+        "divergence of the draws with q of the teacher",
+        "q_u * vlog(q_u * inverse)",
+        "q_u * vlog(q_t * inverse)",
+        "settings",
+    ),
+    _mixture(
+        "mass without the weight of its component",
+        "slot.mass[n] += slot.weight[n] * dot(",
+        "slot.mass[n] += dot(",
+        "settings",
+    ),
+    _mixture(
+        "no logarithms where probabilities underflow",
+        "any(needed & (mix < TINY))",
+        "any(needed & (mix < 0.0f))",
+        "underflow",
+    ),
+    _mixture(
+        "no gradient where probabilities underflow",
+        "store(p, load(p) - select(left, term, vf{}));",
+        "store(p, load(p));",
+        "underflow",
+    ),
+    _mixture(
+        "component divergence without the last run of columns",
+        "divergence[n] += sum(kl + run);",
+        "divergence[n] += sum(kl);",
+        "every_head",
+    ),
+    _mixture(
+        "component term without its factor",
+        "load(row + v) - c * load(q_teacher + v)",
+        "load(row + v) - load(q_teacher + v)",
+        "every_head",
+    ),
+    _mixture(
+        "coinciding targets overwrite one another",
+        "e[n * slot.stride + x] += f.kappa",
+        "e[n * slot.stride + x] = f.kappa",
+        "settings",
+    ),
+    Mutation(
+        "targets of a later block in the first",
+        "kernels/cpu/mixture.h",
+        "+ slot.d] - begin;",
+        "+ slot.d];",
+        PASSES,
+        "losses_of_every_width and plain and 2050",
+    ),
+    _mixture(
+        "shown tokens not one-hot",
+        "q[token - begin] += 1.0f / (float)C;",
+        "q[token - begin] += 0.0f;",
+        "every_head",
+    ),
+    _mixture(
+        "mean over the components of the teacher not divided",
+        "1.0f / (total * (float)C)",
+        "1.0f / total",
+        "sizes",
+    ),
+    _mixture(
+        "q kept for another slot",
+        "st.q.data + s * st.q.stride : nullptr",
+        "st.q.data + i * st.q.stride : nullptr",
+        "several_chunks",
+    ),
+    _mixture(
+        "slots counted from the chunk",
+        "s(a.visit.first + i)",
+        "s(i)",
+        "several_chunks",
+    ),
+    _mixture(
+        "weight of the first example",
+        "all(m.teacher_weight[slot.b])",
+        "all(m.teacher_weight[0])",
+        "settings",
+    ),
+    _mixture(
+        "weight of a row without a class",
+        "weight[n] = empty ? 0.0f : expf",
+        "weight[n] = expf",
+        "minus_infinity",
+    ),
+    _vec(
+        "bf16 rounded towards zero",
+        "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16",
+        "bits >> 16",
+        PASSES,
+        "rounded_once and plain",
+    ),
+    _vec(
+        "denormal numbers of fp16 lost",
+        "size < 0x38800000 ? denormal : normal",
+        "size < 0x38800000 ? vu{} : normal",
+        PASSES,
+        "rounded_once and plain",
+    ),
+    _vec("exp: a coefficient", "8.3688507e-3f", "8.4688507e-3f", VECTORS, "exp and plain"),
+    _vec(
+        "exp: denormal results",
+        "vi half = whole >> 1;",
+        "vi half = whole;",
+        VECTORS,
+        "exp and plain",
+    ),
+    _vec(
+        "exp: NaN lost",
+        "x = vmax(all(-104.0f), x);",
+        "x = vmax(x, all(-104.0f));",
+        VECTORS,
+        "infinities and avx2",
+    ),
+    _vec("log: denormal numbers", "(small & 25)", "(small & 24)", VECTORS, "log and plain"),
+    _draw(
+        "one random number for all blocks",
+        "random[g % (4 * CALLS)] * reached",
+        "random[0] * reached",
+        "torch_backend",
+    ),
+    _draw("blocks chosen without the running sum", "* reached < mass", "* mass < mass", "softmax"),
+    _draw(
+        "random numbers of a later group from the first",
+        "BLOCKS, (uint32_t)(g / 4), random)",
+        "BLOCKS, 0, random)",
+        "tails_are_those",
+    ),
+    _draw(
+        "race with the numbers of the first block",
+        "TOKENS, (uint32_t)(chosen * BLOCK / 4), random)",
+        "TOKENS, 0, random)",
+        "torch_backend",
+    ),
+    _draw("race without its exponentials", "/ exponential(load(random + v))", "", "torch_backend"),
+    _draw("1 - u rounded", "-vlog(rest) * (u / taken)", "-vlog(rest)", "precision"),
+    _draw("step left out", "c3[i] = (uint32_t)a.step;", "c3[i] = 0;", "torch_backend"),
+    _draw(
+        "upper half of the key left out",
+        "c2[i] = (uint32_t)((uint64_t)key >> 32)",
+        "c2[i] = 0",
+        "(torch_backend or steps)",
+    ),
+    _draw("ties to the highest id", "found < 0 && v < BLOCK", "v < BLOCK", "ties"),
+    _draw(
+        "lanes beyond the last column",
+        "load_tail<T>(p + v, (int)(n - v), -INF)",
+        "load_tail<T>(p + v, (int)(n - v), 9.0f)",
+        "every_length",
+    ),
+    _draw(
+        "mask column of a later block counted",
+        "if (mask >= begin && mask",
+        "if (begin == 0 && mask >= begin && mask",
+        "mask_column",
+    ),
+    _draw(
+        "raw probability at the drawing temperature",
+        "if (!tempered) raw_total",
+        "raw_total",
+        "every_option",
+    ),
+    _draw("temperature of the first row", "a.temperature[r]", "a.temperature[0]", "every_option"),
+    _draw(
+        "guidance without its 1", "a.guidance[i * C + c] + 1.0f", "a.guidance[i * C + c]", "option"
+    ),
+    _draw(
+        "excluded tokens return with guidance",
+        "select(given == -INF, given, y + scale * (given - y))",
+        "y + scale * (vmax(given, all(-1e30f)) - y)",
+        "every_option",
+    ),
+    _draw(
+        "entropy of the unscaled logits",
+        "vmax(scaled, all(-1e5f)) * e",
+        "vmax(gap, all(-1e5f)) * e",
+        "every_option",
+    ),
+    _draw("margin at temperature 1", "(second - shift) / T", "(second - shift)", "every_option"),
+    Mutation(
+        "threads: the last share left out",
+        "kernels/cpu/library.cpp",
+        "if (first >= region.slots) break;",
+        "if (first + region.batch > region.slots) break;",
+        LOSS,
+        "cpu and settings",
+    ),
+    Mutation(
+        "threads share their scratch memory",
+        "kernels/cpu/library.cpp",
+        "  char* scratch = nullptr;",
+        "  static char* scratch = nullptr;",
+        PASSES,
+        "threads",
+    ),
+    Mutation(
+        "scratch memory without the exponentials",
+        "kernels/cpu/mixture.h",
+        "e = arena.floats(N * stride);",
+        "e = arena.floats(0);",
+        PASSES,
+        "every_width",
+    ),
+]
