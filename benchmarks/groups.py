@@ -11,12 +11,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from di4c_fast import backends
-from tools.fuzz import chosen
 
 from .cases import Case
 from .floors import Work
@@ -61,8 +61,6 @@ class Check:
 class Group(abc.ABC):
     """One case and the variants that compute it."""
 
-    samples = False  # whether samplers choose the backend, see `sampler_backend`
-
     def __init__(self, case: Case):
         self.case = case
         self.calls = 0  # of calls that draw: another seed each
@@ -87,8 +85,6 @@ class Group(abc.ABC):
                 return "torch.compile would take half a minute"
             return no_compiler(device.type)
         backend = name.split("-")[0]
-        if self.samples and backend == "torch" and device.type != "cpu":
-            return "on a GPU samplers take triton"
         if backend not in BACKENDS:
             return None
         # The interpreter goes through everything at tiny sizes; its speed means nothing.
@@ -155,9 +151,14 @@ PEERS = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 PEERS |= {"flashinfer": "flashinfer"}
 
 
-def sampler_backend(name: str, case: Case) -> contextlib.AbstractContextManager[None]:
-    """Samplers take the best backend; within the context that is the one of a variant."""
-    return chosen(name) if case.device == "cpu" and name in BACKENDS else contextlib.nullcontext()
+def sampler_backend(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Samplers take the best backend; within the context that is the given one."""
+    honest = backends.resolve
+
+    def resolve(asked: str, *rest: Any) -> str:
+        return honest(name if asked == "auto" else asked, *rest)
+
+    return mock.patch.object(backends, "resolve", resolve)
 
 
 @functools.cache

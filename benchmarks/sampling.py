@@ -44,8 +44,6 @@ class SamplerGroup(Group):
             *library(),
         ]
 
-    samples = True
-
     @property
     def mask_id(self) -> int:
         return self.case.vocabulary - 1
@@ -94,7 +92,7 @@ class AncestralGroup(SamplerGroup):
             torch.manual_seed(seed)
             call = self.compiled(name, baselines.ancestral_call)
             return baselines.ancestral_sample(model, shape, call=call, **options)
-        with sampler_backend(name, self.case):
+        with sampler_backend(name):
             return sample_masked(getattr(model, "as_head", model), shape, seed=seed, **options)
 
     def truth(self, inputs: Inputs) -> tuple[PairModel, Tensor]:
@@ -194,7 +192,7 @@ class ConfidenceGroup(SamplerGroup):
             )
         shape = (case.batch, case.positions)
         options |= {"prompt": inputs.prompt, "steps": case.steps, "seed": 0}
-        with sampler_backend(name, case):
+        with sampler_backend(name):
             return sample_confidence(model.as_head, shape, **options)
 
     def start(self, inputs: Inputs) -> Tensor:

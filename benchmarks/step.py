@@ -50,8 +50,6 @@ class StepGroup(Group):
             *library(),
         ]
 
-    samples = True
-
     @property
     def mask_id(self) -> int:
         return self.case.vocabulary - 1
@@ -120,7 +118,7 @@ class StepGroup(Group):
             low_t=0.0,
             low_t_probability=0.0,
         )
-        with sampler_backend(name, self.case):
+        with sampler_backend(name):
             return distill_step(
                 inputs.student.as_head,
                 inputs.teacher.as_head,
