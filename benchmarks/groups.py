@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -60,8 +59,6 @@ class Check:
 class Group(abc.ABC):
     """One case and the variants that compute it."""
 
-    samples = False  # whether samplers choose the backend, see `sampler_backend`
-
     def __init__(self, case: Case):
         self.case = case
         self.calls = 0  # of calls that draw: another seed each
@@ -86,8 +83,6 @@ class Group(abc.ABC):
                 return "torch.compile would take half a minute"
             return no_compiler(device.type)
         backend = name.split("-")[0]
-        if self.samples and backend == "torch" and device.type != "cpu":
-            return "on a GPU samplers take triton"
         if backend not in BACKENDS:
             return None
         # The interpreter goes through everything at tiny sizes; its speed means nothing.
@@ -152,15 +147,6 @@ class Group(abc.ABC):
 COMPILED_ON_CPU = ("language", "cross-entropy", "rows", "ancestral", "confidence", "distill")
 PEERS = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
 PEERS |= {"flashinfer": "flashinfer"}
-
-
-def sampler_backend(name: str, case: Case) -> contextlib.AbstractContextManager[None]:
-    """Samplers take the best backend; within the context that is the one of a variant."""
-    return (
-        backends.preferred(name)
-        if case.device == "cpu" and name in BACKENDS
-        else contextlib.nullcontext()
-    )
 
 
 @functools.cache

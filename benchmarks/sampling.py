@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from di4c_fast import backends
 from di4c_fast.samplers import sample_confidence, sample_masked
 from di4c_fast.testing import assert_draws_match
 
 from . import baselines
 from .floors import Work
-from .groups import Check, Group, Variant, library, sampler_backend
+from .groups import Check, Group, Variant, library
 from .models import TiedModel, Transformer
 from .parts import parts_of
 
@@ -43,8 +44,6 @@ class SamplerGroup(Group):
             Variant("naive-compiled", "torch.compile of a step of the naive loop"),
             *library(),
         ]
-
-    samples = True
 
     @property
     def mask_id(self) -> int:
@@ -94,7 +93,7 @@ class AncestralGroup(SamplerGroup):
             torch.manual_seed(seed)
             call = self.compiled(name, baselines.ancestral_call)
             return baselines.ancestral_sample(model, shape, call=call, **options)
-        with sampler_backend(name, self.case):
+        with backends.preferred(name):  # samplers take the best otherwise
             return sample_masked(getattr(model, "as_head", model), shape, seed=seed, **options)
 
     def truth(self, inputs: Inputs) -> tuple[PairModel, Tensor]:
@@ -194,7 +193,7 @@ class ConfidenceGroup(SamplerGroup):
             )
         shape = (case.batch, case.positions)
         options |= {"prompt": inputs.prompt, "steps": case.steps, "seed": 0}
-        with sampler_backend(name, case):
+        with backends.preferred(name):  # samplers take the best otherwise
             return sample_confidence(model.as_head, shape, **options)
 
     def start(self, inputs: Inputs) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import di4c_fast
+from di4c_fast import backends
 from di4c_fast.processes import MaskedProcess
 from di4c_fast.testing import relative_l2
 from di4c_fast.training import DistillConfig, DistillOutput, distill_step
 
 from . import baselines
-from .groups import Check, Group, Variant, library, sampler_backend
+from .groups import Check, Group, Variant, library
 from .models import Transformer
 from .parts import parts_of
 
@@ -49,8 +50,6 @@ class StepGroup(Group):
             Variant("plain-compiled", "plain, torch.compile of the loss"),
             *library(),
         ]
-
-    samples = True
 
     @property
     def mask_id(self) -> int:
@@ -120,7 +119,7 @@ class StepGroup(Group):
             low_t=0.0,
             low_t_probability=0.0,
         )
-        with sampler_backend(name, self.case):
+        with backends.preferred(name):  # samplers take the best otherwise
             return distill_step(
                 inputs.student.as_head,
                 inputs.teacher.as_head,

@@ -182,7 +182,7 @@ def test_missing_peers_backends_and_compilers_are_reasons(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     no_compiler.cache_clear()
     small, group = make_case("language", "small", "fp32", "cpu"), make_group(tiny("cross-entropy"))
-    assert "C++ compiler" in make_group(small).unavailable("dense-compiled")
+    assert "C++ compiler" in make_group(small).unavailable("vectorised-compiled")
     no_compiler.cache_clear()
     assert "half a minute" in group.unavailable("eager-compiled")
     assert "not installed" in group.unavailable("liger") or "GPU" in group.unavailable("liger")
@@ -335,7 +335,7 @@ README = "It is <!-- results:speed-up-cpu -->3 ×<!-- /results --> faster.\n"
 def run_of_two_shapes(tmp_path_factory):
     """`python -m benchmarks.run` on parts of two shapes: the process, and its JSON."""
     folder = tmp_path_factory.mktemp("run")
-    chosen = "(image or language-fp32) and (dense or torch) and not busy"
+    chosen = "(image or language-fp32) and (dense or torch or compiled) and not busy"
     command = ["benchmarks.run", f"--results={folder}", "--size=tiny", "--device=cpu"]
     process = run_command(*command, "--rounds=2", "--seconds=0.005", "-k", chosen)
     return process, folder / "partial.json"
@@ -359,7 +359,7 @@ def test_run_measures_stores_and_prints(run_of_two_shapes):
     for text in ("eager, one gather per target", "peak memory", "di4c_fast torch", "Partial"):
         assert text in process.stdout
     loaded = results.Results.load(path)
-    assert {r["variant"] for r in loaded.records} >= {"dense", "torch", "dense-compiled"}
+    assert {r["variant"] for r in loaded.records} >= {"dense", "torch", "vectorised-compiled"}
     for record in loaded.records:
         measured = record["seconds"] is not None and record["peak_bytes"] is not None
         assert measured == (record["status"] == "ok"), record["memory_note"]
