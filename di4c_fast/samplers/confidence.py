@@ -221,13 +221,12 @@ def sample_confidence(
             noise = rng.exponential(run.uniform(step, 4, torch.float32)[:, 1]).log().neg()
             ranking = confidence.float() / confidence_temperature + noise
         order = spread(step, ranking).argsort(dim=1, descending=True, stable=True)
-        sure = spread(step, confidence).gather(1, order)
-        passes = torch.ones_like(active) if threshold is None else sure >= threshold
-        if factor is not None:
-            passes = sure >= 1.0 - factor / (place + 2).double()
-        passes[:, 0] = True
-        if factor is not None:
-            passes = passes.int().cumprod(1).bool()
+        passes = torch.ones_like(active)
+        if open_ended:
+            bound: Any = threshold if factor is None else 1.0 - factor / (place + 2).double()
+            passes = spread(step, confidence).gather(1, order) >= bound
+            passes[:, 0] = True
+            passes = passes if factor is None else passes.int().cumprod(1).bool()
         if counts is not None:
             passes &= place < counts.unsqueeze(1)
         chosen = torch.zeros_like(active).scatter_(1, order, passes) & active
