@@ -147,7 +147,7 @@ class _Source:
     def __init__(self, head: Head, passes: Any):
         self.passes = passes
         self.head = head.detach().prepared()
-        self.whole = head.detach().operand()
+        self.whole = head.detach().operand(passes)
         self.components = head.shape[1] if len(head.shape) == 4 else 1
         self._buffer: Tensor | None = None
 
@@ -190,7 +190,7 @@ def _sweep(problem: Problem, plan: Plan, saved: Saved, passes: Any) -> tuple[Ite
     places = saved.places(problem, passes)
     positions, stop, count = problem.sizes[2], places.slots, places.count
     computed = any(
-        head is not None and head.operand() is None
+        head is not None and head.operand(passes) is None
         for head in (problem.student, problem.teacher, problem.consistency)
     )
     capturing = saved.count.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -381,13 +381,18 @@ def _student_gradients(
     sweep, everything = _sweep(problem, plan, saved, passes)
     head, vocabulary = problem.student, problem.sizes[3]
     target: Operand | None = None
-    if student.whole is not None:
+    sums: list[Tensor | None] = []
+    if student.whole is None:
+        sums = student.head.new_gradients(needs)
+    elif student.whole.bins is not None:
+        mu, log_scale = (torch.zeros_like(student.whole.logits) for _ in range(2))
+        sums, target = [mu, log_scale], student.whole.like(mu, log_scale)
+    else:
         logits = head.logits().detach()
         gradient = logits if in_place else new_gradient(logits, zero=not everything)
         if in_place and not everything:
             _zero_inactive(gradient, saved, problem)
         target = Operand.of_all(gradient)
-    sums = [] if target is not None else student.head.new_gradients(needs)
     scratch: Tensor | None = None
     for visit in sweep:
         known = not problem.marginal or statistics.kept(statistics.q, visit) is not None
@@ -409,12 +414,11 @@ def _student_gradients(
         out = Operand.of_chunk(part)
         passes.backward(z, t, u, visit, mixture, statistics, factors, out)
         student.head.add_gradient(sums, student.rows(visit), part, passes)
-    if target is not None:
+    if target is not None and not sums:
         return [target.logits]
-    tensors = head.tensors()
     return [
-        None if total is None or tensor is None else total.to(tensor.dtype)
-        for total, tensor in zip(sums, tensors, strict=True)
+        total.to(tensor.dtype) if need and total is not None and tensor is not None else None
+        for total, tensor, need in zip(sums, head.tensors(), needs, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -29,8 +30,10 @@ from .base import (
 )
 
 WRITES_ZEROS = False  # `backward` visits active slots only
+READS_BINS = True  # operands may be the two numbers of bins
 SETS = ("plain", "avx2", "avx512")  # DI4C_FAST_CPU names the highest that may run
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LOGISTIC = 3  # of Dtype in vec.h
 _WANTED = ("argmax", "entropy", "margin", "raw_prob")  # bits of Wanted in draw.h
 _FAILURES = {1: "no memory", 2: "torch_parallel_for failed", 3: "abi.h and cpu.py differ"}
 
@@ -142,11 +145,15 @@ class _Words:
 
     def operand(self, x: Operand | None) -> _Words:
         if x is None:
-            return self.numbers(*[0] * 7)
-        assert x.logits.shape[-1] <= 1 or x.logits.stride(-1) == 1
+            return self.numbers(*[0] * 10)
         self._alive.append(x.logits)
-        dtype = _DTYPES[x.logits.dtype]
-        return self.numbers(x.logits.data_ptr(), *x.strides, x.components, dtype)
+        self.numbers(x.logits.data_ptr(), *x.strides, x.components)
+        if x.bins is None:
+            assert x.logits.shape[-1] <= 1 or x.logits.stride(-1) == 1
+            return self.numbers(_DTYPES[x.logits.dtype], 0, 0, 0)
+        self.numbers(_LOGISTIC).outputs(x.bins.log_scale)
+        (eps,) = struct.unpack("q", struct.pack("d", x.bins.eps))
+        return self.numbers(eps, x.bins.clamp == "min")
 
     def visit(self, visit: Visit) -> _Words:
         assert visit.count is None, "every visited slot is active"

@@ -10,6 +10,10 @@ struct Operand {  // rows of logits, or of their gradient; data is null where th
   int64_t stride_i, stride_b, stride_c, stride_d;
   int64_t components;
   int64_t dtype;  // Dtype of vec.h
+  // Of bins of a logistic: data holds mu, one number per row, and log_scale lies alike.
+  char* log_scale;
+  double eps;
+  int64_t both;  // clamp "min"
 };
 
 struct Visit {

@@ -43,39 +43,32 @@ DI4C_INLINE vf exponential(vf u) {
   return select(taken == 0.0f, u, -vlog(rest) * (u / taken));
 }
 
-struct Row {
-  const char* data;
-  i64 dtype, V, mask;
+// Columns begin .. begin + 127 of a row as fp32, -inf where there is none.
+void block(const Row& row, i64 begin, float* out) {
+  i64 n = row.V - begin < BLOCK ? row.V - begin : BLOCK;
+  row.with_columns([&](auto columns) {
+    for (i64 v = 0; v < BLOCK; v += W)
+      store(out + v, v + W <= n ? columns.logits(begin + v)
+                     : v < n    ? columns.tail(begin + v, n - v)
+                                : all(-INF));
+  });
+  if (row.mask >= begin && row.mask < begin + n) out[row.mask - begin] = -INF;
+}
 
-  // Columns begin .. begin + 127 as fp32, -inf where there is none.
-  void block(i64 begin, float* out) const {
-    i64 n = V - begin < BLOCK ? V - begin : BLOCK;
-    with_dtype(dtype, [&](auto type) {
-      using T = decltype(type);
-      auto p = elements<T>(data) + begin;
-      for (i64 v = 0; v < BLOCK; v += W)
-        store(out + v, v + W <= n ? T::load(p + v)
-                       : v < n    ? load_tail<T>(p + v, (int)(n - v), -INF)
-                                  : all(-INF));
-    });
-    if (mask >= begin && mask < begin + n) out[mask - begin] = -INF;
+// The first column with this value, and the largest of all the others.
+i64 find(const Row& row, float value, float* second) {
+  float part[BLOCK];
+  i64 found = -1;
+  vf best = all(-INF);
+  for (i64 begin = 0; begin < row.V; begin += BLOCK) {
+    block(row, begin, part);
+    for (i64 v = 0; found < 0 && v < BLOCK; ++v)
+      if (part[v] == value) found = begin + v, part[v] = -INF;
+    for (i64 v = 0; v < BLOCK; v += W) best = vmax(load(part + v), best);
   }
-
-  // The first column with this value, and the largest of all the others.
-  i64 find(float value, float* second) const {
-    float part[BLOCK];
-    i64 found = -1;
-    vf best = all(-INF);
-    for (i64 begin = 0; begin < V; begin += BLOCK) {
-      block(begin, part);
-      for (i64 v = 0; found < 0 && v < BLOCK; ++v)
-        if (part[v] == value) found = begin + v, part[v] = -INF;
-      for (i64 v = 0; v < BLOCK; v += W) best = vmax(load(part + v), best);
-    }
-    *second = largest(best);
-    return found < 0 ? 0 : found;
-  }
-};
+  *second = largest(best);
+  return found < 0 ? 0 : found;
+}
 
 struct BlockSums {
   vf total{}, raw{}, weighted{};
@@ -96,16 +89,14 @@ BlockSums sum_block(const Row& row, i64 begin, float shift, float T, i64 wanted)
   BlockSums sums;
   bool plain = begin + BLOCK <= row.V && (row.mask < begin || row.mask >= begin + BLOCK);
   if (plain) {
-    with_dtype(row.dtype, [&](auto type) {
-      using Type = decltype(type);
-      auto p = elements<Type>(row.data) + begin;
+    row.with_columns([&](auto columns) {
       for (i64 v = 0; v < BLOCK; v += W)
-        add_columns<TEMPERED, MORE>(Type::load(p + v), shift, T, wanted, sums);
+        add_columns<TEMPERED, MORE>(columns.logits(begin + v), shift, T, wanted, sums);
     });
     return sums;
   }
   float part[BLOCK];
-  row.block(begin, part);
+  block(row, begin, part);
   for (i64 v = 0; v < BLOCK; v += W)
     add_columns<TEMPERED, MORE>(load(part + v), shift, T, wanted, sums);
   return sums;
@@ -116,9 +107,9 @@ void draw_row(const DrawPass& a, i64 r, const Row& row) {
   bool cold = T == 0.0f;
   if (cold) T = 1.0f;
   bool tempered = T != 1.0f, more = (a.wanted & (ENTROPY | RAW_PROB)) != 0;
-  float shift = row_shift(row.data, row.dtype, row.V, row.mask);
+  float shift = row_shift(row);
   i64 best = 0, chosen = 0;
-  if (cold || (a.wanted & (ARGMAX | MARGIN))) best = row.find(shift, &second);
+  if (cold || (a.wanted & (ARGMAX | MARGIN))) best = find(row, shift, &second);
 
   auto sum_of = tempered ? (more ? sum_block<true, true> : sum_block<true, false>)
                          : (more ? sum_block<false, true> : sum_block<false, false>);
@@ -138,7 +129,7 @@ void draw_row(const DrawPass& a, i64 r, const Row& row) {
   i64 token = best;
   if (!cold) {
     float part[BLOCK], lead = -1.0f;
-    row.block(chosen * BLOCK, part);
+    block(row, chosen * BLOCK, part);
     uniforms(a, a.keys[r], TOKENS, (uint32_t)(chosen * BLOCK / 4), random);
     for (i64 v = 0; v < BLOCK; v += W) {
       vf gap = load(part + v) - shift;
@@ -148,7 +139,7 @@ void draw_row(const DrawPass& a, i64 r, const Row& row) {
     for (i64 v = 0; v < BLOCK; ++v)
       if (part[v] > lead) lead = part[v], token = chosen * BLOCK + v;
   }
-  float gap = element(row.data, row.dtype, token) - shift;
+  float gap = logits_of(row, token)[0] - shift;
   a.token[r] = total > 0 ? token : -1;
   a.shift[r] = shift / T;
   a.total[r] = (float)total;
@@ -165,21 +156,23 @@ void draw_slot(const void* pass, i64 i, char* scratch) {
   i64 index = a.visit.rows ? a.visit.rows[s] : s;
   i64 b = index / a.visit.positions, d = index % a.visit.positions;
   for (i64 c = 0; c < C; ++c) {
-    Row row = {row_of(a.x, i, b, c, d), a.x.dtype, V, a.mask_id};
+    Row row = row_of(a.x, i, b, c, d, V, a.mask_id);
+    float* out = (float*)scratch;
     if (a.y.data) {  // guided logits u + (scale + 1) (x - u); excluded stays excluded
-      float* out = (float*)scratch;
       float scale = a.guidance[i * C + c] + 1.0f;
-      Row other = {row_of(a.y, i, b, c, d), a.y.dtype, V, -1};
+      Row other = row_of(a.y, i, b, c, d, V, -1);
       for (i64 begin = 0; begin < V; begin += BLOCK) {
         float x[BLOCK], u[BLOCK];
-        row.block(begin, x), other.block(begin, u);
+        block(row, begin, x), block(other, begin, u);
         for (i64 v = 0; v < BLOCK; v += W) {
           vf given = load(x + v), y = load(u + v);
           store(out + begin + v, select(given == -INF, given, y + scale * (given - y)));
         }
       }
-      row.data = (const char*)scratch, row.dtype = FP32;
+    } else if (row.dtype == LOGISTIC) {
+      for (i64 begin = 0; begin < V; begin += BLOCK) block(row, begin, out + begin);
     }
+    if (a.y.data || row.dtype == LOGISTIC) row.data = scratch, row.dtype = FP32;
     draw_row(a, i * C + c, row);
   }
 }

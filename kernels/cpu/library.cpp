@@ -92,7 +92,7 @@ DI4C_EXPORT int32_t di4c_backward(const MixturePass* a, int64_t words) {
 
 DI4C_EXPORT int32_t di4c_draw(const DrawPass* a, int64_t words) {
   if (words * 8 != sizeof(*a)) return DIFFERS;
-  int64_t scratch = a->y.data ? 4 * (a->vocabulary + 256) : 64;
+  int64_t scratch = 4 * (a->vocabulary + 256);  // a row of guided logits or of bins
   return run(functions->draw, a, a->visit.slots, a->x.components * a->vocabulary, scratch,
              a->visit.threads);
 }

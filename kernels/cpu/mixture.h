@@ -35,7 +35,8 @@ struct Slot {
   i64 i, s, b, d;  // slot of the visit, of all, its example and position
   i64 N, V, columns, stride;
   float *shift, *total, *log_total, *log_weight, *weight, *parts;  // [N]; parts [N, W]
-  double* mass;                                                   // [N]
+  double *mass, *slopes;                                          // [N], [N, 2]
+  Row* rows;                                                      // [N] of the student
   float *q_teacher, *q_draws, *row;                               // [V]
   float *mix, *q;                                                 // [columns]
   float* e;  // [N, stride]: of all columns or of one block
@@ -49,7 +50,8 @@ struct Slot {
     Arena arena{scratch};
     shift = arena.floats(N), total = arena.floats(N), log_total = arena.floats(N);
     log_weight = arena.floats(N), weight = arena.floats(N), parts = arena.floats(N * W);
-    mass = (double*)arena.floats(2 * N);
+    mass = (double*)arena.floats(2 * N), slopes = (double*)arena.floats(4 * N);
+    rows = (Row*)arena.floats(N * sizeof(Row) / 4);
     mix = arena.floats(columns), q = arena.floats(columns);
     i64 width = a.gradient.data ? columns : V;  // backward forms q block by block
     q_teacher = arena.floats(width), q_draws = arena.floats(width), row = arena.floats(width);
@@ -62,7 +64,9 @@ struct Slot {
     return Slot(a, 0, (char*)64, whole).bytes;
   }
 
-  const char* z(i64 n) const { return row_of(a.z, i, b, n, d); }
+  void find_rows() {
+    for (i64 n = 0; n < N; ++n) rows[n] = row_of(a.z, i, b, n, d, V, a.mixture.mask_id);
+  }
 
   // The constants of the components, once shift and total are there; whether any has a class.
   bool prepare() {
@@ -77,22 +81,11 @@ struct Slot {
     return alive;
   }
 
-  // Logits of columns v .. v + W - 1, -inf beyond the last.
-  vf logits(i64 n, i64 v) const {
-    vf x;
-    with_dtype(a.z.dtype, [&](auto type) {
-      using T = decltype(type);
-      auto p = elements<T>(z(n)) + v;
-      x = V - v >= W ? T::load(p) : load_tail<T>(p, (int)(V - v), -INF);
-    });
-    return x;
-  }
-
   // r_n of W columns into `parts`, from logarithms, and m; 0 and -inf where there is no class.
   vf log_marginal(i64 v) {
     vf best = all(-INF), sum{};
     for (i64 n = 0; n < N; ++n) {
-      vf x = ((logits(n, v) - shift[n]) - log_total[n]) + log_weight[n];
+      vf x = ((logits_of(rows[n], v) - shift[n]) - log_total[n]) + log_weight[n];
       store(parts + n * W, x);
       best = vmax(x, best);
     }
@@ -110,7 +103,7 @@ struct Slot {
   // Exponentials of a block of all components: rows of `e` from the first column on.
   float* exponentials(i64 begin, i64 end) {
     for (i64 n = 0; n < N; ++n)
-      exp_row<true>(z(n), a.z.dtype, begin, end, a.mixture.mask_id, shift[n], e + n * stride);
+      exp_row<true>(rows[n], begin, end, shift[n], e + n * stride);
     return e;
   }
 
@@ -139,10 +132,10 @@ struct Slot {
         if (!known) shift = total = 0.0f;
         continue;
       }
-      const char* p = row_of(o, i, b, c, d);
-      if (!known) shift = row_shift(p, o.dtype, V, mask);
+      Row x = row_of(o, i, b, c, d, V, mask);
+      if (!known) shift = row_shift(x);
       float* out = first ? q : row;
-      double mass = exp_row<true>(p, o.dtype, begin, end, mask, shift, out);
+      double mass = exp_row<true>(x, begin, end, shift, out);
       if (!known) total = (float)mass;
       vf factor = all(total == 0.0f ? 0.0f : 1.0f / (total * (float)C));
       if (first)
@@ -168,13 +161,13 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   Slot slot(a, i, scratch, whole);
   i64 N = slot.N, V = slot.V, s = slot.s, J = st.targets;
 
+  slot.find_rows();
   for (i64 n = 0; n < N; ++n) {
-    const char* z = slot.z(n);
-    float shift = slot.shift[n] = row_shift(z, a.z.dtype, V, m.mask_id);
-    i64 ahead = n + 1 < N ? slot.z(n + 1) - z : 0;
-    slot.total[n] = (float)(whole ? exp_row<true>(z, a.z.dtype, 0, V, m.mask_id, shift,
-                                                  slot.e + n * slot.stride, ahead)
-                                  : exp_row<false>(z, a.z.dtype, 0, V, m.mask_id, shift, nullptr));
+    const Row& z = slot.rows[n];
+    float shift = slot.shift[n] = row_shift(z);
+    i64 ahead = n + 1 < N ? slot.rows[n + 1].data - z.data : 0;
+    slot.total[n] = (float)(whole ? exp_row<true>(z, 0, V, shift, slot.e + n * slot.stride, ahead)
+                                  : exp_row<false>(z, 0, V, shift, nullptr));
     st.student.shift[s * N + n] = shift;
     st.student.total[s * N + n] = slot.total[n];
   }
@@ -182,7 +175,7 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   for (i64 j = 0; j < J; ++j) {
     i64 x = st.tokens[(slot.b * J + j) * a.visit.positions + slot.d];
     for (i64 n = 0; n < N; ++n) {
-      float l = (element(slot.z(n), a.z.dtype, x) - slot.shift[n]) - slot.log_total[n];
+      float l = (logits_of(slot.rows[n], x)[0] - slot.shift[n]) - slot.log_total[n];
       st.log_prob[(s * J + j) * N + n] = x == m.mask_id || slot.total[n] == 0.0f ? -INF : l;
     }
   }
@@ -248,7 +241,7 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
       vf kl{}, run{};
       for (i64 v = begin; v < end; v += W) {
         vf q_t = load(slot.q_teacher + v);
-        vf l = (slot.logits(n, v) - slot.shift[n]) - slot.log_total[n];
+        vf l = (logits_of(slot.rows[n], v) - slot.shift[n]) - slot.log_total[n];
         run += select(q_t != 0.0f, q_t * (load(slot.q + v - begin) - l), vf{});
         if ((v - begin) % (16 * W) == 0) kl += run, run = vf{};
       }
@@ -269,6 +262,8 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
     slot.shift[n] = st.student.shift[s * N + n];
     slot.total[n] = st.student.total[s * N + n];
   }
+  slot.find_rows();
+  for (i64 n = 0; n < 2 * N; ++n) slot.slopes[n] = 0;
   bool alive = slot.prepare();  // without any class it counts as if q were 0
   bool marginal = alive && m.marginal && f.marginal[s] != 0.0f, component = false;
   for (i64 n = 0; alive && m.component && n < N; ++n) component |= f.component[s * N + n] != 0.0f;
@@ -335,7 +330,15 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
     for (i64 n = 0; n < N; ++n) {
       float* row = e + n * slot.stride;
       if (m.mask_id >= begin && m.mask_id < end) row[m.mask_id - begin] = 0.0f;
-      write_row(row, row_of(a.gradient, i, slot.b, n, slot.d), a.gradient.dtype, begin, count);
+      i64 at = offset_of(a.gradient, i, slot.b, n, slot.d);
+      double* slopes = slot.slopes + 2 * n;
+      if (a.gradient.dtype != LOGISTIC) {
+        write_row(row, a.gradient.data + at, a.gradient.dtype, begin, count);
+        continue;
+      }
+      slot.rows[n].bins.add_slopes(row, begin, count, &slopes[0], &slopes[1]);
+      *(float*)(a.gradient.data + at) = (float)slopes[0];
+      *(float*)(a.gradient.log_scale + at) = (float)slopes[1];
     }
   }
 }

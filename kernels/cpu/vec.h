@@ -51,6 +51,8 @@ DI4C_INLINE bool any(vi mask) {
 #endif
 }
 
+DI4C_INLINE vf magnitude(vf x) { return as_float(as_int(x) & 0x7fffffff); }
+
 // The larger one; b where a is NaN.
 DI4C_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
@@ -64,6 +66,12 @@ DI4C_INLINE vf vmax(vf a, vf b) {
 
 // The smaller one; b where a is NaN.
 DI4C_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// x in the first count lanes, `fill` in the others.
+DI4C_INLINE vf first(i64 count, vf x, float fill) {
+  for (int i = 0; i < W; ++i) x[i] = i < count ? x[i] : fill;
+  return x;
+}
 
 DI4C_INLINE float largest(vf x) {
   float best = x[0];
@@ -116,9 +124,9 @@ DI4C_INLINE vf vlog(vf x) {
   return select(~(x >= 0.0f), all(__builtin_nanf("")), y);
 }
 
-// The three dtypes of logits. `load` reads W elements, `tail` the first count < W of them and
-// fills the others; stores round to nearest even.
-enum Dtype { FP32 = 0, BF16 = 1, FP16 = 2 };
+// The three dtypes of logits in memory; stores round to nearest even. LOGISTIC stands for rows of
+// bins that are computed from two fp32 numbers.
+enum Dtype { FP32 = 0, BF16 = 1, FP16 = 2, LOGISTIC = 3 };
 
 struct Fp32 {
   typedef float type;
