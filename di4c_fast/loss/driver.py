@@ -127,7 +127,7 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         divergence=new(total if problem.component else 0, components),
         q=large(plan.kept if problem.marginal else 0, row),
         q_teacher=large(plan.kept if problem.component else 0, row),
-        sums_known=problem.seed is not None,
+        sums_known=problem.seed is not None and not _draws(passes),
     )
     if problem.active is None:
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
@@ -139,6 +139,11 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         large(total, targets, components), new(batch, targets, components), new(batch, targets)
     )
     return plan, Saved(statistics, rows, count, logits, joint)
+
+
+def _draws(passes: Any) -> bool:
+    """Whether `forward` of the passes draws the target rows."""
+    return getattr(passes, "DRAWS_TARGETS", False)
 
 
 class _Source:
@@ -207,6 +212,9 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     """Values of the problem, and what `backward` needs."""
     plan, saved = new_saved(problem, passes, needs_grad)
     statistics, mixture = saved.statistics, problem.mixture()
+    draws_here = problem.seed is not None and not _draws(passes)
+    if not draws_here:
+        mixture = dataclasses.replace(mixture, seed=problem.seed)
     student = _Source(problem.student, passes)
     teacher, consistency = _source(problem.teacher, passes), None
     if statistics.consistency is not None:
@@ -214,12 +222,12 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     sweep, _ = _sweep(problem, plan, saved, passes)
     for visit in sweep:
         u = None if consistency is None else consistency.load(visit)
-        if u is not None and problem.seed is not None:
+        if u is not None and draws_here:
             assert consistency is not None
             _draw_targets(problem, u, visit, consistency.rows(visit), statistics, passes)
         t = None if teacher is None else teacher.load(visit)
         z = student.load(visit, statistics.kept(saved.logits, visit))
-        u = u if problem.marginal else None
+        u = u if problem.marginal or mixture.seed is not None else None
         passes.forward(z, t, u, visit, mixture, statistics)
     return _values(problem, saved, passes), saved
 

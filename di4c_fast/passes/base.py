@@ -168,6 +168,9 @@ class Mixture:
     consistency_weight: Tensor  # (B,)
     marginal: bool  # KL(q_T || m) and KL(q_u || m) are asked for
     component: bool  # KL(q_T || p_n) is asked for
+    # () int64: `forward` draws the last K target rows from u. Only for passes with
+    # DRAWS_TARGETS = True, and not in `backward`.
+    seed: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +181,8 @@ class Statistics:
     its rows again in backward.
     """
 
-    tokens: Tensor  # (B, J, D) int64, the target rows; complete before `forward` of a chunk
+    # (B, J, D) int64, the target rows; complete before `forward` of a chunk unless that draws them
+    tokens: Tensor
     student: RowSums  # (A, N)
     teacher: RowSums | None  # (A, M)
     consistency: RowSums | None  # (A, K); may be there before `forward` (see `sums_known`)

@@ -39,10 +39,11 @@ struct Mixture {
   const float *teacher_weight, *consistency_weight;  // [B]
   int64_t marginal, component;
   int64_t sums_known;
+  int64_t draws, seed;  // forward draws the last K target rows from u
 };
 
 struct Statistics {
-  const int64_t* tokens;  // [B, J, D]
+  int64_t* tokens;  // [B, J, D]
   int64_t targets;        // J
   Sums student, teacher, consistency;
   float* log_prob;                        // [A, J, N]

@@ -106,7 +106,7 @@ struct Bins {
 Bins bins_of(float mu, float log_scale, float eps, bool both, i64 V, i64 mask) {
   Bins b;
   b.mu = mu, b.eps = eps, b.both = both, b.V = V, b.unit = 1.0f / (float)V;
-  b.inverse = vexp(all(2.0f - log_scale))[0];
+  b.inverse = vexp_any(all(2.0f - log_scale))[0];
   b.width = 2.0f * b.inverse * b.unit;
   b.rest = vexp(all(-b.width))[0];
   float w = b.width;

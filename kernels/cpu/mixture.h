@@ -9,7 +9,7 @@
 // computed from logarithms instead, W of them at a time.
 #pragma once
 
-#include "rows.h"
+#include "draw.h"
 
 namespace {
 
@@ -40,14 +40,19 @@ struct Slot {
   float *q_teacher, *q_draws, *row;                               // [V]
   float *mix, *q;                                                 // [columns]
   float* e;  // [N, stride]: of all columns or of one block
+  Blocks blocks;
 
-  Slot(const MixturePass& a, i64 i, char* scratch, bool whole)
-      : a(a), i(i), s(a.visit.first + i), N(a.z.components), V(a.mixture.vocabulary) {
+  Slot(const MixturePass& a, i64 i, Arena arena, bool whole)
+      : a(a),
+        i(i),
+        s(a.visit.first + i),
+        N(a.z.components),
+        V(a.mixture.vocabulary),
+        blocks(a.mixture.draws ? V : 0, arena) {
     i64 index = a.visit.rows ? a.visit.rows[s] : s;
     b = index / a.visit.positions, d = index % a.visit.positions;
     columns = block_columns(N);
     stride = padded_columns(whole ? V : columns);
-    Arena arena{scratch};
     shift = arena.floats(N), total = arena.floats(N), log_total = arena.floats(N);
     log_weight = arena.floats(N), weight = arena.floats(N), parts = arena.floats(N * W);
     mass = (double*)arena.floats(2 * N), slopes = (double*)arena.floats(4 * N);
@@ -56,12 +61,12 @@ struct Slot {
     i64 width = a.gradient.data ? columns : V;  // backward forms q block by block
     q_teacher = arena.floats(width), q_draws = arena.floats(width), row = arena.floats(width);
     e = arena.floats(N * stride);
-    bytes = arena.next - scratch;
+    end = arena.next;
   }
-  i64 bytes;  // of scratch
+  char* end;  // of the scratch memory
 
   static i64 scratch_bytes(const MixturePass& a, bool whole) {
-    return Slot(a, 0, (char*)64, whole).bytes;
+    return Slot(a, 0, {(char*)64}, whole).end - (char*)64;
   }
 
   void find_rows() {
@@ -113,35 +118,57 @@ struct Slot {
     for (; v < count; v += W) weighted_sum<1>(e + v, stride, N, weight, mix + v);
   }
 
-  // q_T and q_u of a block; with `known` their sums are there already.
-  void targets(i64 begin, i64 end, bool teacher_known, bool draws_known) {
-    const Statistics& st = a.statistics;
-    mean_softmax(a.t, st.teacher, teacher_known, nullptr, begin, end, q_teacher);
-    const i64* xu = a.mixture.xu;
-    if (xu) xu += b * a.u.components * a.visit.positions + d;
-    mean_softmax(a.u, st.consistency, draws_known, xu, begin, end, q_draws);
+  i64* token(i64 j) const {
+    return a.statistics.tokens + (b * a.statistics.targets + j) * a.visit.positions + d;
   }
 
-  void mean_softmax(const Operand& o, Sums sums, bool known, const i64* xu, i64 begin, i64 end,
-                    float* q) {
+  // q_T of a block; with `known` the sums of its rows are there already. Likewise q_u.
+  void find_q_teacher(i64 begin, i64 end, bool known) {
+    mean_softmax(a.t, a.statistics.teacher, known, false, nullptr, begin, end, q_teacher);
+  }
+
+  void find_q_draws(i64 begin, i64 end, bool known, bool draws) {
+    const i64* xu = a.mixture.xu;
+    if (xu) xu += b * a.u.components * a.visit.positions + d;
+    mean_softmax(a.u, a.statistics.consistency, known, draws, xu, begin, end, q_draws);
+  }
+
+  // The mean of the softmaxes of o; where xu shows a token the softmax is that one. With `draws`,
+  // of a whole row, the last target rows get a token of each.
+  void mean_softmax(const Operand& o, Sums sums, bool known, bool draws, const i64* xu, i64 begin,
+                    i64 end, float* q) {
     i64 C = o.components, count = end - begin, mask = a.mixture.mask_id, D = a.visit.positions;
     bool first = true;
     for (i64 c = 0; o.data && c < C; ++c) {
       float &shift = sums.shift[s * C + c], &total = sums.total[s * C + c];
+      i64* drawn = draws ? token(a.statistics.targets - C + c) : nullptr;
       if (xu && xu[c * D] != mask) {
         if (!known) shift = total = 0.0f;
+        if (draws) *drawn = xu[c * D];
         continue;
       }
       Row x = row_of(o, i, b, c, d, V, mask);
-      if (!known) shift = row_shift(x);
       float* out = first ? q : row;
-      double mass = exp_row<true>(x, begin, end, shift, out);
-      if (!known) total = (float)mass;
-      vf factor = all(total == 0.0f ? 0.0f : 1.0f / (total * (float)C));
-      if (first)
-        for (i64 v = 0; v < count; v += W) store(q + v, load(q + v) * factor);
-      else
-        for (i64 v = 0; v < count; v += W) store(q + v, load(q + v) + load(row + v) * factor);
+      if (draws) {
+        sum_blocks<false, false, true>(x, 1.0f, blocks, out);
+        i64 key = (b * C + c) * D + d;
+        Sample sample = choose(x, {a.mixture.seed, 0}, key, 1.0f, false, blocks);
+        shift = sample.shift, total = (float)sample.total;
+        *drawn = sample.token < 0 ? 0 : sample.token;
+      } else {
+        if (!known) shift = row_shift(x);
+        double mass = exp_row<true>(x, begin, end, shift, out);
+        if (!known) total = (float)mass;
+      }
+      float inverse = total == 0.0f ? 0.0f : 1.0f / (total * (float)C);
+      for (i64 v = 0; v < count;) {
+        i64 stop = draws && v + STRIP < count ? v + STRIP : count;
+        vf factor = all(draws ? inverse * blocks.factor[v / STRIP] : inverse);
+        if (first)
+          for (; v < stop; v += W) store(q + v, load(q + v) * factor);
+        else
+          for (; v < stop; v += W) store(q + v, load(q + v) + load(row + v) * factor);
+      }
       first = false;
     }
     if (first)
@@ -158,9 +185,10 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   const Mixture& m = a.mixture;
   const Statistics& st = a.statistics;
   bool targets = wants_targets(a), whole = stores_exponentials(a);
-  Slot slot(a, i, scratch, whole);
+  Slot slot(a, i, {scratch}, whole);
   i64 N = slot.N, V = slot.V, s = slot.s, J = st.targets;
 
+  if (m.draws) slot.find_q_draws(0, V, false, true);
   slot.find_rows();
   for (i64 n = 0; n < N; ++n) {
     const Row& z = slot.rows[n];
@@ -173,7 +201,7 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   }
   bool alive = slot.prepare();
   for (i64 j = 0; j < J; ++j) {
-    i64 x = st.tokens[(slot.b * J + j) * a.visit.positions + slot.d];
+    i64 x = *slot.token(j);
     for (i64 n = 0; n < N; ++n) {
       float l = (logits_of(slot.rows[n], x)[0] - slot.shift[n]) - slot.log_total[n];
       st.log_prob[(s * J + j) * N + n] = x == m.mask_id || slot.total[n] == 0.0f ? -INF : l;
@@ -181,7 +209,8 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   }
   if (!targets) return;
 
-  slot.targets(0, V, false, m.sums_known);
+  slot.find_q_teacher(0, V, false);
+  if (!m.draws) slot.find_q_draws(0, V, m.sums_known, false);
   if (!alive)  // it counts as if q were 0
     for (i64 v = 0; v < V; v += W) store(slot.q_teacher + v, vf{}), store(slot.q_draws + v, vf{});
   vf teacher_weight = all(m.teacher_weight[slot.b]);
@@ -256,7 +285,7 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
   const Mixture& m = a.mixture;
   const Statistics& st = a.statistics;
   const Factors& f = a.factors;
-  Slot slot(a, i, scratch, false);
+  Slot slot(a, i, {scratch}, false);
   i64 N = slot.N, V = slot.V, s = slot.s, J = st.targets;
   for (i64 n = 0; n < N; ++n) {
     slot.shift[n] = st.student.shift[s * N + n];
@@ -280,7 +309,7 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
       if (component)
         copy_padded(st.q_teacher.data + s * st.q_teacher.stride + begin, count, slot.q_teacher);
     } else if (marginal || component) {
-      slot.targets(begin, end, true, true);
+      slot.find_q_teacher(begin, end, true), slot.find_q_draws(begin, end, true, false);
       for (i64 v = 0; v < count; v += W)
         store(slot.q + v, teacher_weight * load(slot.q_teacher + v) +
                               consistency_weight * load(slot.q_draws + v));
@@ -323,7 +352,7 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
       }
     }
     for (i64 j = 0; j < J; ++j) {
-      i64 x = st.tokens[(slot.b * J + j) * a.visit.positions + slot.d] - begin;
+      i64 x = *slot.token(j) - begin;
       if (x >= 0 && x < count)
         for (i64 n = 0; n < N; ++n) e[n * slot.stride + x] += f.kappa[(s * J + j) * N + n];
     }

@@ -32,10 +32,12 @@ DI4C_INLINE i64 offset_of(const Operand& o, i64 i, i64 b, i64 c, i64 d) {  // in
 
 template <class T>
 struct Memory {  // columns of a row in memory, and below their exponentials
+  static constexpr bool IN_MEMORY = true;
   const typename T::type* p;
 
   DI4C_INLINE vf logits(i64 v) const { return T::load(p + v); }
   DI4C_INLINE vf tail(i64 v, i64 count) const { return load_tail<T>(p + v, (int)count, -INF); }
+  DI4C_INLINE void prefetch(i64 v) const { __builtin_prefetch(p + v); }
 
   struct Exponentials {
     const typename T::type* p;
@@ -52,10 +54,12 @@ struct Memory {  // columns of a row in memory, and below their exponentials
 };
 
 struct Computed {  // the same of bins
+  static constexpr bool IN_MEMORY = false;
   const Bins& bins;
 
   DI4C_INLINE vf logits(i64 v) const { return bins.logits(v); }
   DI4C_INLINE vf tail(i64 v, i64 count) const { return first(count, logits(v), -INF); }
+  DI4C_INLINE void prefetch(i64) const {}
 
   struct Exponentials {
     Bins bins;
