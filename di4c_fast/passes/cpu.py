@@ -52,8 +52,12 @@ def instruction_set() -> str:
 
 
 def chunk_bytes(device: torch.device) -> int:
-    """Of computed logits: they should be in the caches when the passes read them."""
-    return 8 << 20
+    """Of computed logits: matrix products of more rows gain more than logits in the cache.
+
+    One core with AVX-512, 512 x 512 x 32000: 756 ms with 8 MiB, 527 with 16, 474 with 32, 486
+    with 64; language with hidden states 291, 246, 233, 264 ms.
+    """
+    return 32 << 20
 
 
 def temporary_bytes(components: int, row_bytes: int) -> int:

@@ -246,7 +246,7 @@ void draw_row(const DrawPass& a, i64 r, const Row& row, Blocks& blocks) {
   if (greedy || (a.wanted & (ARGMAX | MARGIN)))
     largest = find_largest(row, s.shift, blocks, &second);
   if (greedy && s.total > 0) s.token = largest;
-  float gap = logits_of(row, s.token < 0 ? 0 : s.token)[0] - s.shift;
+  float gap = logit_of(row, s.token < 0 ? 0 : s.token) - s.shift;
   a.token[r] = s.token;
   a.shift[r] = s.shift / T;
   a.total[r] = (float)s.total;

@@ -19,18 +19,16 @@ struct Bins {
   i64 V, mode;   // a column near mu
   bool both;
 
+  // F(-l), F(l), F(r) and F(-r), none by a difference, as fractions of sums of two positive parts.
   struct Edges {
-    vf left, right, near_left, near_right, one_left, one_right, inverse;
+    vf left, right, above_part, not_above_part, below_part, not_below_part, inverse, log_below;
 
-    // F(-l), F(l), F(r) and F(-r), none by a difference.
-    vf above() const { return select(left >= 0.0f, near_left, all(1.0f)) * (one_right * inverse); }
-    vf not_above() const {
-      return select(left >= 0.0f, all(1.0f), near_left) * (one_right * inverse);
-    }
-    vf below() const { return select(right >= 0.0f, all(1.0f), near_right) * (one_left * inverse); }
-    vf not_below() const {
-      return select(right >= 0.0f, near_right, all(1.0f)) * (one_left * inverse);
-    }
+    DI4C_INLINE vf left_sum() const { return above_part + not_above_part; }
+    DI4C_INLINE vf right_sum() const { return below_part + not_below_part; }
+    DI4C_INLINE vf above() const { return above_part * (right_sum() * inverse); }
+    DI4C_INLINE vf not_above() const { return not_above_part * (right_sum() * inverse); }
+    DI4C_INLINE vf below() const { return below_part * (left_sum() * inverse); }
+    DI4C_INLINE vf not_below() const { return not_below_part * (left_sum() * inverse); }
   };
 
   DI4C_INLINE Edges edges(i64 v) const {
@@ -39,9 +37,18 @@ struct Bins {
     Edges e;
     e.left = (twice * unit - mu) * inverse;
     e.right = ((twice + 2.0f) * unit - mu) * inverse;
-    e.near_left = vexp(-magnitude(e.left)), e.near_right = vexp(-magnitude(e.right));
-    e.one_left = 1.0f + e.near_left, e.one_right = 1.0f + e.near_right;
-    e.inverse = 1.0f / (e.one_left * e.one_right);
+    vf one = all(1.0f), tail = vexp(-magnitude(e.left));
+    vi positive = e.left >= 0.0f;
+    e.above_part = select(positive, tail, one), e.not_above_part = select(positive, one, tail);
+    if (width < 40.0f) {  // e^-r = e^-l e^-width saves an exponential
+      e.below_part = e.not_above_part, e.not_below_part = e.above_part * rest;
+      e.log_below = vmin(e.left, vf{});
+    } else {
+      tail = vexp(-magnitude(e.right)), positive = e.right >= 0.0f;
+      e.below_part = select(positive, one, tail), e.not_below_part = select(positive, tail, one);
+      e.log_below = vmin(e.right, vf{});
+    }
+    e.inverse = 1.0f / (e.left_sum() * e.right_sum());
     return e;
   }
 
@@ -53,11 +60,11 @@ struct Bins {
   // Logits of columns v .. v + W - 1; those from V on mean nothing.
   DI4C_INLINE vf logits(i64 v) const {
     Edges e = edges(v);
-    vf low = vmin(e.right, vf{}), high = vmin(-e.left, vf{});
-    if (eps == 0.0f) return (low + high) + (log_mass - vlog(e.one_left * e.one_right));
+    vf low = e.log_below, high = vmin(-e.left, vf{}), left = e.left_sum(), right = e.right_sum();
+    if (eps == 0.0f) return (low + high) + (log_mass - vlog(left * right));
     vi up = upper(e);
     vf share = select(up, e.below(), e.above()) * mass + eps;
-    return select(up, high, low) + vlog(share * (select(up, e.one_right, e.one_left) * e.inverse));
+    return select(up, high, low) + vlog(share * (select(up, right, left) * e.inverse));
   }
 
   // exp(logit - shift) for the shift that `factor` belongs to.

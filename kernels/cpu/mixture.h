@@ -76,13 +76,14 @@ struct Slot {
   // The constants of the components, once shift and total are there; whether any has a class.
   bool prepare() {
     bool alive = false;
-    for (i64 n = 0; n < N; ++n) {
-      log_weight[n] = a.mixture.log_weights[b * N + n];
-      bool empty = total[n] == 0.0f;
-      log_total[n] = empty ? 0.0f : logf(total[n]);
-      weight[n] = empty ? 0.0f : expf(log_weight[n]) / total[n];
-      alive |= !empty;
+    memcpy(log_weight, a.mixture.log_weights + b * N, N * sizeof(float));
+    for (i64 n = 0; n < N; n += W) {
+      vf sum = load(total + n);
+      vi empty = sum == 0.0f;
+      store(log_total + n, select(empty, vf{}, vlog(sum)));
+      store(weight + n, select(empty, vf{}, vexp(load(log_weight + n)) / sum));
     }
+    for (i64 n = 0; n < N; ++n) alive |= total[n] != 0.0f;
     return alive;
   }
 
@@ -107,9 +108,31 @@ struct Slot {
 
   // Exponentials of a block of all components: rows of `e` from the first column on.
   float* exponentials(i64 begin, i64 end) {
+    i64 ahead = end + columns <= V ? columns * size_of(a.z.dtype) : 0;  // the same of the next block
     for (i64 n = 0; n < N; ++n)
-      exp_row<true>(rows[n], begin, end, shift[n], e + n * stride);
+      exp_row<true>(rows[n], begin, end, shift[n], e + n * stride, ahead);
     return e;
+  }
+
+  // Log-probabilities of one column; with `whole` the exponentials of all columns are there.
+  void find_log_prob(i64 x, bool whole, float* out) {
+    if (a.z.dtype == LOGISTIC && whole) {
+      bool underflow = false;
+      for (i64 n = 0; n < N; ++n) {
+        parts[n] = e[n * stride + x];
+        underflow |= parts[n] < TINY;
+      }
+      if (!underflow) {
+        for (i64 n = 0; n < N; n += W)
+          store(parts + n, vlog(load(parts + n)) - load(log_total + n));
+        memcpy(out, parts, N * sizeof(float));
+        return;
+      }
+    }
+    for (i64 n = 0; n < N; ++n) {
+      float l = (logit_of(rows[n], x) - shift[n]) - log_total[n];
+      out[n] = x == a.mixture.mask_id || total[n] == 0.0f ? -INF : l;
+    }
   }
 
   void mixture_of(const float* e, i64 count) {
@@ -200,13 +223,8 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
     st.student.total[s * N + n] = slot.total[n];
   }
   bool alive = slot.prepare();
-  for (i64 j = 0; j < J; ++j) {
-    i64 x = *slot.token(j);
-    for (i64 n = 0; n < N; ++n) {
-      float l = (logits_of(slot.rows[n], x)[0] - slot.shift[n]) - slot.log_total[n];
-      st.log_prob[(s * J + j) * N + n] = x == m.mask_id || slot.total[n] == 0.0f ? -INF : l;
-    }
-  }
+  for (i64 j = 0; j < J; ++j)
+    slot.find_log_prob(*slot.token(j), whole, st.log_prob + (s * J + j) * N);
   if (!targets) return;
 
   slot.find_q_teacher(0, V, false);

@@ -111,6 +111,14 @@ vf logits_of(const Row& row, i64 v) {
   return x;
 }
 
+float logit_of(const Row& row, i64 v) {
+  switch (row.dtype) {
+    case FP32: return elements<Fp32>(row.data)[v];
+    case LOGISTIC: return row.bins.logits(v)[0];
+    default: return logits_of(row, v)[0];
+  }
+}
+
 template <class C>
 vf max_of(C columns, i64 v, i64 end, vf best) {
   vf b1 = best, b2 = best, b3 = best;
