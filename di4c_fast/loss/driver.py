@@ -259,9 +259,13 @@ def _values(problem: Problem, saved: Saved, passes: Any) -> Values:
     places, statistics, dtype = saved.places(problem, passes), saved.statistics, problem.dtype
     part = slice(0, places.slots)
     alive = places.alive(statistics.student.total[part])
-    value, joint = joint_terms(
-        statistics.log_prob[part], alive, problem.log_weights, places, problem.correlation
-    )
+    log_prob, log_weights = statistics.log_prob[part], problem.log_weights
+    if hasattr(passes, "joint"):
+        where = (places.rows, problem.sizes[2], problem.correlation)
+        value, *found = passes.joint(log_prob, alive, log_weights, *where)
+        joint = Joint(*found)
+    else:
+        value, joint = joint_terms(log_prob, alive, log_weights, places, problem.correlation)
     saved.joint.difference[part] = joint.difference
     saved.joint.weights.copy_(joint.weights)
     saved.joint.counted.copy_(joint.counted)

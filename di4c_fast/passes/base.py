@@ -14,6 +14,9 @@ components at once. The driver calls them; nothing else does.
         Write dL/dz of the visited slots (the equation stands at `Factors`).
     draw(x, y, visit, keys, options)
         A token and statistics for every row of the visited slots: see `di4c_fast.draw`.
+    joint(log_prob, alive, log_weights, rows, positions, correlation)
+        The joint terms: value (B, J) in fp64 and the fields of `Joint`, see `loss.joint`, which has
+        them for passes without this function.
     logistic_logits(mu, log_scale, out, *, eps, clamp)
     logistic_gradient(mu, log_scale, gradient, *, eps, clamp)
         The bins of `LogisticHead` and the way back through them, where the passes do not compute

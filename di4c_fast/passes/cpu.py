@@ -122,6 +122,28 @@ def _signed(value: int | Tensor) -> int:
     return (int(value) + 2**63) % 2**64 - 2**63
 
 
+def joint(
+    log_prob: Tensor,
+    alive: Tensor,
+    log_weights: Tensor,
+    rows: Tensor | None,
+    positions: int,
+    correlation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `base`."""
+    targets, batch = log_prob.shape[1], log_weights.shape[0]
+    difference = torch.empty_like(log_prob)
+    weights = log_prob.new_empty(batch, *log_prob.shape[1:])
+    counted = log_prob.new_empty(batch, targets)
+    value = log_prob.new_empty(batch, targets, dtype=torch.float64)
+    words = _Words().pointers(log_prob).pointers(alive, dtype=torch.bool).pointers(log_weights)
+    words.pointers(rows, dtype=torch.int64).numbers(log_prob.shape[0], positions, batch * targets)
+    words.numbers(*log_prob.shape[1:], correlation, torch.get_num_threads())
+    words.pointers(value, dtype=torch.float64).outputs(difference, weights, counted)
+    _call("di4c_joint", words)
+    return value, difference, weights, counted
+
+
 class _Words:
     """The fields of a struct of `abi.h`, and the tensors they point to."""
 
@@ -203,8 +225,11 @@ class _Words:
 
 
 def _run(name: str, words: _Words, visit: Visit) -> None:
-    if visit.slots == 0:
-        return
+    if visit.slots:
+        _call(name, words)
+
+
+def _call(name: str, words: _Words) -> None:
     library, reason, _ = _library()
     assert library is not None, reason
     count = len(words.values)
@@ -227,7 +252,7 @@ def _library() -> tuple[ctypes.CDLL | None, str | None, int]:
         parallel_for = ctypes.cast(_torch_library().torch_parallel_for, ctypes.c_void_p)
     except (BuildError, OSError, AttributeError) as error:
         return None, f"the C++ passes cannot be built or loaded: {error}", 0
-    for name in ("di4c_forward", "di4c_backward", "di4c_draw"):
+    for name in ("di4c_forward", "di4c_backward", "di4c_draw", "di4c_joint"):
         getattr(library, name).argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_int64]
     library.di4c_map.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return library, None, library.di4c_start(parallel_for, SETS.index(highest))

@@ -78,3 +78,13 @@ struct DrawPass {  // one draw for each of the R rows, by slot, then by componen
   int64_t *token, *argmax;
   float *shift, *total, *log_weight, *entropy, *margin, *raw_prob;
 };
+
+struct JointPass {  // one task for each example and target row
+  const float* log_prob;  // [A, J, N]
+  const uint8_t* alive;   // [A]
+  const float* log_weights;  // [B, N]
+  const int64_t* rows;    // flat position of every slot, ascending; null: slot s is position s
+  int64_t slots, positions, tasks, targets, components, correlation, threads;
+  double* value;                         // [B, J]
+  float *difference, *weights, *counted;  // [A, J, N], [B, J, N], [B, J]
+};

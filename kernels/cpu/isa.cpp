@@ -1,6 +1,7 @@
 // The passes for one instruction set; compiled once for each, with DI4C_ISA as its name.
 #include "draw.h"
 #include "isa.h"
+#include "joint.h"
 #include "mixture.h"
 
 namespace {
@@ -22,5 +23,5 @@ void map(i64 which, const float* x, float* y, i64 n) {
 }  // namespace
 
 extern const Functions DI4C_ISA;
-const Functions DI4C_ISA = {forward_slot,    backward_slot, draw_slot,
+const Functions DI4C_ISA = {forward_slot,    backward_slot, draw_slot, joint_slot,
                             mixture_scratch, draw_scratch,  map};

@@ -111,6 +111,13 @@ DI4C_EXPORT int32_t di4c_draw(const DrawPass* a, int64_t words) {
              functions->draw_scratch(a), a->visit.threads);
 }
 
+DI4C_EXPORT int32_t di4c_joint(const JointPass* a, int64_t words) {
+  if (words * 8 != sizeof(*a)) return DIFFERS;
+  int64_t examples = a->tasks / (a->targets + !a->targets) + 1;
+  return run(functions->joint, a, a->tasks, a->slots / examples * a->components,
+             16 * a->components + 1024, a->threads);
+}
+
 // y = exp(x) or, with which = 1, log(x) of n numbers.
 DI4C_EXPORT void di4c_map(int64_t which, const float* x, float* y, int64_t n) {
   functions->map(which, x, y, n);
