@@ -59,7 +59,7 @@ def _run(request: SampleRequest, backend: str) -> list[Tensor]:
     rows, on_cpu = request.rows, request.head.device.type == "cpu"
     guided = request.confidence is not None and request.unconditional is not None
     prepared = request.filtered or request.literal or guided
-    sources = [_Source(head, passes) for head in request.heads]
+    sources = [_Source(head, passes, prepared) for head in request.heads]
     size = _group_rows(request, sources, _COPIES if prepared and not on_cpu else 0)
     part = size
     if prepared and on_cpu:
@@ -67,13 +67,14 @@ def _run(request: SampleRequest, backend: str) -> list[Tensor]:
     found, look, options = [], FIRST_LOOK, request.options()
     for begin in range(0, rows, size) if rows else (0,):
         end = min(begin + size, rows)
-        logits = [source.rows(begin, end) for source in sources]
+        operands = [source.rows(begin, end) for source in sources]
         for first in range(begin, end, part) if rows else (0,):
             last = min(first + part, end)
-            given = [tensor[first - begin : last - begin] for tensor in logits]
+            given = [operand.part(first - begin, last - begin) for operand in operands]
             keys, asked = request.row_keys[first:last], options.of_rows(slice(first, last))
             if prepared:
-                fields, look = _draw_prepared(request, passes, given, keys, asked, look)
+                logits = [operand.logits[:, 0] for operand in given]
+                fields, look = _draw_prepared(request, passes, logits, keys, asked, look)
             else:
                 fields = _fields(_draw(passes, given, keys, asked))
             found.append([fields[name] for name in ("token", *request.want)])
@@ -83,20 +84,18 @@ def _run(request: SampleRequest, backend: str) -> list[Tensor]:
 class _Source:
     """The logits of one head, group by group."""
 
-    def __init__(self, head: Head, passes: Any):
+    def __init__(self, head: Head, passes: Any, in_memory: bool):
         self.head, self.passes = head.detach(), passes
-        self.operand = self.head.row_operand()
+        self.operand = self.head.row_operand(None if in_memory else passes)
         if self.operand is None:
             self.head = self.head.prepared(widen=False)
         self.buffer: Tensor | None = None
 
-    def rows(self, begin: int, end: int) -> Tensor:
-        """The logits of rows begin .. end - 1, (r, V); the first group is the largest."""
+    def rows(self, begin: int, end: int) -> Operand:
+        """Rows begin .. end - 1, one for each slot; the first group is the largest."""
         vocabulary, rows = self.head.shape[-1], end - begin
         if self.operand is not None:
-            stride, logits = self.operand.strides[3], self.operand.logits
-            first = logits.storage_offset() + begin * stride
-            return logits.as_strided((rows, vocabulary), (stride, 1), first)
+            return self.operand.part(begin, end)
         device = self.head.device
         if self.buffer is None:
             self.buffer = torch.empty(
@@ -105,7 +104,7 @@ class _Source:
         out = self.buffer[:rows, :vocabulary]
         if rows:
             self.head.load(torch.arange(begin, end, device=device), out, self.passes)
-        return out
+        return Operand.of_chunk(out.unsqueeze(1))
 
 
 def _group_rows(request: SampleRequest, sources: list[_Source], copies: int) -> int:
@@ -120,8 +119,8 @@ def _group_rows(request: SampleRequest, sources: list[_Source], copies: int) -> 
     return max(MIN_GROUP_ROWS, budget // bytes_per_row)
 
 
-def _draw(passes: Any, given: list[Tensor], keys: Tensor, options: DrawOptions) -> Drawn:
-    x, *y = (Operand.of_chunk(logits.unsqueeze(1)) for logits in given)
+def _draw(passes: Any, given: list[Operand], keys: Tensor, options: DrawOptions) -> Drawn:
+    x, *y = given
     visit = Visit(0, len(keys), max(1, len(keys)))
     return passes.draw(x, y[0] if y else None, visit, keys, options)
 
@@ -186,7 +185,7 @@ def _draw_prepared(
 
     wanted = options.wanted - ({"raw_prob"} if literal is None else CONFIDENCES)
     simple = dataclasses.replace(options, mask_id=None, temperature=left, wanted=wanted)
-    drawn = _draw(passes, [columns], keys, simple)
+    drawn = _draw(passes, [Operand.of_chunk(columns.unsqueeze(1))], keys, simple)
     moved = drawn.shift + (peak / (temperature if options.tempered else 1.0))[:, 0]
     drawn = dataclasses.replace(drawn, shift=moved)
     place = drawn.token.clamp_min(0).unsqueeze(-1)

@@ -101,12 +101,13 @@ class Head(abc.ABC):
         """
         return self
 
-    def operand(self) -> Operand | None:
-        """The logits (B, C, D, V) in memory; None if they have to be computed."""
+    def operand(self, passes: Any = None) -> Operand | None:
+        """The logits (B, C, D, V) as these passes read them where they are; None if they have to
+        be computed."""
         return None
 
-    def row_operand(self) -> Operand | None:
-        """The logits in memory with one stride from row to row; None if they have not."""
+    def row_operand(self, passes: Any = None) -> Operand | None:
+        """The same with slots for rows; None if they have to be computed or copied."""
         return None
 
     def load(self, rows: Tensor, out: Tensor, passes: Any = None) -> None:

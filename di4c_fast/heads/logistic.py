@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_floating, check_int, check_same_device
+from ..passes.base import Bins, Operand
 from .base import BuiltInHead, set_leading, take_leading
 
 
@@ -153,6 +154,28 @@ class LogisticHead(BuiltInHead):
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> LogisticHead:
         return self.with_tensors([change(self.mu), change(self.log_scale)])
+
+    def operand(self, passes: Any = None) -> Operand | None:
+        batch, *components, positions = self.mu.shape
+        return self._operand(passes, (batch, *(components or [1]), positions))
+
+    def row_operand(self, passes: Any = None) -> Operand | None:
+        return self._operand(passes, (self.mu.numel(),))
+
+    def _operand(self, passes: Any, sizes: tuple[int, ...]) -> Operand | None:
+        """mu and log_scale of (B, C, D), or of one row for each slot."""
+        if not getattr(passes, "READS_BINS", False):
+            return None
+        mu, log_scale = (
+            tensor.to(self.work_dtype).reshape(sizes).contiguous()
+            for tensor in (self.mu, self.log_scale)
+        )
+        bins = Bins(log_scale, self.eps, self.clamp)
+        if len(sizes) == 1:
+            return Operand(mu, (1, 0, 0, 0), 1, self.num_classes, bins)
+        stride_b, stride_c, stride_d = mu.stride()
+        strides = (0, stride_b, stride_c, stride_d)
+        return Operand(mu, strides, sizes[1], self.num_classes, bins)
 
     def load(self, rows: Tensor, out: Tensor, passes: Any = None) -> None:
         head = self._taken(rows)

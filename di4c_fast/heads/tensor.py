@@ -63,20 +63,20 @@ class TensorHead(BuiltInHead):
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> TensorHead:
         return self.with_tensors([change(self._logits)])
 
-    def operand(self) -> Operand:
+    def operand(self, passes: Any = None) -> Operand:
         logits = self._logits
         if logits.stride(-1) != 1 and logits.shape[-1] > 1:
             logits = logits.contiguous()
         return Operand.of_all(logits if logits.ndim == 4 else logits.unsqueeze(1))
 
-    def row_operand(self) -> Operand | None:
+    def row_operand(self, passes: Any = None) -> Operand | None:
         if self._logits.stride(-1) != 1 and self.shape[-1] > 1:
             return None
         try:
             rows = self._logits.view(-1, self.shape[-1])
         except RuntimeError:
             return None
-        return Operand(rows, (0, 0, 0, rows.stride(0)), 1, self.shape[-1])
+        return Operand.of_chunk(rows.unsqueeze(1))
 
     def load(self, rows: Tensor, out: Tensor, passes: Any = None) -> None:
         out.copy_(take_leading(self._logits.detach(), rows, self.shape[:-1]))

@@ -127,7 +127,7 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         divergence=new(total if problem.component else 0, components),
         q=large(plan.kept if problem.marginal else 0, row),
         q_teacher=large(plan.kept if problem.component else 0, row),
-        sums_known=problem.seed is not None,
+        sums_known=problem.seed is not None and not _draws(passes),
     )
     if problem.active is None:
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
@@ -141,13 +141,18 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
     return plan, Saved(statistics, rows, count, logits, joint)
 
 
+def _draws(passes: Any) -> bool:
+    """Whether `forward` of the passes draws the target rows."""
+    return getattr(passes, "DRAWS_TARGETS", False)
+
+
 class _Source:
     """The operand of a head, chunk by chunk."""
 
     def __init__(self, head: Head, passes: Any):
         self.passes = passes
         self.head = head.detach().prepared()
-        self.whole = head.detach().operand()
+        self.whole = head.detach().operand(passes)
         self.components = head.shape[1] if len(head.shape) == 4 else 1
         self._buffer: Tensor | None = None
 
@@ -190,7 +195,7 @@ def _sweep(problem: Problem, plan: Plan, saved: Saved, passes: Any) -> tuple[Ite
     places = saved.places(problem, passes)
     positions, stop, count = problem.sizes[2], places.slots, places.count
     computed = any(
-        head is not None and head.operand() is None
+        head is not None and head.operand(passes) is None
         for head in (problem.student, problem.teacher, problem.consistency)
     )
     capturing = saved.count.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -207,6 +212,9 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     """Values of the problem, and what `backward` needs."""
     plan, saved = new_saved(problem, passes, needs_grad)
     statistics, mixture = saved.statistics, problem.mixture()
+    draws_here = problem.seed is not None and not _draws(passes)
+    if not draws_here:
+        mixture = dataclasses.replace(mixture, seed=problem.seed)
     student = _Source(problem.student, passes)
     teacher, consistency = _source(problem.teacher, passes), None
     if statistics.consistency is not None:
@@ -214,12 +222,12 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     sweep, _ = _sweep(problem, plan, saved, passes)
     for visit in sweep:
         u = None if consistency is None else consistency.load(visit)
-        if u is not None and problem.seed is not None:
+        if u is not None and draws_here:
             assert consistency is not None
             _draw_targets(problem, u, visit, consistency.rows(visit), statistics, passes)
         t = None if teacher is None else teacher.load(visit)
         z = student.load(visit, statistics.kept(saved.logits, visit))
-        u = u if problem.marginal else None
+        u = u if problem.marginal or mixture.seed is not None else None
         passes.forward(z, t, u, visit, mixture, statistics)
     return _values(problem, saved, passes), saved
 
@@ -251,9 +259,13 @@ def _values(problem: Problem, saved: Saved, passes: Any) -> Values:
     places, statistics, dtype = saved.places(problem, passes), saved.statistics, problem.dtype
     part = slice(0, places.slots)
     alive = places.alive(statistics.student.total[part])
-    value, joint = joint_terms(
-        statistics.log_prob[part], alive, problem.log_weights, places, problem.correlation
-    )
+    log_prob, log_weights = statistics.log_prob[part], problem.log_weights
+    if hasattr(passes, "joint"):
+        where = (places.rows, problem.sizes[2], problem.correlation)
+        value, *found = passes.joint(log_prob, alive, log_weights, *where)
+        joint = Joint(*found)
+    else:
+        value, joint = joint_terms(log_prob, alive, log_weights, places, problem.correlation)
     saved.joint.difference[part] = joint.difference
     saved.joint.weights.copy_(joint.weights)
     saved.joint.counted.copy_(joint.counted)
@@ -383,13 +395,18 @@ def _student_gradients(
     sweep, everything = _sweep(problem, plan, saved, passes)
     head, vocabulary = problem.student, problem.sizes[3]
     target: Operand | None = None
-    if student.whole is not None:
+    sums: list[Tensor | None] = []
+    if student.whole is None:
+        sums = student.head.new_gradients(needs)
+    elif student.whole.bins is not None:
+        mu, log_scale = (torch.zeros_like(student.whole.logits) for _ in range(2))
+        sums, target = [mu, log_scale], student.whole.like(mu, log_scale)
+    else:
         logits = head.logits().detach()
         gradient = logits if in_place else new_gradient(logits, zero=not everything)
         if in_place and not everything:
             _zero_inactive(gradient, saved, problem)
         target = Operand.of_all(gradient)
-    sums = [] if target is not None else student.head.new_gradients(needs)
     scratch: Tensor | None = None
     for visit in sweep:
         known = not problem.marginal or statistics.kept(statistics.q, visit) is not None
@@ -411,12 +428,11 @@ def _student_gradients(
         out = Operand.of_chunk(part)
         passes.backward(z, t, u, visit, mixture, statistics, factors, out)
         student.head.add_gradient(sums, student.rows(visit), part, passes)
-    if target is not None:
+    if target is not None and not sums:
         return [target.logits]
-    tensors = head.tensors()
     return [
-        None if total is None or tensor is None else total.to(tensor.dtype)
-        for total, tensor in zip(sums, tensors, strict=True)
+        total.to(tensor.dtype) if need and total is not None and tensor is not None else None
+        for total, tensor, need in zip(sums, head.tensors(), needs, strict=True)
     ]
 
 

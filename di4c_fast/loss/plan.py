@@ -39,7 +39,7 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
     total, row = batch * positions, padded(vocabulary)
     heads = [h for h in (problem.student, problem.teacher, problem.consistency) if h is not None]
     device = problem.student.device
-    computed = [head for head in heads if head.operand() is None]
+    computed = [head for head in heads if head.operand(passes) is None]
     per_slot = sum(_components(head) * row * head.prepared_dtype.itemsize for head in computed)
     itemsize = problem.dtype.itemsize
     budget = min([head.budget_bytes for head in heads if head.budget_bytes], default=None)
@@ -54,7 +54,7 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
         return Plan(chunk, 0, 0)
     if budget is None:
         budget = KEPT_BYTES_GPU if computed and device.type != "cpu" else KEPT_BYTES
-        if not computed:
+        if problem.student.operand() is not None and not computed:
             logits = problem.student.shape.numel() * problem.student.dtype.itemsize
             budget = max(budget, int(KEPT_SHARE * logits))
     else:
@@ -68,7 +68,7 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
             chunk = max(1, min(kept // 2, total))
             kept = max(0, kept - chunk)
         kept = kept if kept == total else kept // chunk * chunk
-    if problem.student.operand() is None:
+    if problem.student in computed:
         size = components * row * problem.student.prepared_dtype.itemsize
         kept_logits = min(total, budget // size)
         kept_logits = kept_logits if kept_logits == total else kept_logits // chunk * chunk

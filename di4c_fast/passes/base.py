@@ -14,9 +14,13 @@ components at once. The driver calls them; nothing else does.
         Write dL/dz of the visited slots (the equation stands at `Factors`).
     draw(x, y, visit, keys, options)
         A token and statistics for every row of the visited slots: see `di4c_fast.draw`.
+    joint(log_prob, alive, log_weights, rows, positions, correlation)
+        The joint terms: value (B, J) in fp64 and the fields of `Joint`, see `loss.joint`, which has
+        them for passes without this function.
     logistic_logits(mu, log_scale, out, *, eps, clamp)
     logistic_gradient(mu, log_scale, gradient, *, eps, clamp)
-        The bins of `LogisticHead` and the way back through them.
+        The bins of `LogisticHead` and the way back through them, where the passes do not compute
+        bins from an operand's two numbers themselves.
 
 z, t and u are the `Operand` of student, teacher and consistency logits; t and u are None where
 the pass does not need them. Logits are computed with in the work dtype whatever their own.
@@ -47,6 +51,15 @@ def padded(vocabulary: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bins:
+    """What makes an `Operand` one of `LogisticHead`, beside mu."""
+
+    log_scale: Tensor  # laid out like mu
+    eps: float
+    clamp: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Operand:
     """Logits of C components in memory, addressed by slot, example, component and position.
 
@@ -54,12 +67,16 @@ class Operand:
     `i·strides[0] + b·strides[1] + c·strides[2] + d·strides[3]` of `logits`, and its V elements are
     neighbours. Logits of all positions have strides[0] = 0, those of one chunk strides[1] =
     strides[3] = 0.
+
+    With `bins` that element is mu of the row, in fp32: only for passes with READS_BINS = True. The
+    gradient of such an operand has the same form.
     """
 
     logits: Tensor
     strides: tuple[int, int, int, int]
     components: int
     vocabulary: int
+    bins: Bins | None = None
 
     @classmethod
     def of_all(cls, logits: Tensor) -> Operand:
@@ -72,6 +89,19 @@ class Operand:
         """Logits (P, C, V) of the slots of one chunk; rows may be padded."""
         stride_i, stride_c, _ = logits.stride()
         return cls(logits, (stride_i, 0, stride_c, 0), logits.shape[1], logits.shape[2])
+
+    def like(self, mu: Tensor, log_scale: Tensor) -> Operand:
+        """The same with other numbers behind its bins: a gradient."""
+        assert self.bins is not None
+        bins = dataclasses.replace(self.bins, log_scale=log_scale)
+        return dataclasses.replace(self, logits=mu, bins=bins)
+
+    def part(self, begin: int, end: int) -> Operand:
+        """Slots begin .. end - 1 of an operand of one chunk."""
+        bins = self.bins
+        if bins is not None:
+            bins = dataclasses.replace(bins, log_scale=bins.log_scale[begin:end])
+        return dataclasses.replace(self, logits=self.logits[begin:end], bins=bins)
 
     def of_visit(self, visit: Visit) -> Tensor:
         """(P, C, V) in their own dtype: a view where there is one, else a copy."""
@@ -141,6 +171,9 @@ class Mixture:
     consistency_weight: Tensor  # (B,)
     marginal: bool  # KL(q_T || m) and KL(q_u || m) are asked for
     component: bool  # KL(q_T || p_n) is asked for
+    # () int64: `forward` draws the last K target rows from u. Only for passes with
+    # DRAWS_TARGETS = True, and not in `backward`.
+    seed: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +184,8 @@ class Statistics:
     its rows again in backward.
     """
 
-    tokens: Tensor  # (B, J, D) int64, the target rows; complete before `forward` of a chunk
+    # (B, J, D) int64, the target rows; complete before `forward` of a chunk unless that draws them
+    tokens: Tensor
     student: RowSums  # (A, N)
     teacher: RowSums | None  # (A, M)
     consistency: RowSums | None  # (A, K); may be there before `forward` (see `sums_known`)

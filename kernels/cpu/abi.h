@@ -10,6 +10,10 @@ struct Operand {  // rows of logits, or of their gradient; data is null where th
   int64_t stride_i, stride_b, stride_c, stride_d;
   int64_t components;
   int64_t dtype;  // Dtype of vec.h
+  // Of bins of a logistic: data holds mu, one number per row, and log_scale lies alike.
+  char* log_scale;
+  double eps;
+  int64_t both;  // clamp "min"
 };
 
 struct Visit {
@@ -35,10 +39,11 @@ struct Mixture {
   const float *teacher_weight, *consistency_weight;  // [B]
   int64_t marginal, component;
   int64_t sums_known;
+  int64_t draws, seed;  // forward draws the last K target rows from u
 };
 
 struct Statistics {
-  const int64_t* tokens;  // [B, J, D]
+  int64_t* tokens;  // [B, J, D]
   int64_t targets;        // J
   Sums student, teacher, consistency;
   float* log_prob;                        // [A, J, N]
@@ -72,4 +77,14 @@ struct DrawPass {  // one draw for each of the R rows, by slot, then by componen
   const float *temperature, *guidance;
   int64_t *token, *argmax;
   float *shift, *total, *log_weight, *entropy, *margin, *raw_prob;
+};
+
+struct JointPass {  // one task for each example and target row
+  const float* log_prob;  // [A, J, N]
+  const uint8_t* alive;   // [A]
+  const float* log_weights;  // [B, N]
+  const int64_t* rows;    // flat position of every slot, ascending; null: slot s is position s
+  int64_t slots, positions, tasks, targets, components, correlation, threads;
+  double* value;                         // [B, J]
+  float *difference, *weights, *counted;  // [A, J, N], [B, J, N], [B, J]
 };

@@ -4,6 +4,10 @@
 
 #include "isa.h"
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #define DI4C_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -24,9 +28,20 @@ struct Region {
   int64_t failed;  // threads that got no memory
 };
 
+// While it lives, results below the smallest normal number are 0: they count for nothing, and each
+// vector with one would cost as much as 40 others.
+struct FlushDenormals {
+#if defined(__SSE2__)
+  unsigned before = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(before | 0x8000); }
+  ~FlushDenormals() { _mm_setcsr(before); }
+#endif
+};
+
 // Threads take slots as they go, so one whose core is busy takes fewer.
 void work(int64_t, int64_t, void* context) {
   Region& region = *(Region*)context;
+  FlushDenormals flush;
   char* scratch = nullptr;
   for (;;) {
     int64_t first = __atomic_fetch_add(&region.next, region.batch, __ATOMIC_RELAXED);
@@ -92,9 +107,15 @@ DI4C_EXPORT int32_t di4c_backward(const MixturePass* a, int64_t words) {
 
 DI4C_EXPORT int32_t di4c_draw(const DrawPass* a, int64_t words) {
   if (words * 8 != sizeof(*a)) return DIFFERS;
-  int64_t scratch = a->y.data ? 4 * (a->vocabulary + 256) : 64;
-  return run(functions->draw, a, a->visit.slots, a->x.components * a->vocabulary, scratch,
-             a->visit.threads);
+  return run(functions->draw, a, a->visit.slots, a->x.components * a->vocabulary,
+             functions->draw_scratch(a), a->visit.threads);
+}
+
+DI4C_EXPORT int32_t di4c_joint(const JointPass* a, int64_t words) {
+  if (words * 8 != sizeof(*a)) return DIFFERS;
+  int64_t examples = a->tasks / (a->targets + !a->targets) + 1;
+  return run(functions->joint, a, a->tasks, a->slots / examples * a->components,
+             16 * a->components + 1024, a->threads);
 }
 
 // y = exp(x) or, with which = 1, log(x) of n numbers.

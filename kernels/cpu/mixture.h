@@ -9,7 +9,7 @@
 // computed from logarithms instead, W of them at a time.
 #pragma once
 
-#include "rows.h"
+#include "draw.h"
 
 namespace {
 
@@ -35,64 +35,63 @@ struct Slot {
   i64 i, s, b, d;  // slot of the visit, of all, its example and position
   i64 N, V, columns, stride;
   float *shift, *total, *log_total, *log_weight, *weight, *parts;  // [N]; parts [N, W]
-  double* mass;                                                   // [N]
+  double *mass, *slopes;                                          // [N], [N, 2]
+  Row* rows;                                                      // [N] of the student
   float *q_teacher, *q_draws, *row;                               // [V]
   float *mix, *q;                                                 // [columns]
   float* e;  // [N, stride]: of all columns or of one block
+  Blocks blocks;
 
-  Slot(const MixturePass& a, i64 i, char* scratch, bool whole)
-      : a(a), i(i), s(a.visit.first + i), N(a.z.components), V(a.mixture.vocabulary) {
+  Slot(const MixturePass& a, i64 i, Arena arena, bool whole)
+      : a(a),
+        i(i),
+        s(a.visit.first + i),
+        N(a.z.components),
+        V(a.mixture.vocabulary),
+        blocks(a.mixture.draws ? V : 0, arena) {
     i64 index = a.visit.rows ? a.visit.rows[s] : s;
     b = index / a.visit.positions, d = index % a.visit.positions;
     columns = block_columns(N);
     stride = padded_columns(whole ? V : columns);
-    Arena arena{scratch};
     shift = arena.floats(N), total = arena.floats(N), log_total = arena.floats(N);
     log_weight = arena.floats(N), weight = arena.floats(N), parts = arena.floats(N * W);
-    mass = (double*)arena.floats(2 * N);
+    mass = (double*)arena.floats(2 * N), slopes = (double*)arena.floats(4 * N);
+    rows = (Row*)arena.floats(N * sizeof(Row) / 4);
     mix = arena.floats(columns), q = arena.floats(columns);
     i64 width = a.gradient.data ? columns : V;  // backward forms q block by block
     q_teacher = arena.floats(width), q_draws = arena.floats(width), row = arena.floats(width);
     e = arena.floats(N * stride);
-    bytes = arena.next - scratch;
+    end = arena.next;
   }
-  i64 bytes;  // of scratch
+  char* end;  // of the scratch memory
 
   static i64 scratch_bytes(const MixturePass& a, bool whole) {
-    return Slot(a, 0, (char*)64, whole).bytes;
+    return Slot(a, 0, {(char*)64}, whole).end - (char*)64;
   }
 
-  const char* z(i64 n) const { return row_of(a.z, i, b, n, d); }
+  void find_rows() {
+    for (i64 n = 0; n < N; ++n) rows[n] = row_of(a.z, i, b, n, d, V, a.mixture.mask_id);
+  }
 
   // The constants of the components, once shift and total are there; whether any has a class.
   bool prepare() {
     bool alive = false;
-    for (i64 n = 0; n < N; ++n) {
-      log_weight[n] = a.mixture.log_weights[b * N + n];
-      bool empty = total[n] == 0.0f;
-      log_total[n] = empty ? 0.0f : logf(total[n]);
-      weight[n] = empty ? 0.0f : expf(log_weight[n]) / total[n];
-      alive |= !empty;
+    memcpy(log_weight, a.mixture.log_weights + b * N, N * sizeof(float));
+    for (i64 n = 0; n < N; n += W) {
+      vf sum = load(total + n);
+      vi empty = sum == 0.0f;
+      store(log_total + n, select(empty, vf{}, vlog(sum)));
+      store(weight + n, select(empty, vf{}, vexp(load(log_weight + n)) / sum));
     }
+    for (i64 n = 0; n < N; ++n) alive |= total[n] != 0.0f;
     return alive;
-  }
-
-  // Logits of columns v .. v + W - 1, -inf beyond the last.
-  vf logits(i64 n, i64 v) const {
-    vf x;
-    with_dtype(a.z.dtype, [&](auto type) {
-      using T = decltype(type);
-      auto p = elements<T>(z(n)) + v;
-      x = V - v >= W ? T::load(p) : load_tail<T>(p, (int)(V - v), -INF);
-    });
-    return x;
   }
 
   // r_n of W columns into `parts`, from logarithms, and m; 0 and -inf where there is no class.
   vf log_marginal(i64 v) {
     vf best = all(-INF), sum{};
     for (i64 n = 0; n < N; ++n) {
-      vf x = ((logits(n, v) - shift[n]) - log_total[n]) + log_weight[n];
+      vf x = ((logits_of(rows[n], v) - shift[n]) - log_total[n]) + log_weight[n];
       store(parts + n * W, x);
       best = vmax(x, best);
     }
@@ -109,9 +108,31 @@ struct Slot {
 
   // Exponentials of a block of all components: rows of `e` from the first column on.
   float* exponentials(i64 begin, i64 end) {
+    i64 ahead = end + columns <= V ? columns * size_of(a.z.dtype) : 0;  // the same of the next block
     for (i64 n = 0; n < N; ++n)
-      exp_row<true>(z(n), a.z.dtype, begin, end, a.mixture.mask_id, shift[n], e + n * stride);
+      exp_row<true>(rows[n], begin, end, shift[n], e + n * stride, ahead);
     return e;
+  }
+
+  // Log-probabilities of one column; with `whole` the exponentials of all columns are there.
+  void find_log_prob(i64 x, bool whole, float* out) {
+    if (a.z.dtype == LOGISTIC && whole) {
+      bool underflow = false;
+      for (i64 n = 0; n < N; ++n) {
+        parts[n] = e[n * stride + x];
+        underflow |= parts[n] < TINY;
+      }
+      if (!underflow) {
+        for (i64 n = 0; n < N; n += W)
+          store(parts + n, vlog(load(parts + n)) - load(log_total + n));
+        memcpy(out, parts, N * sizeof(float));
+        return;
+      }
+    }
+    for (i64 n = 0; n < N; ++n) {
+      float l = (logit_of(rows[n], x) - shift[n]) - log_total[n];
+      out[n] = x == a.mixture.mask_id || total[n] == 0.0f ? -INF : l;
+    }
   }
 
   void mixture_of(const float* e, i64 count) {
@@ -120,35 +141,57 @@ struct Slot {
     for (; v < count; v += W) weighted_sum<1>(e + v, stride, N, weight, mix + v);
   }
 
-  // q_T and q_u of a block; with `known` their sums are there already.
-  void targets(i64 begin, i64 end, bool teacher_known, bool draws_known) {
-    const Statistics& st = a.statistics;
-    mean_softmax(a.t, st.teacher, teacher_known, nullptr, begin, end, q_teacher);
-    const i64* xu = a.mixture.xu;
-    if (xu) xu += b * a.u.components * a.visit.positions + d;
-    mean_softmax(a.u, st.consistency, draws_known, xu, begin, end, q_draws);
+  i64* token(i64 j) const {
+    return a.statistics.tokens + (b * a.statistics.targets + j) * a.visit.positions + d;
   }
 
-  void mean_softmax(const Operand& o, Sums sums, bool known, const i64* xu, i64 begin, i64 end,
-                    float* q) {
+  // q_T of a block; with `known` the sums of its rows are there already. Likewise q_u.
+  void find_q_teacher(i64 begin, i64 end, bool known) {
+    mean_softmax(a.t, a.statistics.teacher, known, false, nullptr, begin, end, q_teacher);
+  }
+
+  void find_q_draws(i64 begin, i64 end, bool known, bool draws) {
+    const i64* xu = a.mixture.xu;
+    if (xu) xu += b * a.u.components * a.visit.positions + d;
+    mean_softmax(a.u, a.statistics.consistency, known, draws, xu, begin, end, q_draws);
+  }
+
+  // The mean of the softmaxes of o; where xu shows a token the softmax is that one. With `draws`,
+  // of a whole row, the last target rows get a token of each.
+  void mean_softmax(const Operand& o, Sums sums, bool known, bool draws, const i64* xu, i64 begin,
+                    i64 end, float* q) {
     i64 C = o.components, count = end - begin, mask = a.mixture.mask_id, D = a.visit.positions;
     bool first = true;
     for (i64 c = 0; o.data && c < C; ++c) {
       float &shift = sums.shift[s * C + c], &total = sums.total[s * C + c];
+      i64* drawn = draws ? token(a.statistics.targets - C + c) : nullptr;
       if (xu && xu[c * D] != mask) {
         if (!known) shift = total = 0.0f;
+        if (draws) *drawn = xu[c * D];
         continue;
       }
-      const char* p = row_of(o, i, b, c, d);
-      if (!known) shift = row_shift(p, o.dtype, V, mask);
+      Row x = row_of(o, i, b, c, d, V, mask);
       float* out = first ? q : row;
-      double mass = exp_row<true>(p, o.dtype, begin, end, mask, shift, out);
-      if (!known) total = (float)mass;
-      vf factor = all(total == 0.0f ? 0.0f : 1.0f / (total * (float)C));
-      if (first)
-        for (i64 v = 0; v < count; v += W) store(q + v, load(q + v) * factor);
-      else
-        for (i64 v = 0; v < count; v += W) store(q + v, load(q + v) + load(row + v) * factor);
+      if (draws) {
+        sum_blocks<false, false, true>(x, 1.0f, blocks, out);
+        i64 key = (b * C + c) * D + d;
+        Sample sample = choose(x, {a.mixture.seed, 0}, key, 1.0f, false, blocks);
+        shift = sample.shift, total = (float)sample.total;
+        *drawn = sample.token < 0 ? 0 : sample.token;
+      } else {
+        if (!known) shift = row_shift(x);
+        double mass = exp_row<true>(x, begin, end, shift, out);
+        if (!known) total = (float)mass;
+      }
+      float inverse = total == 0.0f ? 0.0f : 1.0f / (total * (float)C);
+      for (i64 v = 0; v < count;) {
+        i64 stop = draws && v + STRIP < count ? v + STRIP : count;
+        vf factor = all(draws ? inverse * blocks.factor[v / STRIP] : inverse);
+        if (first)
+          for (; v < stop; v += W) store(q + v, load(q + v) * factor);
+        else
+          for (; v < stop; v += W) store(q + v, load(q + v) + load(row + v) * factor);
+      }
       first = false;
     }
     if (first)
@@ -165,30 +208,27 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   const Mixture& m = a.mixture;
   const Statistics& st = a.statistics;
   bool targets = wants_targets(a), whole = stores_exponentials(a);
-  Slot slot(a, i, scratch, whole);
+  Slot slot(a, i, {scratch}, whole);
   i64 N = slot.N, V = slot.V, s = slot.s, J = st.targets;
 
+  if (m.draws) slot.find_q_draws(0, V, false, true);
+  slot.find_rows();
   for (i64 n = 0; n < N; ++n) {
-    const char* z = slot.z(n);
-    float shift = slot.shift[n] = row_shift(z, a.z.dtype, V, m.mask_id);
-    i64 ahead = n + 1 < N ? slot.z(n + 1) - z : 0;
-    slot.total[n] = (float)(whole ? exp_row<true>(z, a.z.dtype, 0, V, m.mask_id, shift,
-                                                  slot.e + n * slot.stride, ahead)
-                                  : exp_row<false>(z, a.z.dtype, 0, V, m.mask_id, shift, nullptr));
+    const Row& z = slot.rows[n];
+    float shift = slot.shift[n] = row_shift(z);
+    i64 ahead = n + 1 < N ? slot.rows[n + 1].data - z.data : 0;
+    slot.total[n] = (float)(whole ? exp_row<true>(z, 0, V, shift, slot.e + n * slot.stride, ahead)
+                                  : exp_row<false>(z, 0, V, shift, nullptr));
     st.student.shift[s * N + n] = shift;
     st.student.total[s * N + n] = slot.total[n];
   }
   bool alive = slot.prepare();
-  for (i64 j = 0; j < J; ++j) {
-    i64 x = st.tokens[(slot.b * J + j) * a.visit.positions + slot.d];
-    for (i64 n = 0; n < N; ++n) {
-      float l = (element(slot.z(n), a.z.dtype, x) - slot.shift[n]) - slot.log_total[n];
-      st.log_prob[(s * J + j) * N + n] = x == m.mask_id || slot.total[n] == 0.0f ? -INF : l;
-    }
-  }
+  for (i64 j = 0; j < J; ++j)
+    slot.find_log_prob(*slot.token(j), whole, st.log_prob + (s * J + j) * N);
   if (!targets) return;
 
-  slot.targets(0, V, false, m.sums_known);
+  slot.find_q_teacher(0, V, false);
+  if (!m.draws) slot.find_q_draws(0, V, m.sums_known, false);
   if (!alive)  // it counts as if q were 0
     for (i64 v = 0; v < V; v += W) store(slot.q_teacher + v, vf{}), store(slot.q_draws + v, vf{});
   vf teacher_weight = all(m.teacher_weight[slot.b]);
@@ -248,7 +288,7 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
       vf kl{}, run{};
       for (i64 v = begin; v < end; v += W) {
         vf q_t = load(slot.q_teacher + v);
-        vf l = (slot.logits(n, v) - slot.shift[n]) - slot.log_total[n];
+        vf l = (logits_of(slot.rows[n], v) - slot.shift[n]) - slot.log_total[n];
         run += select(q_t != 0.0f, q_t * (load(slot.q + v - begin) - l), vf{});
         if ((v - begin) % (16 * W) == 0) kl += run, run = vf{};
       }
@@ -263,12 +303,14 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
   const Mixture& m = a.mixture;
   const Statistics& st = a.statistics;
   const Factors& f = a.factors;
-  Slot slot(a, i, scratch, false);
+  Slot slot(a, i, {scratch}, false);
   i64 N = slot.N, V = slot.V, s = slot.s, J = st.targets;
   for (i64 n = 0; n < N; ++n) {
     slot.shift[n] = st.student.shift[s * N + n];
     slot.total[n] = st.student.total[s * N + n];
   }
+  slot.find_rows();
+  for (i64 n = 0; n < 2 * N; ++n) slot.slopes[n] = 0;
   bool alive = slot.prepare();  // without any class it counts as if q were 0
   bool marginal = alive && m.marginal && f.marginal[s] != 0.0f, component = false;
   for (i64 n = 0; alive && m.component && n < N; ++n) component |= f.component[s * N + n] != 0.0f;
@@ -285,7 +327,7 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
       if (component)
         copy_padded(st.q_teacher.data + s * st.q_teacher.stride + begin, count, slot.q_teacher);
     } else if (marginal || component) {
-      slot.targets(begin, end, true, true);
+      slot.find_q_teacher(begin, end, true), slot.find_q_draws(begin, end, true, false);
       for (i64 v = 0; v < count; v += W)
         store(slot.q + v, teacher_weight * load(slot.q_teacher + v) +
                               consistency_weight * load(slot.q_draws + v));
@@ -328,14 +370,22 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
       }
     }
     for (i64 j = 0; j < J; ++j) {
-      i64 x = st.tokens[(slot.b * J + j) * a.visit.positions + slot.d] - begin;
+      i64 x = *slot.token(j) - begin;
       if (x >= 0 && x < count)
         for (i64 n = 0; n < N; ++n) e[n * slot.stride + x] += f.kappa[(s * J + j) * N + n];
     }
     for (i64 n = 0; n < N; ++n) {
       float* row = e + n * slot.stride;
       if (m.mask_id >= begin && m.mask_id < end) row[m.mask_id - begin] = 0.0f;
-      write_row(row, row_of(a.gradient, i, slot.b, n, slot.d), a.gradient.dtype, begin, count);
+      i64 at = offset_of(a.gradient, i, slot.b, n, slot.d);
+      double* slopes = slot.slopes + 2 * n;
+      if (a.gradient.dtype != LOGISTIC) {
+        write_row(row, a.gradient.data + at, a.gradient.dtype, begin, count);
+        continue;
+      }
+      slot.rows[n].bins.add_slopes(row, begin, count, &slopes[0], &slopes[1]);
+      *(float*)(a.gradient.data + at) = (float)slopes[0];
+      *(float*)(a.gradient.log_scale + at) = (float)slopes[1];
     }
   }
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "abi.h"
-#include "vec.h"
+#include "logistic.h"
 
 namespace {
 
@@ -24,74 +24,151 @@ i64 padded_columns(i64 columns) {
   return (lines % 2 ? lines : lines + 1) * 16;
 }
 
-DI4C_INLINE i64 size_of(i64 dtype) { return dtype == FP32 ? 4 : 2; }
+DI4C_INLINE i64 size_of(i64 dtype) { return dtype == BF16 || dtype == FP16 ? 2 : 4; }
 
-DI4C_INLINE char* row_of(const Operand& o, i64 i, i64 b, i64 c, i64 d) {
-  return o.data +
-         (i * o.stride_i + b * o.stride_b + c * o.stride_c + d * o.stride_d) * size_of(o.dtype);
+DI4C_INLINE i64 offset_of(const Operand& o, i64 i, i64 b, i64 c, i64 d) {  // in bytes
+  return (i * o.stride_i + b * o.stride_b + c * o.stride_c + d * o.stride_d) * size_of(o.dtype);
 }
 
-float element(const char* row, i64 dtype, i64 v) {
-  float x = 0;
-  with_dtype(dtype, [&](auto type) {
-    using T = decltype(type);
-    x = load_tail<T>(elements<T>(row) + v, 1, 0.0f)[0];
+template <class T>
+struct Memory {  // columns of a row in memory, and below their exponentials
+  static constexpr bool IN_MEMORY = true;
+  const typename T::type* p;
+
+  DI4C_INLINE vf logits(i64 v) const { return T::load(p + v); }
+  DI4C_INLINE vf tail(i64 v, i64 count) const { return load_tail<T>(p + v, (int)count, -INF); }
+  DI4C_INLINE void prefetch(i64 v) const { __builtin_prefetch(p + v); }
+
+  struct Exponentials {
+    const typename T::type* p;
+    vf shift;
+    DI4C_INLINE vf whole(i64 v) const { return vexp(T::load(p + v) - shift); }
+    DI4C_INLINE vf tail(i64 v, i64 count) const {
+      return vexp(load_tail<T>(p + v, (int)count, -INF) - shift);
+    }
+    DI4C_INLINE void prefetch(i64 v, i64 ahead) const {
+      if (ahead) __builtin_prefetch((const char*)(p + v) + ahead);
+    }
+  };
+  DI4C_INLINE Exponentials exponentials(float shift) const { return {p, all(shift)}; }
+};
+
+struct Computed {  // the same of bins
+  static constexpr bool IN_MEMORY = false;
+  const Bins& bins;
+
+  DI4C_INLINE vf logits(i64 v) const { return bins.logits(v); }
+  DI4C_INLINE vf tail(i64 v, i64 count) const { return first(count, logits(v), -INF); }
+  DI4C_INLINE void prefetch(i64) const {}
+
+  struct Exponentials {
+    Bins bins;
+    vf shift;
+    DI4C_INLINE vf whole(i64 v) const {
+      return bins.factor > 0.0f ? bins.product(v) : vexp(bins.logits(v) - shift);
+    }
+    DI4C_INLINE vf tail(i64 v, i64 count) const { return first(count, whole(v), 0.0f); }
+    DI4C_INLINE void prefetch(i64, i64) const {}
+  };
+  DI4C_INLINE Exponentials exponentials(float shift) const {
+    Exponentials e = {bins, all(shift)};
+    if (bins.shift > -16.0f) e.bins.factor = vexp(all(-shift))[0];
+    return e;
+  }
+};
+
+struct Row {
+  const char* data;  // of logits in memory
+  i64 dtype, V, mask;
+  Bins bins;  // of dtype LOGISTIC
+
+  // f(columns) with the kind of columns that the row has: once per row or block.
+  template <class F>
+  DI4C_INLINE void with_columns(F f) const {
+    if (dtype == LOGISTIC) return f(Computed{bins});
+    with_dtype((int)dtype, [&](auto type) {
+      using T = decltype(type);
+      f(Memory<T>{elements<T>(data)});
+    });
+  }
+};
+
+Row row_of(const Operand& o, i64 i, i64 b, i64 c, i64 d, i64 V, i64 mask) {
+  i64 at = offset_of(o, i, b, c, d);
+  Row row = {o.data + at, o.dtype, V, mask, {}};
+  if (o.dtype == LOGISTIC)
+    row.bins = bins_of(*(const float*)(o.data + at), *(const float*)(o.log_scale + at),
+                       (float)o.eps, o.both != 0, V, mask);
+  return row;
+}
+
+// Logits of columns v .. v + W - 1, -inf beyond the last.
+vf logits_of(const Row& row, i64 v) {
+  vf x{};
+  row.with_columns([&](auto columns) {
+    x = row.V - v >= W ? columns.logits(v) : columns.tail(v, row.V - v);
   });
   return x;
 }
 
-template <class T>
-vf max_of(const typename T::type* p, i64 n, vf best) {
-  vf b1 = best, b2 = best, b3 = best;
-  i64 v = 0;
-  for (; v + 4 * W <= n; v += 4 * W) {
-    best = vmax(T::load(p + v), best);
-    b1 = vmax(T::load(p + v + W), b1);
-    b2 = vmax(T::load(p + v + 2 * W), b2);
-    b3 = vmax(T::load(p + v + 3 * W), b3);
+float logit_of(const Row& row, i64 v) {
+  switch (row.dtype) {
+    case FP32: return elements<Fp32>(row.data)[v];
+    case LOGISTIC: return row.bins.logits(v)[0];
+    default: return logits_of(row, v)[0];
   }
-  for (; v + W <= n; v += W) best = vmax(T::load(p + v), best);
-  if (v < n) best = vmax(load_tail<T>(p + v, (int)(n - v), -INF), best);
+}
+
+template <class C>
+vf max_of(C columns, i64 v, i64 end, vf best) {
+  vf b1 = best, b2 = best, b3 = best;
+  for (; v + 4 * W <= end; v += 4 * W) {
+    best = vmax(columns.logits(v), best);
+    b1 = vmax(columns.logits(v + W), b1);
+    b2 = vmax(columns.logits(v + 2 * W), b2);
+    b3 = vmax(columns.logits(v + 3 * W), b3);
+  }
+  for (; v + W <= end; v += W) best = vmax(columns.logits(v), best);
+  if (v < end) best = vmax(columns.tail(v, end - v), best);
   return vmax(vmax(best, b1), vmax(b2, b3));
 }
 
-// The largest logit of a row without column `mask`; 0 where there is no class.
-float row_shift(const char* row, i64 dtype, i64 V, i64 mask) {
+// The largest logit of a row without column `mask`, about so of bins; 0 where there is no class.
+float row_shift(const Row& row) {
+  if (row.dtype == LOGISTIC) return row.bins.shift;
   vf best = all(-INF);
-  with_dtype(dtype, [&](auto type) {
+  with_dtype((int)row.dtype, [&](auto type) {
     using T = decltype(type);
-    auto p = elements<T>(row);
-    if (mask < 0) best = max_of<T>(p, V, best);
-    else best = max_of<T>(p + mask + 1, V - mask - 1, max_of<T>(p, mask, best));
+    Memory<T> columns = {elements<T>(row.data)};
+    i64 hole = row.mask < 0 ? row.V : row.mask;
+    best = max_of(columns, 0, hole, best);
+    best = max_of(columns, hole + 1, row.V, best);
   });
   float shift = largest(best);
   return shift == -INF ? 0.0f : shift;
 }
 
-// Sum of exp(x - shift), and with STORE the exponentials, to `out`; `ahead` bytes further stands
-// what is read next.
-template <class T, bool STORE>
-double exp_of(const typename T::type* p, i64 n, float shift, float* out, i64 ahead) {
+// Sum of the exponentials of columns v .. end - 1, and with STORE these themselves, to `out`;
+// `ahead` bytes further stands what is read next.
+template <bool STORE, class E>
+double exp_of(E exponentials, i64 v, i64 end, float* out, i64 ahead) {
   double total = 0;
-  vf shifts = all(shift);
-  i64 v = 0;
-  while (v < n) {
-    i64 piece = v + PIECE < n ? v + PIECE : n;
+  while (v < end) {
+    i64 piece = v + PIECE < end ? v + PIECE : end;
     vf subtotal{};
     while (v < piece) {
       i64 stop = v + RUN < piece ? v + RUN : piece;
       vf s0{}, s1{};
-      for (; v + 2 * W <= stop; v += 2 * W) {
-        if (ahead) __builtin_prefetch((const char*)(p + v) + ahead);
-        vf e0 = vexp(T::load(p + v) - shifts), e1 = vexp(T::load(p + v + W) - shifts);
+      for (; v + 2 * W <= stop; v += 2 * W, out += 2 * W) {
+        exponentials.prefetch(v, ahead);
+        vf e0 = exponentials.whole(v), e1 = exponentials.whole(v + W);
         s0 += e0, s1 += e1;
-        if (STORE) store(out + v, e0), store(out + v + W, e1);
+        if (STORE) store(out, e0), store(out + W, e1);
       }
-      for (; v < stop; v += W) {
-        vf x = stop - v >= W ? T::load(p + v) : load_tail<T>(p + v, (int)(stop - v), -INF);
-        vf e = vexp(x - shifts);
+      for (; v < stop; v += W, out += W) {
+        vf e = stop - v >= W ? exponentials.whole(v) : exponentials.tail(v, stop - v);
         s0 += e;
-        if (STORE) store(out + v, e);
+        if (STORE) store(out, e);
       }
       v = stop;
       subtotal += s0 + s1;
@@ -101,21 +178,19 @@ double exp_of(const typename T::type* p, i64 n, float shift, float* out, i64 ahe
   return total;
 }
 
-// The same for columns begin .. end - 1 of a row without column `mask`, whose exponential is 0;
-// `out` starts at `begin` and is filled up with zeros to whole vectors.
+// The same for columns begin .. end - 1 of a row without its column `mask`, whose exponential is
+// 0; `out` starts at `begin` and is filled up with zeros to whole vectors.
 template <bool STORE>
-double exp_row(const char* row, i64 dtype, i64 begin, i64 end, i64 mask, float shift, float* out,
-               i64 ahead = 0) {
+double exp_row(const Row& row, i64 begin, i64 end, float shift, float* out, i64 ahead = 0) {
   double total = 0;
-  i64 n = end - begin, hole = mask >= begin && mask < end ? mask - begin : n;
+  i64 n = end - begin, hole = row.mask >= begin && row.mask < end ? row.mask : end;
   if (STORE && n % W) store(out + n / W * W, vf{});
-  with_dtype(dtype, [&](auto type) {
-    using T = decltype(type);
-    auto p = elements<T>(row) + begin;
-    total = exp_of<T, STORE>(p, hole, shift, out, ahead);
-    if (hole == n) return;
-    if (STORE) out[hole] = 0.0f;
-    total += exp_of<T, STORE>(p + hole + 1, n - hole - 1, shift, out + hole + 1, ahead);
+  row.with_columns([&](auto columns) {
+    auto exponentials = columns.exponentials(shift);
+    total = exp_of<STORE>(exponentials, begin, hole, out, ahead);
+    if (hole == end) return;
+    if (STORE) out[hole - begin] = 0.0f;
+    total += exp_of<STORE>(exponentials, hole + 1, end, out + (hole + 1 - begin), ahead);
   });
   return total;
 }

@@ -52,6 +52,8 @@ DI4C_INLINE bool any(vi mask) {
 #endif
 }
 
+DI4C_INLINE vf magnitude(vf x) { return as_float(as_int(x) & 0x7fffffff); }
+
 // The larger one; b where a is NaN.
 DI4C_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
@@ -66,29 +68,61 @@ DI4C_INLINE vf vmax(vf a, vf b) {
 // The smaller one; b where a is NaN.
 DI4C_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
+// x in the first count lanes, `fill` in the others.
+DI4C_INLINE vf first(i64 count, vf x, float fill) {
+  for (int i = 0; i < W; ++i) x[i] = i < count ? x[i] : fill;
+  return x;
+}
+
+typedef float v4 __attribute__((vector_size(16)));
+
+// f(f(f(x_0, x_8), ...)) over all lanes: pairs half a vector apart, then a quarter, and so on.
+template <class F>
+DI4C_INLINE float fold(vf x, F f) {
+#if defined(__AVX512F__)
+  __m256 half = f(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  v4 y = (v4)f(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  v4 y = (v4)f(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+#else
+  v4 y = x;
+#endif
+  return f(f(y[0], y[2]), f(y[1], y[3]));
+}
+
 DI4C_INLINE float largest(vf x) {
-  float best = x[0];
-  for (int i = 1; i < W; ++i) best = x[i] > best ? x[i] : best;
-  return best;
+  return fold(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+DI4C_INLINE float quick_sum(vf x) {
+  return fold(x, [](auto a, auto b) { return a + b; });
 }
 
 DI4C_INLINE double sum(vf x) {
-  double total = 0;
-  for (int i = 0; i < W; ++i) total += x[i];
-  return total;
+#if defined(__AVX512F__)
+  __m512d y = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)) +
+              _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+  __m256d z = _mm512_castpd512_pd256(y) + _mm512_extractf64x4_pd(y, 1);
+  return (z[0] + z[2]) + (z[1] + z[3]);
+#elif defined(__AVX2__)
+  __m256d z = _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)) +
+              _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+  return (z[0] + z[2]) + (z[1] + z[3]);
+#else
+  return ((double)x[0] + x[2]) + ((double)x[1] + x[3]);
+#endif
 }
 
-// e^x, at most 2 ulp off from -104 to 89 with denormal results, 0 and inf beyond, NaN for NaN.
+// e^x for x <= 89, at most 2 ulp off from -104 on with denormal results, 0 below, NaN for NaN.
 // x = n ln 2 + r with |r| <= ln(2)/2, and e^r = 1 + r + r^2 P(r).
 DI4C_INLINE vf vexp(vf x) {
   x = vmax(all(-104.0f), x);
-  x = vmin(all(89.0f), x);
   vf shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits: 1.5 * 2^23 rounds to integers
   vf n = shifted - 12582912.0f;
   vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   vf p = ((1.3814321e-3f * r + 8.3688507e-3f) * r + 4.1668400e-2f) * r + 1.6666520e-1f;
   p = p * r + 0.49999994f;
-  vf y = (p * (r * r) + r) + 1.0f;
+  vf y = (p * r + 1.0f) * r + 1.0f;
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
@@ -98,6 +132,8 @@ DI4C_INLINE vf vexp(vf x) {
   return y * power_of_two(whole - half);
 #endif
 }
+
+DI4C_INLINE vf vexp_any(vf x) { return vexp(vmin(all(89.0f), x)); }  // inf beyond 89
 
 // log x, at most 2 ulp off, denormals included; -inf for 0, NaN below it.
 // x = 2^e m with sqrt(1/2) <= m < sqrt(2), f = m - 1, log m = f - f^2/2 + f^3 P(f).
@@ -117,9 +153,9 @@ DI4C_INLINE vf vlog(vf x) {
   return select(~(x >= 0.0f), all(__builtin_nanf("")), y);
 }
 
-// The three dtypes of logits. `load` reads W elements, `tail` the first count < W of them and
-// fills the others; stores round to nearest even.
-enum Dtype { FP32 = 0, BF16 = 1, FP16 = 2 };
+// The three dtypes of logits in memory; stores round to nearest even. LOGISTIC stands for rows of
+// bins that are computed from two fp32 numbers.
+enum Dtype { FP32 = 0, BF16 = 1, FP16 = 2, LOGISTIC = 3 };
 
 struct Fp32 {
   typedef float type;
