@@ -256,8 +256,8 @@ CPU = [
     _draw(
         "excluded tokens return with guidance",
         "select(given == -INF, given, y + scale * (given - y))",
-        "y + scale * (vmax(given, all(-1e30f)) - y)",
-        "every_option",
+        "y + scale * (given - y)",
+        "excluded",
     ),
     _draw(
         "entropy of the unscaled logits",
