@@ -9,7 +9,7 @@ from loss_cases import loss_and_gradients, make_problem, run_loss
 from loss_heads import CLOSE, FULL, HEADS, assert_within_bound, head_tensors
 from sample_cases import assert_near, assert_same_draw, normal
 
-from benchmarks.memory import peak_in_this_process, reset_high_water_mark
+from benchmarks.memory import MemoryUnknown, peak_in_this_process
 from di4c_fast import backends
 from di4c_fast.draw.api import sample
 from di4c_fast.passes import cpu
@@ -199,7 +199,6 @@ def test_nothing_to_visit_gives_zeros(batch):
     assert found["student"].shape == problem["student"].shape
 
 
-@pytest.mark.skipif(not reset_high_water_mark(), reason="the system tells no peak of a call")
 @pytest.mark.parametrize("call", ["value", "value and gradient", "draw"])
 def test_memory_does_not_grow_with_the_logits_but_by_their_gradient(call):
     def peak(positions: int) -> int:
@@ -218,7 +217,10 @@ def test_memory_does_not_grow_with_the_logits_but_by_their_gradient(call):
         student.requires_grad_()
         return peak_in_this_process(lambda: run_loss(problem, backend="cpu").backward())
 
-    peak(1)  # what a first call sets up
+    try:
+        peak(1)  # what a first call sets up
+    except MemoryUnknown as error:
+        pytest.skip(str(error))
     few, many = peak(64), peak(512)
     logits = 8 * 448 * 4097 * 4
     # Numbers per row and target; with a gradient also rows of q and q_T, kept for the second sweep.
