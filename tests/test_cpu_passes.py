@@ -199,14 +199,6 @@ def test_nothing_to_visit_gives_zeros(batch):
     assert found["student"].shape == problem["student"].shape
 
 
-def tells_peaks() -> bool:
-    try:
-        return peak_in_this_process(lambda: None) >= 0
-    except MemoryUnknown:
-        return False
-
-
-@pytest.mark.skipif(not tells_peaks(), reason="the system tells no peak of a call")
 @pytest.mark.parametrize("call", ["value", "value and gradient", "draw"])
 def test_memory_does_not_grow_with_the_logits_but_by_their_gradient(call):
     def peak(positions: int) -> int:
@@ -225,7 +217,10 @@ def test_memory_does_not_grow_with_the_logits_but_by_their_gradient(call):
         student.requires_grad_()
         return peak_in_this_process(lambda: run_loss(problem, backend="cpu").backward())
 
-    peak(1)  # what a first call sets up
+    try:
+        peak(1)  # what a first call sets up
+    except MemoryUnknown as error:
+        pytest.skip(str(error))
     few, many = peak(64), peak(512)
     logits = 8 * 448 * 4097 * 4
     # Numbers per row and target; with a gradient also rows of q and q_T, kept for the second sweep.

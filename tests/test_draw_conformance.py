@@ -139,6 +139,15 @@ def test_rows_that_hold_mostly_excluded_tokens(small, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
+def test_tokens_excluded_with_and_without_the_condition_stay_excluded(backend):
+    logits, other = normal(6, 300), normal(6, 300, seed=1)
+    logits[:, ::3] = -INF
+    other[:, ::6] = -INF  # the difference of the two would be NaN
+    draw = check(logits, backend, guidance=(other, 1.5))
+    assert (draw.token % 3 != 0).all()
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("offset", [-1e4, 1e4, 3e38])
 def test_large_logits_neither_overflow_nor_vanish(offset, backend):
     logits = torch.tensor([[0.0, 1.0, -2.0], [5.0, 5.0, 4.0]]) + offset

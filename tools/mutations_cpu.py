@@ -16,6 +16,12 @@ def _mixture(name: str, before: str, after: str, select: str) -> Mutation:
     return Mutation(name, "kernels/cpu/mixture.h", before, after, LOSS, f"cpu and {select}")
 
 
+def _logistic(name: str, before: str, after: str, select: str) -> Mutation:
+    return Mutation(
+        f"logistic: {name}", "kernels/cpu/logistic.h", before, after, LOSS, f"cpu and {select}"
+    )
+
+
 def _draw(name: str, before: str, after: str, select: str) -> Mutation:
     return Mutation(f"draw: {name}", "kernels/cpu/draw.h", before, after, DRAW, f"cpu and {select}")
 
@@ -34,29 +40,29 @@ CPU = [
     ),
     _rows(
         "mask column counted",
-        "hole = mask >= begin && mask < end ? mask - begin : n;",
-        "hole = n;",
+        "hole = row.mask >= begin && row.mask < end ? row.mask : end;",
+        "hole = end;",
         LOSS,
         "cpu and settings",
     ),
     _rows(
         "shift: the mask column may be the largest",
-        "if (mask < 0) best",
-        "if (true) best",
+        "i64 hole = row.mask < 0 ? row.V : row.mask;",
+        "i64 hole = row.V;",
         LOSS,
         "cpu and mask_column",
     ),
     _rows(
         "shift: the tail left out",
-        "if (v < n) best = vmax(load_tail",
-        "if (n < 0) best = vmax(load_tail",
+        "if (v < end) best = vmax(columns.tail",
+        "if (end < 0) best = vmax(columns.tail",
         LOSS,
         "cpu and any_column",
     ),
     _rows(
         "lanes beyond the last column counted",
-        "load_tail<T>(p + v, (int)(stop - v), -INF)",
-        "load_tail<T>(p + v, (int)(stop - v), 0.0f)",
+        "vexp(load_tail<T>(p + v, (int)count, -INF) - shift)",
+        "vexp(load_tail<T>(p + v, (int)count, 0.0f) - shift)",
         LOSS,
         "cpu and settings",
     ),
@@ -76,14 +82,14 @@ CPU = [
     ),
     _mixture(
         "weights of the components ignored",
-        "expf(log_weight[n]) / total[n]",
-        "1.0f / total[n]",
+        "vexp(load(log_weight + n)) / sum",
+        "1.0f / sum",
         "every_head",
     ),
     _mixture(
         "tokens of the first position",
-        "i64 x = st.tokens[(slot.b * J + j) * a.visit.positions + slot.d];",
-        "i64 x = st.tokens[(slot.b * J + j) * a.visit.positions];",
+        "slot.find_log_prob(*slot.token(j),",
+        "slot.find_log_prob(*(slot.token(j) - slot.d),",
         "settings",
     ),
     _mixture(
@@ -131,8 +137,8 @@ CPU = [
     Mutation(
         "targets of a later block in the first",
         "kernels/cpu/mixture.h",
-        "+ slot.d] - begin;",
-        "+ slot.d];",
+        "*slot.token(j) - begin;",
+        "*slot.token(j);",
         PASSES,
         "losses_of_every_width and plain and 2050",
     ),
@@ -168,8 +174,8 @@ CPU = [
     ),
     _mixture(
         "weight of a row without a class",
-        "weight[n] = empty ? 0.0f : expf",
-        "weight[n] = expf",
+        "select(empty, vf{}, vexp(load(log_weight",
+        "select(vi{}, vf{}, vexp(load(log_weight",
         "minus_infinity",
     ),
     _vec(
@@ -204,49 +210,53 @@ CPU = [
     _vec("log: denormal numbers", "(small & 25)", "(small & 24)", VECTORS, "log and plain"),
     _draw(
         "one random number for all blocks",
-        "random[g % (4 * CALLS)] * reached",
+        "random[g % BLOCK] * reached",
         "random[0] * reached",
         "torch_backend",
     ),
     _draw("blocks chosen without the running sum", "* reached < mass", "* mass < mass", "softmax"),
     _draw(
         "random numbers of a later group from the first",
-        "BLOCKS, (uint32_t)(g / 4), random)",
-        "BLOCKS, 0, random)",
+        "BLOCKS, g / 4, (left",
+        "BLOCKS, 0, (left",
         "tails_are_those",
     ),
     _draw(
         "race with the numbers of the first block",
-        "TOKENS, (uint32_t)(chosen * BLOCK / 4), random)",
-        "TOKENS, 0, random)",
+        "TOKENS, chosen * BLOCK / 4,",
+        "TOKENS, 0,",
         "torch_backend",
     ),
-    _draw("race without its exponentials", "/ exponential(load(random + v))", "", "torch_backend"),
+    _draw(
+        "race without its exponentials", "/ exponential(load(random + i * W))", "", "torch_backend"
+    ),
     _draw("1 - u rounded", "-vlog(rest) * (u / taken)", "-vlog(rest)", "precision"),
-    _draw("step left out", "c3[i] = (uint32_t)a.step;", "c3[i] = 0;", "torch_backend"),
+    _draw("step left out", "c3 = vq{} + (law.step & low)", "c3 = vq{}", "torch_backend"),
     _draw(
         "upper half of the key left out",
-        "c2[i] = (uint32_t)((uint64_t)key >> 32)",
-        "c2[i] = 0",
+        "c2 = vq{} + (row >> 32)",
+        "c2 = vq{}",
         "(torch_backend or steps)",
     ),
-    _draw("ties to the highest id", "found < 0 && v < BLOCK", "v < BLOCK", "ties"),
+    _draw(
+        "ties to the highest id", "if (found < 0 && any(x == peak))", "if (any(x == peak))", "ties"
+    ),
     _draw(
         "lanes beyond the last column",
-        "load_tail<T>(p + v, (int)(n - v), -INF)",
-        "load_tail<T>(p + v, (int)(n - v), 9.0f)",
+        "columns.tail(begin + v, n - v)",
+        "vmax(columns.tail(begin + v, n - v), all(9.0f))",
         "every_length",
     ),
     _draw(
         "mask column of a later block counted",
-        "if (mask >= begin && mask",
-        "if (begin == 0 && mask >= begin && mask",
+        "if (row.mask >= begin && row.mask",
+        "if (begin == 0 && row.mask >= begin && row.mask",
         "mask_column",
     ),
     _draw(
         "raw probability at the drawing temperature",
-        "if (!tempered) raw_total",
-        "raw_total",
+        "if (!tempered) raw = s.total;",
+        "raw = s.total;",
         "every_option",
     ),
     _draw("temperature of the first row", "a.temperature[r]", "a.temperature[0]", "every_option"),
@@ -256,16 +266,79 @@ CPU = [
     _draw(
         "excluded tokens return with guidance",
         "select(given == -INF, given, y + scale * (given - y))",
-        "y + scale * (vmax(given, all(-1e30f)) - y)",
+        "y + scale * (given - y)",
+        "excluded",
+    ),
+    _draw(
+        "entropy without its weights",
+        "vmax(gap, all(-1e5f)) * e;",
+        "vmax(gap, all(-1e5f));",
         "every_option",
     ),
     _draw(
-        "entropy of the unscaled logits",
-        "vmax(scaled, all(-1e5f)) * e",
-        "vmax(gap, all(-1e5f)) * e",
-        "every_option",
+        "margin at temperature 1", "(second - s.shift) / T", "(second - s.shift)", "every_option"
     ),
-    _draw("margin at temperature 1", "(second - shift) / T", "(second - shift)", "every_option"),
+    Mutation(
+        "draw: strips not scaled to the largest logit",
+        "kernels/cpu/draw.h",
+        "blocks.total[g] * blocks.factor[g / (STRIP / BLOCK)]",
+        "blocks.total[g]",
+        PASSES,
+        "draws_of_every_width and plain and 2050",
+    ),
+    Mutation(
+        "draw: entropy of a strip at temperature 1",
+        "kernels/cpu/draw.h",
+        "blocks.total[g] * scaled;",
+        "blocks.total[g] * gap;",
+        PASSES,
+        "draws_of_every_width and plain and 2050",
+    ),
+    _mixture(
+        "targets drawn with the key of another position",
+        "i64 key = (b * C + c) * D + d;",
+        "i64 key = (b * C + c) * D;",
+        "may_be_heads",
+    ),
+    Mutation(
+        "strips of the drawn rows not scaled to the largest logit",
+        "kernels/cpu/mixture.h",
+        "draws ? inverse * blocks.factor[v / STRIP] : inverse",
+        "inverse",
+        PASSES,
+        "draw_their_targets and plain and 2050",
+    ),
+    _logistic(
+        "slope of the other tail",
+        "{by_left - by_right,",
+        "{by_left + by_right,",
+        "every_head",
+    ),
+    _logistic(
+        'clamp "min" like "left"',
+        "return both ? e.left + e.right >= 0.0f : vi{};",
+        "return vi{};",
+        "every_head",
+    ),
+    _logistic(
+        "eps left out of the exponentials",
+        "(select(up, below, above) * mass + eps)",
+        "(select(up, below, above) * mass)",
+        "every_head",
+    ),
+    _logistic(
+        "slope of the width",
+        "- width * by_width",
+        "",
+        "every_head",
+    ),
+    _rows(
+        "bins beyond the last counted",
+        "return first(count, whole(v), 0.0f);",
+        "return whole(v);",
+        LOSS,
+        "cpu and every_head",
+    ),
     Mutation(
         "threads: the last share left out",
         "kernels/cpu/library.cpp",
