@@ -46,7 +46,9 @@ def measured(case, *names):
 
 
 def run_command(*arguments, **environment):
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Of the tests' own run nothing: pytest-benchmark measures nothing in a worker of xdist.
+    inner = ("TRITON_INTERPRET", "PYTEST_")
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(inner)}
     variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
         [sys.executable, "-m", *arguments],

@@ -92,7 +92,7 @@ def test_hot_loops_stay_within_their_instructions():
     rows = json.loads(run.stdout.splitlines()[-1])
     bounds = {
         "row_statistics": 9.5,
-        "block_sums": 14.5,
+        "block_sums": 16.0,
         "marginal": 13.0,
         "mixture_forward": 23.0,
         "mixture_backward": 18.0,

@@ -65,14 +65,6 @@ KERNELS = [
         "triton and offset",
     ),
     Mutation(
-        "one maximum of a tile where those of its blocks are asked for",
-        "kernels/triton/block_sums.py",
-        "    if MAXIMA:\n        x = tl.reshape",
-        "    if False:\n        x = tl.reshape",
-        "test_draw_conformance.py",
-        "triton",
-    ),
-    Mutation(
         "sums of the lanes not scaled to the maximum of the row",
         "kernels/triton/row_statistics.py",
         "sums = tl.sum(total * tl.exp2((peak - top[:, None]) * LOG2_E), axis=1)",

@@ -4,7 +4,7 @@ Shapes: R rows, C components, D positions, V vocabulary, W = SAMPLE_BLOCK tokens
 G = ceil(V / W) blocks of a row. Row r is component r mod C of slot r div C.
 
     x_v = u_v + strength (c_v - u_v)  with guidance (strength = scale + 1), else c_v
-    m_g = max of x over block g       without column mask_id; over the tile where that will do
+    m_g = max of x over block g       without column mask_id
     s_g = sum of exp((x - m_g) / T)                 e_g = sum of exp((x - m_g) / T) (x - m_g) / T
 
 and s_g at T = 1 beside them where `raw_prob` needs it. The blocks of a row do not depend on each
@@ -65,15 +65,10 @@ def sums_of_blocks(
     WIDTH: tl.constexpr,
     ENTROPY: tl.constexpr,
     RAW: tl.constexpr,
-    MAXIMA: tl.constexpr,
 ):
     """m, s, e / log(2) and s at T = 1 of the blocks of a tile, [R, BLOCK_G] each."""
-    if MAXIMA:
-        x = tl.reshape(x, (BLOCK_R, BLOCK_G, WIDTH))
-        peak = tl.max(x, axis=2)
-    else:  # one maximum for all blocks of the tile: a fifth of the instructions less
-        peak = tl.max(x, axis=1)[:, None] + tl.zeros([BLOCK_R, BLOCK_G], tl.float32)
-        x = tl.reshape(x, (BLOCK_R, BLOCK_G, WIDTH))
+    x = tl.reshape(x, (BLOCK_R, BLOCK_G, WIDTH))
+    peak = tl.max(x, axis=2)
     # A block without any class: -inf minus 0, and not minus -inf, which is NaN.
     gap = x - tl.where(peak == float("-inf"), 0.0, peak)[:, :, None]
     log_weight = gap * scale[:, None, None]
@@ -177,7 +172,6 @@ def _block_sums_kernel(
     GUIDED: tl.constexpr,
     ENTROPY: tl.constexpr,
     RAW: tl.constexpr,
-    MAXIMA: tl.constexpr,
     BLOCK_G: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -205,7 +199,7 @@ def _block_sums_kernel(
         x = guided(
             x_ptr, u_ptr, offset, offset_u, strength, there, cols, V, mask_id, GUIDED, True, True
         )
-    peak, total, weighted, raw = sums_of_blocks(x, scale, 1, BLOCK_G, WIDTH, ENTROPY, RAW, MAXIMA)
+    peak, total, weighted, raw = sums_of_blocks(x, scale, 1, BLOCK_G, WIDTH, ENTROPY, RAW)
     g = tile * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
     inside = there & (g < G)
     place = parts_ptr + local[:, None].to(tl.int64) * G + g

@@ -102,7 +102,6 @@ def _row_draw_kernel(
     MARGIN: tl.constexpr,
     RAW: tl.constexpr,  # sums at T = 1 stand beside those at T
     RAW_PROB: tl.constexpr,
-    MAXIMA: tl.constexpr,  # the maximum of every block is needed: argmax, margin, temperature 0
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,  # at least G
     WIDTH: tl.constexpr,
@@ -126,9 +125,7 @@ def _row_draw_kernel(
         x = guided(
             x_ptr, u_ptr, offset, offset_u, strength, there, cols, V, mask_id, GUIDED, True, True
         )
-        peak, total, weighted, raw = sums_of_blocks(
-            x, scale, BLOCK_R, BLOCK_G, WIDTH, ENTROPY, RAW, MAXIMA
-        )
+        peak, total, weighted, raw = sums_of_blocks(x, scale, BLOCK_R, BLOCK_G, WIDTH, ENTROPY, RAW)
     else:
         inside = there & (g < G)
         place = parts_ptr + local[:, None].to(tl.int64) * G + g
@@ -150,7 +147,7 @@ def _row_draw_kernel(
 
     token = tl.full([BLOCK_R], 0, tl.int32)
     picked = shift  # x at the token
-    if MAXIMA:
+    if ARGMAX or MARGIN or GREEDY or HAS_TEMPERATURE:
         best_block = tl.min(tl.where(peak == top[:, None], g, BLOCK_G - 1), axis=1)
         v = best_block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         x = guided(
@@ -259,9 +256,6 @@ def row_draw(
         "GUIDED": y is not None,
         "ENTROPY": "entropy" in wanted,
         "RAW": raw,
-        "MAXIMA": bool(wanted & {"argmax", "margin"})
-        or options.greedy
-        or isinstance(temperature, Tensor),
         "WIDTH": width,
     }
     numbers = 2 + flags["ENTROPY"] + raw
