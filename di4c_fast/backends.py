@@ -47,6 +47,8 @@ def register(
         reason: like the module's `unavailable`, asked before the module is imported.
         float64: whether it computes in fp64; if not, fp64 logits go to the torch backend.
     """
+    if not isinstance(name, str) or name in ("auto", "reference"):
+        raise ValueError(f'name must be a str other than "auto" and "reference", got {name!r}')
     _known[name] = _Passes(module, reason, float64)
 
 

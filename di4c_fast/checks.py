@@ -35,6 +35,8 @@ def check_tensor(value: Any, name: str) -> None:
         raise TypeError(
             f"{name} is a DTensor, which is not supported: call .full_tensor() or .to_local()"
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got a Tensor of layout {value.layout}")
 
 
 def check_floating(value: Any, name: str) -> None:
@@ -93,16 +95,17 @@ def check_int(value: Any, name: str, *, minimum: int | None = None) -> int:
     return value
 
 
-def check_mask_id(value: Any, vocabulary: int) -> None:
-    """Check the id of the mask token, or None for no mask."""
+def check_mask_id(value: Any, vocabulary: int) -> int | None:
+    """Check the id of the mask token, or None for no mask, and return it."""
     if value is None:
-        return
+        return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"mask_id must be an int or None, got {describe(value)}")
     if not 0 <= value < vocabulary:
         raise ValueError(f"mask_id must be in [0, V) = [0, {vocabulary}), got {value}")
     if vocabulary == 1:
         raise ValueError("mask_id excludes the only class: V must be at least 2, got 1")
+    return int(value)
 
 
 def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:

@@ -322,7 +322,7 @@ WRONG = [
     (lambda: LogisticHead(mu, mu, True), TypeError, "num_classes must be an int, got bool True"),
     (lambda: LogisticHead(mu, mu, 1), ValueError, "num_classes must be at least 2, got 1"),
     (lambda: LogisticHead(mu, mu, 4, eps=-0.1), ValueError, "eps must be in [0, 1), got -0.1"),
-    (lambda: LogisticHead(mu, mu, 4, eps=math.nan), ValueError, "eps must be in [0, 1), got nan"),
+    (lambda: LogisticHead(mu, mu, 4, eps=math.nan), ValueError, "eps must be finite, got nan"),
     (
         lambda: LogisticHead(mu, mu, 4, clamp="right"),
         ValueError,

@@ -240,7 +240,7 @@ CASES: Cases = {
 }
 for weight in ("data_weight", "teacher_weight", "consistency_weight", "component_weight"):
     kinds = {"str '1'": "1", "bool True": True, "NoneType None": None}
-    numbers = {"-0.5": -0.5, "nan": NAN, "inf": INF}
+    numbers = {"-0.5": -0.5, "nan": NAN, "inf": INF, "100000": 10**400}
     tensors = {
         "-1.0 at index (1,)": torch.tensor([1.0, -1.0]),
         "nan at index ()": torch.tensor(NAN),

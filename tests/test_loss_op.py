@@ -183,3 +183,41 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match='backend="triton" cannot run: the tensors are on the'):
         run_loss(single_problem(90), backend="triton")
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_forward_mode_is_refused(backend):
+    problem = single_problem(82)
+    student = problem.pop("student")
+
+    def value(logits: Tensor) -> Tensor:
+        return run_loss(problem | {"student": logits}, backend=backend)
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jvp(value, (student,), (torch.ones_like(student),))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_targets_may_come_from_inference_mode(backend):
+    problem = single_problem(83)
+    expected = loss_and_gradients(problem, backend=backend)
+    with torch.inference_mode():
+        targets = {name: problem[name].clone() for name in ("teacher", "consistency", "x0")}
+    for name, value in loss_and_gradients(problem | targets, backend=backend).items():
+        assert value.equal(expected[name])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_gradient_in_place_compiles_to_one_that_is_not(backend):
+    problem = single_problem(84)
+    student = problem["student"].requires_grad_()
+
+    def value(logits: Tensor) -> Tensor:
+        head = TensorHead(logits * 1.0, in_place_gradient=True)
+        return run_loss(problem | {"student": head}, backend=backend)
+
+    torch.compiler.reset()
+    compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(student), student)
+    (expected,) = torch.autograd.grad(value(student), student)
+    torch.testing.assert_close(gradient, expected)

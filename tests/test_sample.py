@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from loss_heads import FAST
 from sample_cases import assert_near, assert_same_draw, normal, streamed
 
 from di4c_fast.draw.api import sample
@@ -130,6 +131,13 @@ def test_draws_follow_the_guided_softmax():
     )
     expected = drawn_probs(logits, unconditional=unconditional.double()[None], guidance_scale=1.5)
     assert_draws_match(draw.token, expected)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_unconditional_logits_may_be_wider(backend):
+    logits, other = normal(3, 200, seed=1), normal(3, 200, seed=2)
+    drawn = sample(logits, guidance=(other.double(), 1.5), seed=2, backend=backend)
+    assert_same_draw(drawn, sample(logits, guidance=(other, 1.5), seed=2, backend=backend))
 
 
 @pytest.mark.parametrize("vocabulary", [3, 128, 300])

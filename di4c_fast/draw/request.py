@@ -162,7 +162,7 @@ def prepare_request(
     scale: float | Tensor = 0.0
     if guidance is not None:
         unconditional, scale = _prepare_guidance(guidance, head)
-    check_mask_id(mask_id, vocabulary)
+    mask_id = check_mask_id(mask_id, vocabulary)
     if top_k is not None:
         check_int(top_k, "top_k", minimum=1)
         top_k = top_k if top_k < vocabulary else None
@@ -232,7 +232,7 @@ def _prepare_guidance(guidance: Any, head: Head) -> tuple[Head, float | Tensor]:
     unconditional = as_head(guidance[0], "guidance[0]")
     check_shape(unconditional, "guidance[0]", "the shape of logits", head.shape)
     check_same_device(unconditional, "guidance[0]", head, "logits")
-    return unconditional, _per_row(guidance[1], "guidance[1]", head)
+    return unconditional.within(head.work_dtype), _per_row(guidance[1], "guidance[1]", head)
 
 
 def _prepare_seed(

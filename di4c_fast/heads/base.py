@@ -93,6 +93,15 @@ class Head(abc.ABC):
         """The same head cut off from the graph."""
         return self.with_tensors([None if t is None else t.detach() for t in self.tensors()])
 
+    def within(self, dtype: torch.dtype) -> Head:
+        """The same head with fp32 in place of fp64 tensors, unless `dtype` is fp64: passes in fp32
+        read no fp64."""
+        if dtype == torch.float64 or self.dtype != torch.float64:
+            return self
+        double = [t is not None and t.dtype == torch.float64 for t in self.tensors()]
+        pairs = zip(self.tensors(), double, strict=True)
+        return self.with_tensors([t.float() if wide else t for t, wide in pairs])  # type: ignore[union-attr]
+
     def prepared(self, *, widen: bool = True) -> Head:
         """The same logits for many calls of `load`: casts of whole tensors are done once.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, final
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_floating, check_int, check_same_device
+from ..checks import check_choice, check_floating, check_int, check_number, check_same_device
 from ..passes.base import Bins, Operand
 from .base import BuiltInHead, set_leading, take_leading
 
@@ -67,12 +66,13 @@ class LogisticHead(BuiltInHead):
             )
         check_same_device(log_scale, "log_scale", mu, "mu")
         check_int(num_classes, "num_classes", minimum=2)
-        if not 0.0 <= eps < 1.0 or math.isnan(eps):
+        check_number(eps, "eps")
+        if not 0.0 <= eps < 1.0:
             raise ValueError(f"eps must be in [0, 1), got {eps}")
         check_choice(clamp, "clamp", ("left", "min"))
         self.mu, self.log_scale = mu, log_scale
-        self.num_classes = num_classes
-        self.eps = eps
+        self.num_classes = int(num_classes)
+        self.eps = float(eps)
         self.clamp: Literal["left", "min"] = clamp
 
     @property

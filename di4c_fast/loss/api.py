@@ -151,8 +151,9 @@ def loss(
             both KL terms to the marginal.
         reduction: "mean" or "sum" over the batch, or "none".
         generator: source of the seed of the draws; None for the default generator.
-        backend: "triton" (GPU kernels), "torch" (streams over positions, any device),
-            "reference" (dense, autograd), or "auto".
+        backend: "triton" (GPU kernels), "cpu" (C++, any head of fp32, bf16 or fp16), "torch"
+            (plain operations, any device), "reference" (dense, autograd), or "auto": triton on a
+            GPU, cpu on a CPU, torch where that cannot run.
         return_terms: also return the unweighted terms.
 
     Returns:
@@ -162,15 +163,15 @@ def loss(
 
     Differentiable with respect to the tensors behind `student` and to `log_weights`; `teacher`
     and `consistency` are detached. Gradients have the dtype of their tensor. Autocast is off
-    inside: the dtype of a tensor says how it is computed with. The torch and
-    triton backends raise RuntimeError on double backward.
+    inside: the dtype of a tensor says how it is computed with. All backends but the reference
+    raise RuntimeError on double backward and on forward-mode derivatives.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what
             came. Values of tensors (token ranges, weights) are checked with ValueError on the CPU;
             on a GPU by a device-side assertion without a host sync, which surfaces as a
             RuntimeError at the next synchronising call.
-        RuntimeError: `backend="triton"` where Triton cannot run.
+        RuntimeError: a backend asked for by name cannot run here.
 
     Source: the distillation, data and consistency losses with control variates of Di4C (arXiv
     2410.08709), and the published training code of its three systems, whose losses and gradients

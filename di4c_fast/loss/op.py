@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends, record
 from ..checks import without_autocast
@@ -25,12 +26,20 @@ ONCE = (
     "the losses of di4c_fast can be differentiated once; a second derivative (a gradient "
     'penalty, a Hessian) needs backend="reference"'
 )
+BACKWARD_ONLY = (
+    "the losses of di4c_fast have no forward-mode derivatives (jvp, forward_ad); use backward, or "
+    'backend="reference"'
+)
 VALUES = len(Values._fields)
 
 
 def evaluate(problem: Problem, backend: str) -> Values:
     """The values of a problem; differentiable with respect to the student and the log-weights."""
     student = problem.student
+    if not torch.compiler.is_compiling():
+        for tensor in (*student.tensors(), problem.log_weights):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(BACKWARD_ONLY)
     needs_grad = torch.is_grad_enabled() and student.requires_grad
     encoded = record.encode(problem)
     if encoded is None:
@@ -48,8 +57,8 @@ def evaluate(problem: Problem, backend: str) -> Values:
 def _writes_over(student: TensorHead, problem: Problem) -> bool:
     """Whether the gradient goes over the logits: memory that logits share cannot hold it."""
     logits = student.logits()
-    if not student.in_place_gradient or not is_dense(logits):
-        return False
+    if not student.in_place_gradient or torch.compiler.is_compiling() or not is_dense(logits):
+        return False  # a compiled backward owns its memory
     own = logits.untyped_storage()._cdata
     for name, head in (("teacher", problem.teacher), ("consistency", problem.consistency)):
         for tensor in () if head is None else head.tensors():

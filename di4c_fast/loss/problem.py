@@ -139,8 +139,8 @@ def _check_tensors(head: Head, name: str) -> None:
     for tensor in head.tensors():
         if tensor is not None:
             check_tensor(tensor, name)
-            if tensor.layout != torch.strided or tensor.device.type == "meta":
-                raise TypeError(f"{name} must be dense and hold data, got {describe(tensor)}")
+            if tensor.device.type == "meta":
+                raise TypeError(f"{name} must hold data, got {describe(tensor)}")
             if tensor.numel() == 0 and head.shape.numel() > 0:
                 raise ValueError(
                     f"a tensor behind {name} is empty, shape {tuple(tensor.shape)}: a sharded "
@@ -161,6 +161,7 @@ def prepare_log_weights(log_weights: Tensor | None, student: Head) -> Tensor:
         raise TypeError(f"log_weights must be floating point, got {log_weights.dtype}")
     check_shape(log_weights, "log_weights", "B, N", (batch, components))
     check_same_device(log_weights, "log_weights", student, "student")
+    log_weights = log_weights.to(dtype)
     check_values(
         ~torch.isnan(log_weights) & (log_weights != float("inf")),
         "log_weights must hold neither NaN nor +inf",
@@ -170,7 +171,7 @@ def prepare_log_weights(log_weights: Tensor | None, student: Head) -> Tensor:
         (log_weights > float("-inf")).any(-1),
         "log_weights must leave at least one component of every example a weight above -inf",
     )
-    return torch.log_softmax(log_weights.to(dtype), dim=-1)
+    return torch.log_softmax(log_weights, dim=-1)
 
 
 def prepare_active(
@@ -225,7 +226,8 @@ def prepare_tokens(
     if valid is not None:  # padding is often marked by an id such as -100
         tokens = tokens.masked_fill(~(valid if tokens.ndim == 2 else valid.unsqueeze(1)), 0)
     check_token_range(tokens, name, student.shape[-1])
-    return tokens
+    inference = not torch.compiler.is_compiling() and tokens.is_inference()
+    return tokens.clone() if inference else tokens  # backward saves no inference tensors
 
 
 def check_targets_allowed(
@@ -254,7 +256,7 @@ def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Ten
             )
         check_same_device(value, name, student, "student")
         check_values(
-            torch.isfinite(value) & (value >= 0),
+            torch.isfinite(value.to(dtype)) & (value >= 0),
             f"{name} must be finite and not negative",
             value,
         )
@@ -266,7 +268,7 @@ def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Ten
         return value.detach().to(dtype).expand(batch), False
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a Tensor, got {describe(value)}")
-    if not 0.0 <= float(value) < float("inf"):
+    if not 0 <= value <= torch.finfo(dtype).max:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
     weight = torch.full((), float(value), dtype=dtype, device=student.device)
     return weight.expand(batch), float(value) == 0.0
@@ -289,12 +291,15 @@ def prepare_teacher(teacher: HeadLike, student: Head) -> Head:
 
 
 def _target(head: Head, student: Head) -> Head:
-    """Detached, and no wider than what it is computed in: passes in fp32 read no fp64."""
-    head = head.detach()
-    if head.dtype != torch.float64 or student.work_dtype == torch.float64:
+    """Detached, no wider than what it is computed in, and fit to be saved for backward."""
+    head = head.detach().within(student.work_dtype)
+    if torch.compiler.is_compiling():
+        return head
+    tensors = head.tensors()
+    if not any(t is not None and t.is_inference() for t in tensors):
         return head
     return head.with_tensors(
-        [t.float() if t is not None and t.dtype == torch.float64 else t for t in head.tensors()]
+        [t.clone() if t is not None and t.is_inference() else t for t in tensors]
     )
 
 
@@ -357,7 +362,7 @@ def prepare_loss(
     check_generator(generator)
     head = prepare_student(student)
     batch, _, positions, vocabulary = head.shape
-    check_mask_id(mask_id, vocabulary)
+    mask_id = check_mask_id(mask_id, vocabulary)
     teacher_head = prepare_teacher(teacher, head)
     active = prepare_active(xt, valid, mask_id, head)
     x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
@@ -439,7 +444,7 @@ def prepare_rows_problem(
     """The problem without distributions of `mixture_log_prob` and `correlation`, and whether x came
     as one row for each example."""
     head = prepare_student(student)
-    check_mask_id(mask_id, head.shape[-1])
+    mask_id = check_mask_id(mask_id, head.shape[-1])
     active = prepare_active(xt, valid, mask_id, head)
     tokens, single = prepare_rows(x, head, valid)
     check_targets_allowed(tokens, "x", mask_id, active)

@@ -67,7 +67,7 @@ class DistillConfig:
     control_variate: bool = True
     latent_dim: int = 1
     teacher_components: int = 1
-    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    backend: Literal["auto", "triton", "cpu", "torch", "reference"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("components", "draws", "latent_dim", "teacher_components"):

@@ -45,11 +45,10 @@ def find_library() -> Path:
     Raises:
         BuildError: there is none and it cannot be built.
     """
-    installed = _intact(HERE, _key(None))
+    key, reasons = _key(), []
+    installed = _intact(HERE, key)
     if installed is not None:
         return installed
-    compiler = find_compiler()
-    key, reasons = _key(compiler), []
     for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -59,7 +58,7 @@ def find_library() -> Path:
             if found is not None:
                 return found
             with _lock(folder / f"{key}.lock"):
-                return _intact(folder, key) or _build_loudly(compiler, folder, key)
+                return _intact(folder, key) or _build_loudly(find_compiler(), folder, key)
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror or error}")
     raise BuildError("no folder can hold the library: " + "; ".join(reasons))
@@ -88,7 +87,7 @@ def build(folder: Path, key: str | None = None, compiler: list[str] | None = Non
         OSError: the folder cannot be written.
     """
     compiler = compiler or find_compiler()
-    key, folder = key or _key(None), folder.resolve()
+    key, folder = key or _key(), folder.resolve()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
         result = Path(scratch) / "library.so"
         _run(*_commands(compiler, Path(scratch), result), Path(scratch))
@@ -177,14 +176,11 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:20]
 
 
-def _key(compiler: list[str] | None) -> str:
-    """A hash of sources, flags, machine and, where given, the compiler with its version."""
+def _key() -> str:
+    """A hash of sources, flags and machine. What is built needs no compiler to be found again."""
     parts = [platform.machine(), sys.platform, *FLAGS, *AVX512, *_extra_flags()]
     for source in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")]):
         parts += [source.name, source.read_text()]
-    if compiler is not None:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
-        parts += [*compiler, version.stdout]
     return _digest("\0".join(parts).encode())
 
 
