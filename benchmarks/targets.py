@@ -121,7 +121,6 @@ CPU = [
     Target("language", "cpu", FASTER, 1, "cpu", note="half", other_note=""),
     Target("language", "cpu", FASTER, 35, "dense", note="busy"),
     Target("language", "cpu", LOGITS, 1.25),
-    Target("language", "torch", FASTER, 10, "dense"),
     Target("language-hidden", "cpu", FASTER, 16, "dense"),
     Target("language-hidden", "cpu", FLOOR, 0.65),
     Target("language-hidden", "cpu", LOGITS, 1, note="D=1024"),  # which never exist

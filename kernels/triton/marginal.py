@@ -40,7 +40,7 @@ from .tuning import launch_parameters, power_of_two, tunable
 @tunable("marginal")
 @dataclasses.dataclass(frozen=True)
 class Marginal:
-    elements: int = 2048  # of a tile, C · BLOCK_V: with 1024, sm_80 and sm_100 spilled 16 bytes
+    elements: int = 2048  # of a tile, C · BLOCK_V, in 2 bytes; half as many in fp32
     warps: int = 1  # so that a thread holds whole columns, and sums over components need no other
     stages: int = 3
     split_columns: int = 4096  # columns of one program
@@ -193,7 +193,8 @@ def marginal(
     tuned = launch_parameters("marginal", operand.logits.device)
     block_c = min(power_of_two(operand.components), COMPONENT_TILE)
     wide = max(1, block_c // 16)  # 32 components do not fit the registers of as few threads
-    block_v = max(1, min(power_of_two(operand.vocabulary), tuned.elements // block_c))
+    elements = tuned.elements * 2 // operand.logits.element_size()
+    block_v = max(1, min(power_of_two(operand.vocabulary), elements // block_c))
     split = max(tuned.split_columns, block_v)
     _marginal_kernel[(visit.slots, triton.cdiv(operand.vocabulary, split))](
         operand.logits,
