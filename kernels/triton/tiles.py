@@ -193,9 +193,10 @@ def mixture_tiles(operand: Any, tuned: Any) -> Tiles:
         split = triton.cdiv(triton.cdiv(vocabulary, splits), block_v) * block_v
         splits = triton.cdiv(vocabulary, split)
     # A warp should have at least 128 elements: small tiles of single components need few. Columns
-    # of more than 16 components do not fit the registers of as few threads.
+    # of more than 16 components do not fit the registers of as few threads, except in two runs over
+    # many components (with 4 or 8 warps those spilled 8 bytes on sm_80).
     most = power_of_two(max(1, block_n * block_v // 128))
-    warps = min(tuned.warps * max(1, block_n // 16), most)
+    warps = min(tuned.warps * (max(1, block_n // 16) if one_tile else 1), most)
     return Tiles(one_tile, block_n, block_v, split, splits, warps)
 
 
