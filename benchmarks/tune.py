@@ -30,7 +30,7 @@ from .harness import Clock, make_group
 _LOGITS = ("language", "image")
 _DRAWS = ("rows", "rows-large")
 _TILES = (1024, 2048, 4096, 8192)
-_WARPS = (1, 2, 4, 16)  # few warps compute per-column values fewer times
+_WARPS = (1, 2, 4, 8)  # few compute per-column values fewer times, many hide latency
 _STAGES = (1, 2, 3, 4)
 
 # Field, its candidates, the shapes that it matters for; what costs most comes first, since the
