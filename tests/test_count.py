@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
 from tools import count, machine_code
 
 # An early exit, a loop over columns with a branch around two instructions, an exit.
@@ -77,6 +79,9 @@ def test_programs_beyond_a_round_count_as_a_round():
     assert more["issue"] == pytest.approx(2 * one["issue"])
 
 
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.7."), reason="counts are those of one compiler"
+)
 def test_hot_loops_stay_within_their_instructions():
     """At the language shape on sm_90; a change that adds instructions has to raise a bound."""
     code = (
