@@ -202,18 +202,26 @@ def loss(
     )
     with without_autocast(problem.student.device):
         values = _evaluate(problem, backend)
-        data = values.rows[:, 0]
-        draws = torch.zeros_like(data)
-        if problem.consistency is not None:
-            draws = values.rows[:, 1:].mean(1)
-        value = weighted(data, weights.data) + weighted(draws, weights.consistency)
-        value = value + values.marginal + weighted(values.component, weights.component)
+        draws = values.rows.shape[1] - 1
+        row_weights = weights.data.unsqueeze(1)
+        if draws:
+            share = (weights.consistency / draws).unsqueeze(1)
+            row_weights = torch.cat([row_weights, share.expand(-1, draws)], dim=1)
+        value = weighted(values.rows, row_weights).sum(1)
+        if problem.marginal:
+            value = value + values.marginal
+        if problem.component:
+            value = value + weighted(values.component, weights.component)
     if reduction == "mean":
         value = value.sum() / max(value.shape[0], 1)
     elif reduction == "sum":
         value = value.sum()
-    terms = (data, values.teacher_kl, draws, values.consistency_kl, values.component)
-    return (value, LossTerms(*(term.detach() for term in terms))) if return_terms else value
+    if not return_terms:
+        return value
+    rows, none = values.rows, torch.zeros_like(values.component)
+    consistency = rows[:, 1:].mean(1) if draws else none
+    terms = (rows[:, 0], values.teacher_kl, consistency, values.consistency_kl, values.component)
+    return value, LossTerms(*(term.detach() for term in terms))
 
 
 def _evaluate(problem: Problem, backend: Backend) -> Values:

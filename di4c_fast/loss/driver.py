@@ -186,18 +186,17 @@ def _source(head: Head | None, passes: Any) -> _Source | None:
     return None if head is None else _Source(head, passes)
 
 
-def _sweep(problem: Problem, plan: Plan, saved: Saved, passes: Any) -> tuple[Iterator[Visit], bool]:
-    """The chunks of a sweep, and whether they visit every slot.
+def _sweep(
+    problem: Problem, plan: Plan, saved: Saved, passes: Any, *sources: _Source | None
+) -> tuple[Iterator[Visit], bool]:
+    """The chunks of a sweep over some heads, and whether they visit every slot.
 
     On a GPU the number of active positions stays there, and all slots are visited. It is read on
     the host where matrix products need their sizes, and by passes that visit active slots only.
     """
     places = saved.places(problem, passes)
     positions, stop, count = problem.sizes[2], places.slots, places.count
-    computed = any(
-        head is not None and head.operand(passes) is None
-        for head in (problem.student, problem.teacher, problem.consistency)
-    )
+    computed = any(source is not None and source.whole is None for source in sources)
     capturing = saved.count.is_cuda and torch.cuda.is_current_stream_capturing()
     if count is not None and computed and not capturing:
         stop, count = int(count), None
@@ -219,7 +218,7 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     teacher, consistency = _source(problem.teacher, passes), None
     if statistics.consistency is not None:
         consistency = _source(problem.consistency, passes)
-    sweep, _ = _sweep(problem, plan, saved, passes)
+    sweep, _ = _sweep(problem, plan, saved, passes, student, teacher, consistency)
     for visit in sweep:
         u = None if consistency is None else consistency.load(visit)
         if u is not None and draws_here:
@@ -306,7 +305,7 @@ def backward(
     problem: Problem,
     passes: Any,
     saved: Saved,
-    upstream: tuple[Tensor, Tensor, Tensor],
+    upstream: Sequence[Tensor],
     needs: Sequence[bool],
     in_place: bool = False,
 ) -> list[Tensor | None]:
@@ -392,7 +391,7 @@ def _student_gradients(
     student = _Source(problem.student, passes)
     teacher = _source(problem.teacher, passes)
     consistency = _source(problem.consistency if problem.marginal else None, passes)
-    sweep, everything = _sweep(problem, plan, saved, passes)
+    sweep, everything = _sweep(problem, plan, saved, passes, student, teacher, consistency)
     head, vocabulary = problem.student, problem.sizes[3]
     target: Operand | None = None
     sums: list[Tensor | None] = []
