@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..heads import Head
-from ..memory import zeros_strided
+from ..memory import empty, empty_strided
 from ..passes.base import DrawOptions, Factors, Operand, RowSums, Statistics, Visit, padded
 from .joint import Joint, Places, joint_terms
 from .plan import Plan, make_plan, order_positions, visits
@@ -90,8 +90,7 @@ class Saved:
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
     """Memory for what the first sweep leaves; its sizes follow from shapes alone.
 
-    Small tensors are zeros, so that slots which are not active hold something; so are the large
-    ones where zeros cost nothing.
+    Small tensors are zeros, so that slots which are not active hold something.
     """
     plan = make_plan(problem, passes, needs_grad)
     batch, components, positions, vocabulary = problem.sizes
@@ -102,10 +101,9 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         return like.new_zeros(shape, dtype=dtype)
 
     def large(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        strides = torch.empty(shape, device="meta").stride()
-        real = type(like) is Tensor and like.device.type == "cpu"
-        make = zeros_strided if real else torch.empty_strided
-        return make(shape, strides, dtype=dtype, device=like.device)
+        if type(like) is not Tensor:  # of a trace
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        return empty(shape, dtype=dtype, device=like.device)
 
     def sums(head: Head | None) -> RowSums | None:
         if head is None:
@@ -167,7 +165,7 @@ class _Source:
         """An uninitialised buffer (P, C, padded V)."""
         vocabulary = self.head.shape[-1]
         sizes = (slots, self.components, padded(vocabulary))
-        return torch.empty(sizes, dtype=self.head.chunk_dtype, device=self.head.device)
+        return empty(sizes, dtype=self.head.chunk_dtype, device=self.head.device)
 
     def load(self, visit: Visit, out: Tensor | None = None) -> Operand:
         """The logits of a chunk, in memory or computed into `out` or a buffer of this object."""
@@ -402,10 +400,21 @@ def _student_gradients(
         sums, target = [mu, log_scale], student.whole.like(mu, log_scale)
     else:
         logits = head.logits().detach()
-        gradient = logits if in_place else new_gradient(logits, zero=not everything)
-        if in_place and not everything:
-            _zero_inactive(gradient, saved, problem)
+        gradient, clean = logits, False
+        if not in_place:
+            strides, dtype = gradient_strides(logits), logits.dtype
+            gradient, clean = empty_strided(
+                logits.shape, strides, dtype=dtype, device=logits.device
+            )
         target = Operand.of_all(gradient)
+        if not everything and not clean:
+            first, (batch, _, positions, _) = int(saved.count), problem.sizes
+            inactive = Visit(first, batch * positions - first, positions, saved.rows)
+            if hasattr(passes, "clear"):
+                passes.clear(target, inactive)
+            else:
+                b, d = inactive.split()
+                gradient[b, :, d] = 0.0
     scratch: Tensor | None = None
     for visit in sweep:
         known = not problem.marginal or statistics.kept(statistics.q, visit) is not None
@@ -435,13 +444,6 @@ def _student_gradients(
     ]
 
 
-def _zero_inactive(gradient: Tensor, saved: Saved, problem: Problem) -> None:
-    assert problem.active is not None
-    inactive = saved.rows[int(saved.count) :]
-    positions = problem.sizes[2]
-    gradient[inactive // positions, :, inactive % positions] = 0.0
-
-
 def is_dense(logits: Tensor) -> bool:
     """Whether the strides address every element once, with rows that may be padded."""
     reach = 0
@@ -453,12 +455,9 @@ def is_dense(logits: Tensor) -> bool:
     return logits.numel() > 0 and logits.stride(-1) == 1 and reach <= 2 * logits.numel()
 
 
-def new_gradient(logits: Tensor, zero: bool) -> Tensor:
-    """Memory for the gradient of logits, with their strides where those are dense.
+def gradient_strides(logits: Tensor) -> tuple[int, ...]:
+    """Strides of the gradient of logits: their own where those are dense.
 
     Rows that the caller has padded stay padded, so that autograd need not copy the gradient.
     """
-    dense = is_dense(logits)
-    strides = logits.stride() if dense else torch.empty(logits.shape, device="meta").stride()
-    make = zeros_strided if zero else torch.empty_strided
-    return make(logits.shape, strides, dtype=logits.dtype, device=logits.device)
+    return (logits if is_dense(logits) else torch.empty(logits.shape, device="meta")).stride()

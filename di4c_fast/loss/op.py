@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from .. import backends, record
 from ..checks import without_autocast
 from ..heads import TensorHead
-from .driver import Saved, backward, forward, is_dense, new_gradient, new_saved
+from .driver import Saved, backward, forward, gradient_strides, is_dense, new_saved
 from .problem import Problem, Values
 
 ONCE = (
@@ -147,7 +147,7 @@ def _(
         elif part is problem.log_weights:
             found.append(torch.empty(part.shape, dtype=part.dtype, device=part.device))
         elif isinstance(problem.student, TensorHead):
-            found.append(new_gradient(part, zero=False))
+            found.append(part.new_empty_strided(part.shape, gradient_strides(part)))
         else:
             found.append(torch.empty_like(part, memory_format=torch.contiguous_format))
     return found
