@@ -35,8 +35,10 @@ def sample_rows(request: SampleRequest, backend: str) -> dict[str, Tensor]:
     """The token and the wanted fields, each (R,), of the passes of a backend."""
     name = backends.resolve(backend, request.head.device, request.dtype)
     encoded = record.encode(request)
-    # No op can take a head of one's own.
-    found = _run(request, name) if encoded is None else sample_op(*encoded, name)
+    if encoded is None or not record.is_traced(encoded[0]):  # no op can take a head of one's own
+        found = _run(request, name)
+    else:
+        found = sample_op(*encoded, name)
     return dict(zip(("token", *request.want), found, strict=True))
 
 

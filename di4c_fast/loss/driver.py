@@ -57,22 +57,9 @@ class Saved:
         teacher, consistency = (
             RowSums(*others[i : i + 2]) if others[i].ndim == 2 else None for i in (2, 4)
         )
-        log_prob, mass, teacher_kl, consistency_kl, divergence, q, q_teacher = others[6:13]
+        fields = (tokens, student, teacher, consistency, *others[6:13])
+        statistics = Statistics(*fields, sums_known=True)  # type: ignore[misc, arg-type]
         rows, count, logits, *joint = others[13:]
-        statistics = Statistics(
-            tokens,
-            student,
-            teacher,
-            consistency,
-            log_prob,
-            mass,
-            teacher_kl,
-            consistency_kl,
-            divergence,
-            q,
-            q_teacher,
-            sums_known=True,
-        )
         return Saved(statistics, rows, count, logits, Joint(*joint))
 
     def places(self, problem: Problem, passes: Any) -> Places:

@@ -46,7 +46,7 @@ def evaluate(problem: Problem, backend: str) -> Values:
     if encoded is None:
         parts = [t for t in (*student.tensors(), problem.log_weights) if t is not None]
         found = _Evaluation.apply(problem, None, backend, needs_grad, False, *parts)
-    elif _is_traced(encoded[0]):
+    elif record.is_traced(encoded[0]):
         found = mixture(*encoded, backend, needs_grad)
     else:
         tensors, text = encoded
@@ -54,15 +54,6 @@ def evaluate(problem: Problem, backend: str) -> Values:
         found = _Evaluation.apply(problem, text, backend, needs_grad, in_place, *tensors)
     rows, marginal, component, teacher_kl, consistency_kl = found[:VALUES]
     return Values(rows, marginal, component, teacher_kl.detach(), consistency_kl.detach())
-
-
-def _is_traced(tensors: list[Tensor]) -> bool:
-    """Whether somebody looks at every operation: a compiler, a dispatch mode, a tensor subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    )
 
 
 def _writes_over(student: TensorHead, problem: Problem) -> bool:
