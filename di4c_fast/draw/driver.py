@@ -10,6 +10,8 @@ in place, others are computed group by group into a buffer. Top-p, top-k, and ev
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from ..memory import empty
 from ..passes.base import Drawn, DrawOptions, Operand, Visit, padded
 from .filters import FIRST_LOOK, NEG_INF, filter_literal_, filter_scaled_, guide, row_peak
 from .law import block_sums
-from .request import CONFIDENCES, SampleRequest
+from .request import CONFIDENCES, PASS_FIELDS, SampleRequest
 
 MIN_GROUP_ROWS = 64  # so that the matrix products of a linear head stay efficient
 BUDGET_CPU = 64 << 20  # bytes of the logits of a group
@@ -79,8 +81,8 @@ def _run(request: SampleRequest, backend: str) -> list[Tensor]:
                 logits = [operand.logits[:, 0] for operand in given]
                 fields, look = _draw_prepared(request, passes, logits, keys, asked, look)
             else:
-                fields = _fields(_draw(passes, given, keys, asked))
-            found.append([fields[name] for name in ("token", *request.want)])
+                fields = _fields(request, _draw(passes, given, keys, asked), {})
+            found.append(fields)
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
@@ -127,27 +129,22 @@ def _draw(passes: Any, given: list[Operand], keys: Tensor, options: DrawOptions)
     return passes.draw(x, y[0] if y else None, visit, keys, options)
 
 
-def _fields(drawn: Drawn, others: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The fields of `Draw` as far as they are there; `others` take the place of those drawn."""
-    log_total = drawn.log_total
-    fields = {
-        "token": drawn.token,
-        "log_prob": drawn.log_weight - log_total,
-        "logsumexp": drawn.shift + log_total,
-        "argmax": drawn.argmax,
-        "max_log_prob": -log_total,
-        "entropy": drawn.entropy,
-        "margin": drawn.margin,
-        "prob": drawn.log_weight.exp() / drawn.total,
-        "raw_prob": drawn.raw_prob,
-        **(others or {}),
-    }
-    bad = drawn.token < 0
-    return {
-        name: value.masked_fill(bad, float("nan") if value.is_floating_point() else -1)
-        for name, value in fields.items()
-        if value is not None
-    }
+_FORMULAS: dict[str, Callable[[Drawn], Any]] = {
+    **{name: operator.attrgetter(name) for name in ("token", *PASS_FIELDS)},
+    "log_prob": lambda drawn: drawn.log_weight - drawn.log_total,
+    "logsumexp": lambda drawn: drawn.shift + drawn.log_total,
+    "max_log_prob": lambda drawn: -drawn.log_total,
+    "prob": lambda drawn: drawn.log_weight.exp() / drawn.total,
+}
+
+
+def _fields(request: SampleRequest, drawn: Drawn, others: dict[str, Tensor]) -> list[Tensor]:
+    """The token and the wanted fields of `Draw`; `others` take the place of those drawn."""
+    bad, found = drawn.token < 0, []
+    for name in ("token", *request.want):
+        value = others[name] if name in others else _FORMULAS[name](drawn)
+        found.append(value.masked_fill(bad, float("nan") if value.is_floating_point() else -1))
+    return found
 
 
 def _draw_prepared(
@@ -157,7 +154,7 @@ def _draw_prepared(
     keys: Tensor,
     options: DrawOptions,
     look: int,
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[list[Tensor], int]:
     """The fields of rows (r, V) that guidance, temperature and filters are applied to here."""
     dtype, vocabulary, mask_id = request.dtype, request.vocabulary, request.mask_id
     temperature = options.temperature
@@ -196,7 +193,7 @@ def _draw_prepared(
         others = literal.fields(request.want, place)
     elif raw_total is not None:
         others["raw_prob"] = (logits.gather(1, place).to(dtype) - peak)[:, 0].exp() / raw_total
-    return _fields(drawn, others), look
+    return _fields(request, drawn, others), look
 
 
 class _Literal:
