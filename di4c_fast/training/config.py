@@ -6,13 +6,13 @@ Source: Di4C (arXiv 2410.08709), the training recipes of its three systems.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import check_choice, check_int, check_number, describe
+from ..checks import check_choice, check_int, check_number, check_within
 from ..loss.api import LossTerms
 
 __all__ = ["SCHEDULES", "DistillConfig", "DistillOutput", "Schedule", "data_weights"]
@@ -75,20 +75,11 @@ class DistillConfig:
                 check_int(getattr(self, name), name, minimum=1)
         for name in ("data", "teacher", "consistency", "component"):
             check_number(getattr(self, f"{name}_weight"), f"{name}_weight", minimum=0.0)
-        for name in ("teacher_step", "component_spread", "low_t", "low_t_probability"):
-            value = getattr(self, name)
-            check_number(value, name)
-            if not 0.0 <= value <= 1.0 or (name == "teacher_step" and value == 0.0):
-                bracket = "(" if name == "teacher_step" else "["
-                raise ValueError(f"{name} must be in {bracket}0, 1], got {value}")
+        check_within(self.teacher_step, "teacher_step", "(0, 1]")
+        for name in ("component_spread", "low_t", "low_t_probability"):
+            check_within(getattr(self, name), name, "[0, 1]")
         check_choice(self.data_schedule, "data_schedule", SCHEDULES)
         check_choice(self.backend, "backend", backends.names())
-
-
-def check_kind(value: Any, kind: type, name: str) -> None:
-    if not isinstance(value, kind):
-        article = "an" if kind.__name__[0] in "AEIO" else "a"
-        raise TypeError(f"{name} must be {article} {kind.__name__}, got {describe(value)}")
 
 
 def data_weights(t: Tensor, schedule: Schedule, weight: float = 1.0) -> Tensor:

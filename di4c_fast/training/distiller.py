@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
+from ..checks import check_kind
 from ..heads import HeadLike
-from ..models.call import Context, check_callable
+from ..models.call import check_callable
 from ..processes import Process
 from .checkpoint import identity
-from .config import DistillConfig, DistillOutput, check_kind
-from .ema import EMA
+from .config import DistillConfig, DistillOutput
 from .step import distill_step
 from .trainer import Backward, Metrics, Trainer
 
@@ -38,14 +37,8 @@ class Distiller(Trainer):
             `nn.Module` has no eval mode: its dropout is the caller's to switch off.
         optimizer: over parameters of the student, all or some.
         process, config: as for `distill_step`.
-        ema, scheduler, clip_norm, accumulate, skip_nonfinite: as for `Trainer`.
-        generator: source of the draws, as for `distill_step`.
-
-    Attributes:
-        iterations, examples, pending, skipped: as for `Trainer`.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        options: ema, scheduler, clip_norm, accumulate, skip_nonfinite, generator (source of the
+            draws of `distill_step`); these, the attributes and the errors as for `Trainer`.
     """
 
     format = "di4c_fast.Distiller/1"
@@ -59,52 +52,26 @@ class Distiller(Trainer):
         *,
         process: Process,
         config: DistillConfig | None = None,
-        ema: EMA | None = None,
-        scheduler: LRScheduler | None = None,
-        clip_norm: float | None = None,
-        accumulate: int = 1,
-        skip_nonfinite: bool = True,
-        generator: torch.Generator | None = None,
+        **options: Any,
     ):
         config = DistillConfig() if config is None else config
         check_callable(teacher, "teacher")
         check_kind(process, Process, "process")
         check_kind(config, DistillConfig, "config")
-        super().__init__(
-            student,
-            optimizer,
-            ema=ema,
-            scheduler=scheduler,
-            clip_norm=clip_norm,
-            accumulate=accumulate,
-            skip_nonfinite=skip_nonfinite,
-            generator=generator,
-        )
+        super().__init__(student, optimizer, **options)
         self.student, self.teacher = student, teacher
         self.process, self.config = process, config
 
-    def step(
-        self,
-        x0: Tensor,
-        *,
-        valid: Tensor | None = None,
-        context: Context | None = None,
-        t: Tensor | None = None,
-        latent: Tensor | None = None,
-        latent_u: Tensor | None = None,
-        latent_teacher: Tensor | None = None,
-        latent_min: Tensor | None = None,
-        return_terms: bool = True,
-    ) -> Metrics:
+    def step(self, x0: Tensor, **options: Any) -> Metrics:
         """Loss and gradients of one batch; the optimiser steps with every `accumulate`-th.
 
         An empty batch counts as one whose gradient is 0: momentum and weight decay still act.
 
         Args:
-            x0: (B, D) int64; the others as for `distill_step`. Each part of the loss goes
-                backward as soon as it exists, so that one graph is alive at a time.
-            return_terms: False leaves the terms out of the metrics, which saves those of
-                weight 0.
+            x0: (B, D) int64.
+            options: valid, context, t, latent, latent_u, latent_teacher, latent_min,
+                return_terms, as for `distill_step`. Each part of the loss goes backward as soon
+                as it exists, so that one graph is alive at a time.
 
         Returns:
             Detached scalars on the student's device, which nothing here waits for: "loss"; the
@@ -115,10 +82,7 @@ class Distiller(Trainer):
             "skipped" (steps skipped so far).
 
         Raises:
-            TypeError, ValueError: as `distill_step`. Any exception, of the optimiser, the
-                schedule or the average too, drops the gradients that were waiting: `pending` is
-                0 then.
-            RuntimeError: inside `ema.applied()`, where the student holds the average.
+            TypeError, ValueError: as `distill_step`; otherwise as `Trainer.take`.
         """
 
         def batch(backward: Backward) -> tuple[Metrics, int]:
@@ -129,15 +93,8 @@ class Distiller(Trainer):
                 process=self.process,
                 config=self.config,
                 generator=self.generator,
-                latent=latent,
-                latent_u=latent_u,
-                latent_teacher=latent_teacher,
-                latent_min=latent_min,
-                t=t,
-                valid=valid,
-                context=context,
-                return_terms=return_terms,
                 backward=backward,
+                **options,
             )
             return {"loss": output.loss, **self._term_means(output)}, len(x0)
 
