@@ -38,16 +38,7 @@ PathLike = str | os.PathLike[str]
 
 
 class Hold:
-    """This process's claim to write a file; another's is an error that names this process.
-
-    It ends with the last reference to it, or with the process, however that ends. Where the
-    system has no locks of files (Windows, some network file systems) nothing is claimed.
-    """
-
-    def __init__(self, path: str):
-        weakref.finalize(self, _unlock, path, _lock(path), os.getpid())
-        for left in glob.glob(glob.escape(path) + ".*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+    """A claim to write a file; it ends with the last reference to it, or with the process."""
 
 
 _held: weakref.WeakValueDictionary[tuple[int, str], Hold] = weakref.WeakValueDictionary()
@@ -56,16 +47,21 @@ _held: weakref.WeakValueDictionary[tuple[int, str], Hold] = weakref.WeakValueDic
 def hold(path: PathLike) -> Hold:
     """Claim a file that this process will write; those who claim it in one process share it.
 
-    Leftovers of a process that was killed while it wrote are removed.
+    Leftovers of a process that was killed while it wrote are removed. Where the system has no
+    locks of files (Windows, some network file systems) nothing is claimed.
 
     Raises:
         RuntimeError: another process holds it; the message names that process and the folder.
     """
     # A forked child inherits the dictionary, but not the locks.
-    key = (os.getpid(), os.path.realpath(path))
-    held = _held.get(key)
+    owner, path = os.getpid(), os.path.realpath(path)
+    held = _held.get((owner, path))
     if held is None:
-        held = _held[key] = Hold(key[1])
+        held = Hold()
+        weakref.finalize(held, _unlock, path, _lock(path), owner)
+        _held[owner, path] = held
+        for left in glob.glob(glob.escape(path) + ".*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
     return held
 
 
@@ -148,7 +144,7 @@ def write_checkpoint(
     stored, aliases = _own_memory(tensors)
     sums = {name: _sum_of(value) for name, value in stored.items()}
     text = json.dumps({"aliases": aliases, "sums": sums, "values": values})
-    metadata = {"format": format_name, "values": text, "sum": _sum_of_text(text)}
+    metadata = {"format": format_name, "values": text, "sum": str(zlib.crc32(text.encode()))}
     with replacing(path) as temporary:
         try:
             save_file(stored, str(temporary), metadata=metadata)
@@ -191,9 +187,10 @@ def read_checkpoint(path: PathLike, format_name: str) -> tuple[dict[str, Tensor]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error})") from error
     try:
-        if _sum_of_text(metadata["values"]) != metadata["sum"]:
+        text = metadata["values"]
+        if str(zlib.crc32(text.encode())) != metadata["sum"]:
             raise ValueError("its sum is another")
-        record = json.loads(metadata["values"])
+        record = json.loads(text)
         there = {name: _sum_of(value) for name, value in tensors.items()}
         for line in differences(record["sums"], there):
             raise ValueError(f"not what was written: the sum of {line}")
@@ -226,10 +223,6 @@ def _sum_of(value: Tensor) -> int:
     if not value.numel():
         return 0
     return zlib.crc32(value.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _sum_of_text(text: str) -> str:
-    return str(zlib.crc32(text.encode()))
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,9 +1,7 @@
 """One Di4C distillation step.
 
-A step draws t and x_t, runs the teacher once without a graph (that pass gives the targets and
-all draws of x_u), runs the student at x_t with a graph, then at x_u without one and in eval mode,
-and calls `di4c_fast.loss`. Processes with a time of their own for the component term
-(`Process.component_time`) add one teacher pass and one student pass at that time.
+A step draws t and x_t, runs the teacher (whose pass gives the targets and all draws of x_u), the
+student at x_t and at x_u, and calls `di4c_fast.loss`.
 
 Source: Di4C (arXiv 2410.08709), the losses and training recipes of its three systems.
 """
@@ -12,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -21,11 +19,12 @@ from torch import Tensor, nn
 from ..checks import (
     check_floating,
     check_int64,
-    check_number,
+    check_kind,
     check_rank,
     check_same_device,
     check_shape,
     check_values,
+    check_within,
     describe,
     without_autocast,
 )
@@ -43,7 +42,7 @@ from ..models.call import (
 from ..models.latent import draw_latents
 from ..processes import Process
 from ..rng import check_generator, generator_uniform
-from .config import DistillConfig, DistillOutput, check_kind, data_weights
+from .config import DistillConfig, DistillOutput, data_weights
 
 __all__ = ["distill_step"]
 
@@ -120,54 +119,31 @@ def distill_step(
     """
     config = DistillConfig() if config is None else config
     step = _Step(student, teacher, process, config, generator, return_terms, backward)
-    step.check(x0)
-    step.check_latents(
-        x0, latent=latent, latent_u=latent_u, latent_teacher=latent_teacher, latent_min=latent_min
-    )
+    given = {"latent": latent, "latent_u": latent_u}
+    step.check(x0, **given, latent_teacher=latent_teacher, latent_min=latent_min)
     context = check_context(context, len(x0), x0.device)
-    t_host = step.times_on_host(t, len(x0))
-    if t is None:
-        t = t_host.to(x0.device, non_blocking=True)
-    else:
-        check_same_device(t, "t", x0, "x0")
+    t, t_host = step.times(t, x0)
     if not len(x0):
         return step.empty(x0, t, latent)
     xt = process.corrupt(x0, t, valid=valid, generator=generator)
     u = process.step_time(t, config.teacher_step, generator=generator)
-    latent = step.latents("latent", latent, x0)
-    latent_u = step.latents("latent_u", latent_u, x0)
+    latent, latent_u = (step.latents(name, value, x0) for name, value in given.items())
     if config.teacher_components > 1:
         latent_teacher = step.latents("latent_teacher", latent_teacher, x0)
-
-    own_pass = process.component_time is not None
-    low = t_host < (0.0 if own_pass else config.low_t)
-    # Examples that need the x_u pass first, so that both kinds are contiguous slices.
-    order = torch.argsort(low.int(), stable=True)
-    high = len(x0) - int(low.sum())
-    permuted = 0 < high < len(x0) and not bool((order[1:] > order[:-1]).all())
+    low = t_host < step.low_t
     examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u)
-    if permuted:
-        order = order.to(x0.device, non_blocking=True)
-        examples = examples.select(order)
-    value, terms, xu = step.run(examples, high)
-    value = step.hand_over(value)
-    if permuted:
-        inverse = torch.argsort(order)
-        terms = None if terms is None else LossTerms(*(term[inverse] for term in terms))
-        xu = None if xu is None else xu[inverse]
+    own_pass = process.component_time is not None
+    value, terms, xu = step.run(examples, low)
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
-    output = DistillOutput(
-        value, terms, t.detach(), u.detach(), xt, xu, latent.detach(), latent_u.detach(), low
-    )
+    detached = t.detach(), u.detach(), xt, xu, latent.detach(), latent_u.detach()
+    output = DistillOutput(step.hand_over(value), terms, *detached, low)
     if own_pass and config.component_weight:
-        latent_min = step.latents("latent_min", latent_min, x0)
-        output = step.component(output, x0, latent_min, valid, context)
+        output = step.component(output, latent_min, examples)
     return output
 
 
-@dataclasses.dataclass(frozen=True)
-class _Examples:
+class _Examples(NamedTuple):
     """The per-example tensors of a step, so that they are permuted and cut together."""
 
     x0: Tensor
@@ -181,9 +157,8 @@ class _Examples:
     latent_u: Tensor
 
     def select(self, index: Tensor | slice) -> _Examples:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        chosen = {k: v[index] for k, v in fields.items() if isinstance(v, Tensor)}
-        return _Examples(**{**fields, **chosen, "context": select_context(self.context, index)})
+        fields = {k: v[index] for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**fields, context=select_context(self.context, index))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +176,7 @@ class _Step:
     return_terms: bool
     backward: Callable[[Tensor], None] | None
 
-    def check(self, x0: Tensor) -> None:
+    def check(self, x0: Tensor, **latents: Tensor | None) -> None:
         check_callable(self.student, "student")
         check_callable(self.teacher, "teacher")
         check_int64(x0, "x0")
@@ -211,22 +186,8 @@ class _Step:
         check_kind(self.config, DistillConfig, "config")
         if self.backward is not None:
             check_callable(self.backward, "backward")
-        time = self.process.component_time
-        if time is not None:
-            check_number(time, "process.component_time")
-            if not 0.0 < time <= 1.0:
-                raise ValueError(f"process.component_time must be in (0, 1], got {time}")
-
-    def rows(self, name: str) -> tuple[str, int]:
-        """The letter and the number of an example's latents of that name."""
-        config = self.config
-        if name == "latent_u":
-            return "K", config.components if config.draws is None else config.draws
-        if name == "latent_teacher":
-            return "M", config.teacher_components
-        return "N", config.components
-
-    def check_latents(self, x0: Tensor, **latents: Tensor | None) -> None:
+        if self.process.component_time is not None:
+            check_within(self.process.component_time, "process.component_time", "(0, 1]")
         for name, given in latents.items():
             if given is None:
                 continue
@@ -240,29 +201,43 @@ class _Step:
                 got = describe(self.process)
                 raise ValueError(f"latent_min needs a process with a component_time, got {got}")
 
+    @property
+    def low_t(self) -> float:
+        """Below it examples get the component term; a component pass of its own leaves none."""
+        return self.config.low_t if self.process.component_time is None else 0.0
+
+    def rows(self, name: str) -> tuple[str, int]:
+        """The letter and the number of an example's latents of that name."""
+        config = self.config
+        others = {
+            "latent_u": ("K", config.draws or config.components),
+            "latent_teacher": ("M", config.teacher_components),
+        }
+        return others.get(name, ("N", config.components))
+
     def latents(self, name: str, given: Tensor | None, x0: Tensor) -> Tensor:
         if given is not None:
             return given
         rows, dim = self.rows(name)[1], self.config.latent_dim
         return draw_latents(len(x0), rows, dim, generator=self.generator, device=x0.device)
 
-    def times_on_host(self, t: Tensor | None, batch: int) -> Tensor:
-        """The times (B,) on the CPU, checked."""
+    def times(self, t: Tensor | None, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """The times (B,), and the same on the CPU."""
         if t is None:
-            # Without a low branch no share of the times is set aside for it.
-            low = self.process.component_time is None and self.config.low_t > 0.0
-            return self.process.sample_times(
-                batch,
-                low_t=self.config.low_t if low else 0.0,
-                low_t_probability=self.config.low_t_probability if low else 0.0,
+            host = self.process.sample_times(
+                len(x0),
+                low_t=self.low_t,
+                low_t_probability=self.config.low_t_probability if self.low_t else 0.0,
                 generator=self.generator,
                 device="cpu",
             )
+            return host.to(x0.device, non_blocking=True), host
         check_floating(t, "t")
-        check_shape(t, "t", "B,", (batch,))
-        t_host = t.detach().cpu()
-        check_values((t_host > 0) & (t_host <= 1), "t must hold times in (0, 1]", t_host)
-        return t_host
+        check_shape(t, "t", "B,", (len(x0),))
+        host = t.detach().cpu()
+        check_values((host > 0) & (host <= 1), "t must hold times in (0, 1]", host)
+        check_same_device(t, "t", x0, "x0")
+        return t, host
 
     def hand_over(self, part: Tensor) -> Tensor:
         """A part's value, its graph given to the caller's `backward` if there is one."""
@@ -276,12 +251,10 @@ class _Step:
 
     def empty(self, x0: Tensor, t: Tensor, latent: Tensor | None) -> DistillOutput:
         """A step without examples: loss 0, which every weight of the student has a part in."""
-        sources: list[Tensor] = [] if latent is None else [latent]
-        if isinstance(self.student, nn.Module):
-            sources += self.student.parameters()
-        sources = [source for source in sources if source.requires_grad]
-        value = torch.zeros((), device=x0.device, requires_grad=not sources)
-        for source in sources:  # sums of nothing: weights that are not finite leave no NaN
+        sources = list(self.student.parameters()) if isinstance(self.student, nn.Module) else []
+        value = torch.zeros((), device=x0.device, requires_grad=True)
+        for source in [*sources, *([] if latent is None else [latent])]:
+            # Sums of nothing: weights that are not finite leave no NaN.
             value = value + source.flatten()[:0].sum().to(value)
         none = torch.zeros(0, device=x0.device)
         terms = LossTerms(*[none] * len(LossTerms._fields)) if self.return_terms else None
@@ -310,11 +283,9 @@ class _Step:
             return call_model(model, name, tokens, t, None, context, vocab_size)
         batch, rows, _ = latent.shape
         if tokens.ndim == 2:
-            tokens = repeat(tokens, "b d -> (b n) d", n=rows)
-        else:
-            tokens = rearrange(tokens, "b n d -> (b n) d")
-        t, latent = repeat(t, "b -> (b n)", n=rows), rearrange(latent, "b n l -> (b n) l")
-        context = repeat_context(context, rows)
+            tokens = repeat(tokens, "b d -> b n d", n=rows)
+        tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, latent))
+        t, context = repeat(t, "b -> (b n)", n=rows), repeat_context(context, rows)
         head = call_model(model, name, tokens, t, latent, context, vocab_size)
         return head.unflatten(batch, rows)
 
@@ -344,21 +315,28 @@ class _Step:
             **options,
         )
 
-    def run(self, examples: _Examples, high: int) -> tuple[Tensor, LossTerms | None, Tensor | None]:
-        """The three model passes and the loss, the first `high` examples with consistency terms."""
+    def run(
+        self, examples: _Examples, low: Tensor
+    ) -> tuple[Tensor, LossTerms | None, Tensor | None]:
+        """The three model passes and the loss; the examples that are low get no x_u pass."""
         # The student before the draws: with fewer classes it cannot be called with all tokens.
-        student, teacher = self.predict(examples)
-        share = 1.0 / len(examples.x0)
-        if high in (0, len(examples.x0)):
-            value, terms, xu = self.part(examples, student, teacher, share, low=high == 0)
+        high, share = len(low) - int(low.sum()), 1.0 / len(low)
+        if high in (0, len(low)):
+            value, terms, xu = self.part(examples, *self.predict(examples), share, low=not high)
             return value, terms, xu if high else None
+        # Those with an x_u pass first, so that both kinds are contiguous slices.
+        order = torch.argsort(low.int(), stable=True).to(examples.x0.device, non_blocking=True)
+        inverse, examples = torch.argsort(order), examples.select(order)
+        (student, low_student), (teacher, low_teacher) = (
+            head.split(high) for head in self.predict(examples)
+        )
         front, rest = examples.select(slice(high)), examples.select(slice(high, None))
-        (student, low_student), (teacher, low_teacher) = student.split(high), teacher.split(high)
         value, terms, xu = self.part(front, student, teacher, share, low=False)
         low_value, low_terms, low_xu = self.part(rest, low_student, low_teacher, share, low=True)
         if terms is not None and low_terms is not None:
-            terms = LossTerms(*map(torch.cat, zip(terms, low_terms, strict=True)))
-        return value + low_value, terms, torch.cat([xu, low_xu])
+            pairs = zip(terms, low_terms, strict=True)
+            terms = LossTerms(*(torch.cat(pair)[inverse] for pair in pairs))
+        return value + low_value, terms, torch.cat([xu, low_xu])[inverse]
 
     def part(
         self, at: _Examples, student: Head, teacher: Head, share: float, *, low: bool
@@ -393,28 +371,26 @@ class _Step:
         return value, terms, xu
 
     def component(
-        self,
-        output: DistillOutput,
-        x0: Tensor,
-        latent: Tensor,
-        valid: Tensor | None,
-        context: Context,
+        self, output: DistillOutput, latent: Tensor | None, at: _Examples
     ) -> DistillOutput:
         """What there is, with the component term from calls of its own."""
-        (batch, rows, dim), config = latent.shape, self.config
-        made: Any = {"generator": self.generator, "device": x0.device}
-        t = x0.new_full((batch * rows,), self.process.component_time or 0.0, dtype=torch.float32)
+        config, process = self.config, self.process
+        latent = self.latents("latent_min", latent, at.x0)
+        batch, rows, dim = latent.shape
+        made: Any = {"generator": self.generator, "device": at.x0.device}
+        t = at.x0.new_full((batch * rows,), process.component_time or 0.0, dtype=torch.float32)
         if config.component_spread:
             later = generator_uniform((2, len(t)), **made)
             t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
-        x0 = repeat(x0, "b d -> (b n) d", n=rows)
-        valid = None if valid is None else repeat(valid, "b d -> (b n) d", n=rows)
-        xt = self.process.corrupt(x0, t, valid=valid, generator=self.generator)
-        one = config.teacher_components == 1
-        latent_teacher = None if one else draw_latents(len(t), 1, dim, **made)
-        single = rearrange(latent, "b n l -> (b n) 1 l")
-        context = repeat_context(context, rows)
-        at = _Examples(x0, t, xt, single, latent_teacher, valid, context, t, single)  # no step to u
+        at = at.select(torch.arange(batch, device=t.device).repeat_interleave(rows))
+        at = at._replace(
+            t=t,
+            xt=process.corrupt(at.x0, t, valid=at.valid, generator=self.generator),
+            latent=rearrange(latent, "b n l -> (b n) 1 l"),
+            latent_teacher=draw_latents(len(t), 1, dim, **made)
+            if at.latent_teacher is not None
+            else None,
+        )
         weights: Any = dict.fromkeys(("data_weight", "teacher_weight", "consistency_weight"), 0.0)
         weights["component_weight"] = config.component_weight / len(t)
         weighted = self.loss(at, *self.predict(at), **weights, reduction="none")
@@ -424,6 +400,6 @@ class _Step:
             loss=output.loss + self.hand_over(weighted.sum()),
             terms=output.terms and output.terms._replace(component=term),
             t_min=t.view(batch, rows),
-            x_min=rearrange(xt, "(b n) d -> b n d", n=rows),
+            x_min=rearrange(at.xt, "(b n) d -> b n d", n=rows),
             latent_min=latent.detach(),
         )

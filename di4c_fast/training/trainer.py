@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..checks import check_bool, check_int, check_number, without_autocast
+from ..checks import check_bool, check_int, check_kind, check_number, without_autocast
 from ..rng import check_generator
 from .checkpoint import (
     PathLike,
@@ -24,7 +24,6 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from .config import check_kind
 from .ema import EMA
 
 __all__ = ["Trainer"]
@@ -112,23 +111,20 @@ class Trainer:
         self.clip_norm, self.accumulate = clip_norm, accumulate
         self.skip_nonfinite, self.generator = skip_nonfinite, generator
         self.iterations = self.examples = self.pending = 0
-        self._check_parameters()
-        self.skipped = torch.zeros((), device=self._parameters()[0].device)
-
-    def _check_parameters(self) -> None:
-        for name, part in self.module.named_modules():
+        for name, part in module.named_modules():
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
                 raise ValueError(
                     f"{self.role} must have dense gradients, got {name!r}, an embedding with "
                     "sparse=True"
                 )
-        known = {id(p) for p in self.module.parameters()}
-        foreign = sum(id(p) not in known for p in self._parameters())
+        parameters = self._parameters()
+        foreign = len(set(parameters) - set(module.parameters()))
         if foreign:
             raise ValueError(
                 f"optimizer must hold parameters of the {self.role} only, got {foreign} of "
-                f"{len(self._parameters())} that are not"
+                f"{len(parameters)} that are not"
             )
+        self.skipped = torch.zeros((), device=parameters[0].device)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -195,28 +191,24 @@ class Trainer:
         )
 
     def _optimise(self) -> Metrics:
-        if self.clip_norm is None:
-            gradients = [p.grad for p in self._parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients).to(self.skipped)
-        else:
-            norm = nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm).to(self.skipped)
-        stepped = True
-        if not self.skip_nonfinite:
-            self.optimizer.step()
-        else:
-            bad = (~norm.isfinite()).float()
-            self.skipped += bad
-            if self._fused():
-                # What torch's GradScaler gives to fused optimisers: they skip on the device.
-                self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
-                try:
-                    self.optimizer.step()
-                finally:
-                    del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
-            else:
-                stepped = not bool(bad)
-                if stepped:
-                    self.optimizer.step()
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters(), self.clip_norm, norm)
+        norm = norm.detach().to(self.skipped)
+        bad = (~norm.isfinite()).float() * self.skip_nonfinite
+        self.skipped += bad
+        fused = self.skip_nonfinite and self._fused()
+        stepped = fused or not (self.skip_nonfinite and bool(bad))
+        optimizer: Any = self.optimizer
+        if fused:  # What torch's GradScaler gives to fused optimisers: they skip on the device.
+            optimizer.grad_scale, optimizer.found_inf = None, bad
+        try:
+            if stepped:
+                optimizer.step()
+        finally:
+            if fused:
+                del optimizer.grad_scale, optimizer.found_inf
         self.iterations += 1  # also where the schedule has ended or the average fails
         if self.scheduler is not None:
             with warnings.catch_warnings():
@@ -225,7 +217,7 @@ class Trainer:
                 self.scheduler.step()
         if self.ema is not None:
             self.ema.update()
-        return {"grad_norm": norm.detach(), "skipped": self.skipped.clone()}
+        return {"grad_norm": norm, "skipped": self.skipped.clone()}
 
     # Checkpoints
 
@@ -254,18 +246,11 @@ class Trainer:
         self._refuse_average("save")
         self._hold = hold(check_place(path))
         tensors: dict[str, Tensor] = {}
-        states = {name: encode(state, name, tensors) for name, state in self._states().items()}
+        record = self._record()
+        states = {name: encode(one, name, tensors) for name, one in record["states"].items()}
         if self.pending:
-            for name, parameter in self.module.named_parameters():
-                if parameter.grad is not None:
-                    tensors[f"gradient/{name}"] = parameter.grad
-        values = {
-            "identity": self._identity(),
-            "parameters": self._optimized_names(),
-            "states": states,
-            "counters": {name: getattr(self, name) for name in _COUNTERS},
-            "extra": extra,
-        }
+            encode({k: p.grad for k, p in self.module.named_parameters()}, "gradient", tensors)
+        values = {**record, "states": states, "extra": extra}
         write_checkpoint(path, self.format, tensors, values)
 
     def load(self, path: PathLike) -> Any:
@@ -291,8 +276,8 @@ class Trainer:
         gradients = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
             states = {name: decode(state, tensors) for name, state in values["states"].items()}
-            found = self._misfits(values, states, gradients)
-            extra = values["extra"]
+            counters, extra = values["counters"], values["extra"]
+            found = self._misfits({**values, "states": states}, gradients)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} is damaged: its record lacks {error}") from error
         if found:
@@ -307,50 +292,46 @@ class Trainer:
         live = self.module.state_dict()  # with the versions that modules give their states
         live.update(states[self.role])
         self.module.load_state_dict(live)
-        with torch.no_grad():
-            self.skipped.copy_(states["skipped"])
-        self.module.zero_grad(set_to_none=True)
+        self.skipped.copy_(states["skipped"])
         for name, parameter in self.module.named_parameters():
-            if name in gradients:
-                # A copy: the file's tensors may be shared with other states.
-                parameter.grad = gradients[name].to(parameter.device, copy=True)
+            grad = gradients.get(name)
+            # A copy: the file's tensors may be shared with other states.
+            parameter.grad = None if grad is None else grad.to(parameter.device, copy=True)
         for name in _COUNTERS:
-            setattr(self, name, values["counters"][name])
+            setattr(self, name, counters[name])
         for name, generator in self._generators().items():
             if name in states["random"]:
                 generator.set_state(states["random"][name])
         return extra
 
-    def _misfits(
-        self, values: Mapping[str, Any], states: Mapping[str, Any], gradients: Mapping[str, Tensor]
-    ) -> list[str]:
+    def _misfits(self, there: Mapping[str, Any], gradients: Mapping[str, Tensor]) -> list[str]:
         """What keeps this object from going on with a checkpoint; nothing is changed.
 
         torch's own loaders check after the fact, and neither dtypes nor the sizes of moments.
         """
-        ours, counters = self._states(), {name: values["counters"][name] for name in _COUNTERS}
+        here, states = self._record(), there["states"]
+        counters = {name: there["counters"][name] for name in _COUNTERS}
+        parameters = dict(self.module.named_parameters()) if counters["pending"] else {}
+        waiting = {name: parameters[name] for name in gradients if name in parameters}
         # A run may move to a GPU; it then begins with the state of that GPU's generator.
-        generators = sorted(ours["random"].keys() & {"cpu", "generator", *states["random"]})
-        waiting = dict(self.module.named_parameters()) if counters["pending"] else {}
-        waiting = {name: waiting[name] for name in gradients if name in waiting}
-        there, here = (
-            {
-                **identity,
+        needed = {"cpu", "generator", *states["random"]}
+        generators = sorted(needed.intersection(here["states"]["random"]))
+
+        def form(record: Mapping[str, Any], gradient: Mapping[str, Tensor]) -> dict[str, Any]:
+            state, groups = record["states"], record["parameters"]
+            return {
+                **record["identity"],
                 self.role: outline(state[self.role]),
                 "parameters": {str(i): dict(enumerate(names)) for i, names in enumerate(groups)},
                 "schedule": outline(state["scheduler"]),
                 "average": outline(state["ema"] and state["ema"]["shadow"]),
-                "gradient": outline(pending),
+                "gradient": outline(gradient),
                 "skipped": outline(state["skipped"]),
                 "random": outline({name: state["random"].get(name) for name in generators}),
                 "groups": outline(state["optimizer"]["param_groups"]),
             }
-            for identity, state, groups, pending in (
-                (values["identity"], states, values["parameters"], gradients),
-                (self._identity(), ours, self._optimized_names(), waiting),
-            )
-        )
-        found = differences(there, here)
+
+        found = differences(form(there, gradients), form(here, waiting))
         if states["ema"] is not None:
             counters["ema.updates"] = states["ema"]["updates"]
         limits = {"pending": self.accumulate}
@@ -388,6 +369,17 @@ class Trainer:
                 if isinstance(value, Tensor) and live[key].dtype != value.dtype:
                     live[key] = value.to(live[key].device)
 
+    def _record(self) -> dict[str, Any]:
+        """What checkpoints hold, besides the gradients that wait and the caller's `extra`."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        groups = self.optimizer.param_groups
+        return {
+            "identity": self._identity(),
+            "parameters": [[names[id(p)] for p in group["params"]] for group in groups],
+            "states": self._states(),
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+        }
+
     def _states(self) -> dict[str, Any]:
         return {
             self.role: self.module.state_dict(),
@@ -418,11 +410,6 @@ class Trainer:
             **{name: getattr(self, name) for name in ("clip_norm", "accumulate", "skip_nonfinite")},
             "generator": None if self.generator is None else self.generator.device.type,
         }
-
-    def _optimized_names(self) -> list[list[str]]:
-        """The parameters of every group of the optimiser, by name."""
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
 
 
 def _fits(value: Any, shape: tuple[int, ...]) -> bool:
