@@ -19,6 +19,7 @@ __all__ = ["SCHEDULES", "DistillConfig", "DistillOutput", "Schedule", "data_weig
 
 Schedule = Literal["sigmoid", "linear", "constant"]
 SCHEDULES = ("sigmoid", "linear", "constant")
+WEIGHTS = ("data_weight", "teacher_weight", "consistency_weight", "component_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,8 @@ class DistillConfig:
         for name in ("components", "draws", "latent_dim", "teacher_components"):
             if name != "draws" or self.draws is not None:
                 check_int(getattr(self, name), name, minimum=1)
-        for name in ("data", "teacher", "consistency", "component"):
-            check_number(getattr(self, f"{name}_weight"), f"{name}_weight", minimum=0.0)
+        for name in WEIGHTS:
+            check_number(getattr(self, name), name, minimum=0.0)
         check_within(self.teacher_step, "teacher_step", "(0, 1]")
         for name in ("component_spread", "low_t", "low_t_probability"):
             check_within(getattr(self, name), name, "[0, 1]")

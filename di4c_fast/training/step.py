@@ -42,9 +42,11 @@ from ..models.call import (
 from ..models.latent import draw_latents
 from ..processes import Process
 from ..rng import check_generator, generator_uniform
-from .config import DistillConfig, DistillOutput, data_weights
+from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
 
 __all__ = ["distill_step"]
+
+Heads = tuple[Head, Head]  # of the student and of the teacher
 
 
 def distill_step(
@@ -118,29 +120,27 @@ def distill_step(
             something of the wrong shape.
     """
     config = DistillConfig() if config is None else config
-    step = _Step(student, teacher, process, config, generator, return_terms, backward)
-    given = {"latent": latent, "latent_u": latent_u}
-    step.check(x0, **given, latent_teacher=latent_teacher, latent_min=latent_min)
+    latents = {"latent": latent, "latent_u": latent_u}
+    latents |= {"latent_teacher": latent_teacher, "latent_min": latent_min}
+    step = _Step(student, teacher, x0, process, config, generator, latents, return_terms, backward)
+    step.check()
     context = check_context(context, len(x0), x0.device)
-    t, t_host = step.times(t, x0)
+    t, t_host = step.times(t)
     if not len(x0):
-        return step.empty(x0, t, latent)
+        return step.empty(t)
     xt = process.corrupt(x0, t, valid=valid, generator=generator)
     u = process.step_time(t, config.teacher_step, generator=generator)
-    latent, latent_u = (step.latents(name, value, x0) for name, value in given.items())
-    if config.teacher_components > 1:
-        latent_teacher = step.latents("latent_teacher", latent_teacher, x0)
-    low = t_host < step.low_t
+    latent, latent_u = step.latent("latent"), step.latent("latent_u")
+    latent_teacher = step.latent("latent_teacher") if config.teacher_components > 1 else None
     examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u)
-    own_pass = process.component_time is not None
+    low = t_host < step.low_t
     value, terms, xu = step.run(examples, low)
+    own_pass = process.component_time is not None
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
     detached = t.detach(), u.detach(), xt, xu, latent.detach(), latent_u.detach()
     output = DistillOutput(step.hand_over(value), terms, *detached, low)
-    if own_pass and config.component_weight:
-        output = step.component(output, latent_min, examples)
-    return output
+    return step.component(output, examples) if own_pass and config.component_weight else output
 
 
 class _Examples(NamedTuple):
@@ -149,7 +149,7 @@ class _Examples(NamedTuple):
     x0: Tensor
     t: Tensor
     xt: Tensor
-    latent: Tensor
+    latent: Tensor | None
     latent_teacher: Tensor | None
     valid: Tensor | None
     context: Context
@@ -170,59 +170,62 @@ class _Step:
 
     student: Callable[..., HeadLike]
     teacher: Callable[..., HeadLike]
+    x0: Tensor
     process: Process
     config: DistillConfig
     generator: torch.Generator | None
+    latents: dict[str, Tensor | None]
     return_terms: bool
     backward: Callable[[Tensor], None] | None
 
-    def check(self, x0: Tensor, **latents: Tensor | None) -> None:
+    def check(self) -> None:
         check_callable(self.student, "student")
         check_callable(self.teacher, "teacher")
-        check_int64(x0, "x0")
-        check_rank(x0, "x0", exactly=2)
+        check_int64(self.x0, "x0")
+        check_rank(self.x0, "x0", exactly=2)
         check_generator(self.generator)
         check_kind(self.process, Process, "process")
         check_kind(self.config, DistillConfig, "config")
         if self.backward is not None:
             check_callable(self.backward, "backward")
-        if self.process.component_time is not None:
-            check_within(self.process.component_time, "process.component_time", "(0, 1]")
-        for name, given in latents.items():
-            if given is None:
-                continue
-            letter, rows = self.rows(name)
-            check_floating(given, name)
-            check_shape(given, name, f"B, {letter}, L", (len(x0), rows, self.config.latent_dim))
-            check_same_device(given, name, x0, "x0")
-            if name == "latent_teacher" and rows == 1:
-                raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
-            if name == "latent_min" and self.process.component_time is None:
-                got = describe(self.process)
-                raise ValueError(f"latent_min needs a process with a component_time, got {got}")
+        time, given = self.process.component_time, self.latents
+        if time is not None:
+            check_within(time, "process.component_time", "(0, 1]")
+        for name, latent in given.items():
+            if latent is not None:
+                check_floating(latent, name)
+                check_shape(latent, name, *self.latent_shape(name))
+                check_same_device(latent, name, self.x0, "x0")
+        if given["latent_teacher"] is not None and self.config.teacher_components == 1:
+            raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
+        if given["latent_min"] is not None and time is None:
+            got = describe(self.process)
+            raise ValueError(f"latent_min needs a process with a component_time, got {got}")
+
+    def latent_shape(self, name: str) -> tuple[str, tuple[int, int, int]]:
+        """The shape of all latents of that name, in letters and in numbers."""
+        config = self.config
+        letter, rows = {
+            "latent_u": ("K", config.draws or config.components),
+            "latent_teacher": ("M", config.teacher_components),
+        }.get(name, ("N", config.components))
+        return f"B, {letter}, L", (len(self.x0), rows, config.latent_dim)
+
+    def latent(self, name: str) -> Tensor:
+        """Latents as they were given, or drawn."""
+        given, (_, shape) = self.latents[name], self.latent_shape(name)
+        if given is not None:
+            return given
+        return draw_latents(*shape, generator=self.generator, device=self.x0.device)
 
     @property
     def low_t(self) -> float:
         """Below it examples get the component term; a component pass of its own leaves none."""
         return self.config.low_t if self.process.component_time is None else 0.0
 
-    def rows(self, name: str) -> tuple[str, int]:
-        """The letter and the number of an example's latents of that name."""
-        config = self.config
-        others = {
-            "latent_u": ("K", config.draws or config.components),
-            "latent_teacher": ("M", config.teacher_components),
-        }
-        return others.get(name, ("N", config.components))
-
-    def latents(self, name: str, given: Tensor | None, x0: Tensor) -> Tensor:
-        if given is not None:
-            return given
-        rows, dim = self.rows(name)[1], self.config.latent_dim
-        return draw_latents(len(x0), rows, dim, generator=self.generator, device=x0.device)
-
-    def times(self, t: Tensor | None, x0: Tensor) -> tuple[Tensor, Tensor]:
+    def times(self, t: Tensor | None) -> tuple[Tensor, Tensor]:
         """The times (B,), and the same on the CPU."""
+        x0 = self.x0
         if t is None:
             host = self.process.sample_times(
                 len(x0),
@@ -234,9 +237,9 @@ class _Step:
             return host.to(x0.device, non_blocking=True), host
         check_floating(t, "t")
         check_shape(t, "t", "B,", (len(x0),))
+        check_same_device(t, "t", x0, "x0")
         host = t.detach().cpu()
         check_values((host > 0) & (host <= 1), "t must hold times in (0, 1]", host)
-        check_same_device(t, "t", x0, "x0")
         return t, host
 
     def hand_over(self, part: Tensor) -> Tensor:
@@ -249,151 +252,125 @@ class _Step:
             self.backward(part)
         return part.detach()
 
-    def empty(self, x0: Tensor, t: Tensor, latent: Tensor | None) -> DistillOutput:
+    def empty(self, t: Tensor) -> DistillOutput:
         """A step without examples: loss 0, which every weight of the student has a part in."""
-        sources = list(self.student.parameters()) if isinstance(self.student, nn.Module) else []
-        value = torch.zeros((), device=x0.device, requires_grad=True)
-        for source in [*sources, *([] if latent is None else [latent])]:
-            # Sums of nothing: weights that are not finite leave no NaN.
-            value = value + source.flatten()[:0].sum().to(value)
-        none = torch.zeros(0, device=x0.device)
+        latent, latent_u = self.latent("latent"), self.latent("latent_u")
+        weights = self.student.parameters() if isinstance(self.student, nn.Module) else ()
+        value = torch.zeros((), device=t.device, requires_grad=True)
+        for source in (latent, *weights):
+            if source.requires_grad:  # sums of nothing: weights that are not finite leave no NaN
+                value = value + source.flatten()[:0].sum().to(value)
+        t, none, low = t.detach(), value.new_zeros(0), torch.zeros(0, dtype=torch.bool)
         terms = LossTerms(*[none] * len(LossTerms._fields)) if self.return_terms else None
-        t, low = t.detach(), torch.zeros(0, dtype=torch.bool)
-        latent, latent_u = (self.latents(name, None, x0) for name in ("latent", "latent_u"))
-        return DistillOutput(self.hand_over(value), terms, t, t, x0, None, latent, latent_u, low)
+        detached = t, t, self.x0, None, latent.detach(), latent_u.detach()
+        return DistillOutput(self.hand_over(value), terms, *detached, low)
 
-    def call(
-        self,
-        name: str,
-        tokens: Tensor,
-        t: Tensor,
-        latent: Tensor | None,
-        context: Context,
-        vocab_size: int | None = None,
-    ) -> Head:
-        """One call for all components of all examples; a head (B, N, D, V), or (B, D, V).
+    def call(self, name: str, at: _Examples, classes: int | None = None) -> Head:
+        """The head of "student" or "teacher" at x_t: (B, N, D, V), or (B, D, V) without λ.
 
-        Args:
-            name: "student" or "teacher".
-            tokens: (B, D), the same for each component, or (B, N, D).
-            latent: (B, N, L), or None for a model without λ.
+        `at.xt` is (B, D), the same for each component, or (B, N, D).
         """
-        model = getattr(self, name)
-        if latent is None:
-            return call_model(model, name, tokens, t, None, context, vocab_size)
-        batch, rows, _ = latent.shape
+        model, tokens = getattr(self, name), at.xt
+        if at.latent is None:
+            return call_model(model, name, tokens, at.t, None, at.context, classes)
+        batch, rows, _ = at.latent.shape
         if tokens.ndim == 2:
             tokens = repeat(tokens, "b d -> b n d", n=rows)
-        tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, latent))
-        t, context = repeat(t, "b -> (b n)", n=rows), repeat_context(context, rows)
-        head = call_model(model, name, tokens, t, latent, context, vocab_size)
-        return head.unflatten(batch, rows)
+        tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, at.latent))
+        t, context = repeat(at.t, "b -> (b n)", n=rows), repeat_context(at.context, rows)
+        return call_model(model, name, tokens, t, latent, context, classes).unflatten(batch, rows)
 
-    def predict(self, at: _Examples) -> tuple[Head, Head]:
+    def predict(self, at: _Examples) -> Heads:
         """The student's head at x_t, with a graph, and the teacher's, without one."""
         with torch.no_grad(), evaluation_mode(self.student, self.teacher):
-            targets = self.call("teacher", at.xt, at.t, at.latent_teacher, at.context)
+            targets = self.call("teacher", at._replace(latent=at.latent_teacher))
         # Some versions of PyTorch reuse the casts that autocast made without a graph.
         torch.clear_autocast_cache()
-        classes = targets.shape[-1]
-        return self.call("student", at.xt, at.t, at.latent, at.context, classes), targets
+        return self.call("student", at, targets.shape[-1]), targets
 
-    def loss(self, at: _Examples, student: Head, teacher: Head, **options: Any) -> Any:
-        mask = self.process.loss_mask_id
-        if mask is not None:
-            options |= {"mask_id": mask, "xt": at.xt}
-        else:
+    def loss(self, at: _Examples, heads: Heads, share: float, *terms: str, **options: Any) -> Any:
+        """`di4c_fast.loss` with these weights of the recipe, times `share`, the others 0.
+
+        The mean over the batch sits in the weights, so that nothing is scaled afterwards.
+        """
+        config, mask = self.config, self.process.loss_mask_id
+        for name in WEIGHTS:
+            options[name] = getattr(config, name) * share if name in terms else 0.0
+        if "data_weight" in terms:
+            schedule, weight = config.data_schedule, options["data_weight"]
+            options["data_weight"] = data_weights(at.t, schedule, weight)
+        if mask is None:
             options.pop("xu", None)
+        else:
+            options |= {"mask_id": mask, "xt": at.xt}
         return loss(
-            student,
-            teacher,
+            *heads,
             at.x0,
             valid=at.valid,
-            control_variate=self.config.control_variate,
+            control_variate=config.control_variate,
             generator=self.generator,
-            backend=self.config.backend,
+            backend=config.backend,
             **options,
         )
 
-    def run(
-        self, examples: _Examples, low: Tensor
-    ) -> tuple[Tensor, LossTerms | None, Tensor | None]:
+    def run(self, at: _Examples, low: Tensor) -> tuple[Tensor, LossTerms | None, Tensor | None]:
         """The three model passes and the loss; the examples that are low get no x_u pass."""
         # The student before the draws: with fewer classes it cannot be called with all tokens.
-        high, share = len(low) - int(low.sum()), 1.0 / len(low)
+        high = len(low) - int(low.sum())
         if high in (0, len(low)):
-            value, terms, xu = self.part(examples, *self.predict(examples), share, low=not high)
+            value, terms, xu = self.part(at, self.predict(at), low=not high)
             return value, terms, xu if high else None
         # Those with an x_u pass first, so that both kinds are contiguous slices.
-        order = torch.argsort(low.int(), stable=True).to(examples.x0.device, non_blocking=True)
-        inverse, examples = torch.argsort(order), examples.select(order)
-        (student, low_student), (teacher, low_teacher) = (
-            head.split(high) for head in self.predict(examples)
-        )
-        front, rest = examples.select(slice(high)), examples.select(slice(high, None))
-        value, terms, xu = self.part(front, student, teacher, share, low=False)
-        low_value, low_terms, low_xu = self.part(rest, low_student, low_teacher, share, low=True)
+        order = torch.argsort(low.int(), stable=True).to(at.x0.device, non_blocking=True)
+        inverse, at = torch.argsort(order), at.select(order)
+        (student, low_student), (teacher, low_teacher) = (h.split(high) for h in self.predict(at))
+        front, rest = at.select(slice(high)), at.select(slice(high, None))
+        value, terms, xu = self.part(front, (student, teacher), low=False)
+        low_value, low_terms, low_xu = self.part(rest, (low_student, low_teacher), low=True)
         if terms is not None and low_terms is not None:
             pairs = zip(terms, low_terms, strict=True)
             terms = LossTerms(*(torch.cat(pair)[inverse] for pair in pairs))
         return value + low_value, terms, torch.cat([xu, low_xu])[inverse]
 
     def part(
-        self, at: _Examples, student: Head, teacher: Head, share: float, *, low: bool
+        self, at: _Examples, heads: Heads, *, low: bool
     ) -> tuple[Tensor, LossTerms | None, Tensor]:
-        """The loss of examples that are all low or all not, their terms, and x_u.
-
-        The mean over the batch sits in the weights, so that nothing is scaled afterwards.
-        """
-        config, draws = self.config, self.rows("latent_u")[1]
+        """The loss of examples that are all low or all not, their terms, and x_u."""
+        (student, teacher), draws = heads, at.latent_u.shape[1]
+        options: dict[str, Any] = {"reduction": "sum", "return_terms": self.return_terms}
         if low:
             xu = repeat(at.xt, "b d -> b k d", k=draws)
-            weight = config.component_weight * share
-            options: dict[str, Any] = {"consistency_weight": 0.0, "component_weight": weight}
         else:
             with torch.no_grad(), evaluation_mode(self.student):
                 given: Any = {"valid": at.valid, "generator": self.generator}
                 xu = self.process.teacher_step(at.xt, at.t, at.u, teacher, draws, **given)
-                head = self.call("student", xu, at.u, at.latent_u, at.context, student.shape[-1])
-            weight = config.consistency_weight * share
-            options = {"xu": xu, "consistency": head, "consistency_weight": weight}
-        result = self.loss(
-            at,
-            student,
-            teacher,
-            data_weight=data_weights(at.t, config.data_schedule, config.data_weight * share),
-            teacher_weight=config.teacher_weight * share,
-            reduction="sum",
-            return_terms=self.return_terms,
-            **options,
-        )
-        value, terms = result if self.return_terms else (result, None)
-        return value, terms, xu
+                there = at._replace(xt=xu, t=at.u, latent=at.latent_u)
+                head = self.call("student", there, student.shape[-1])
+            options |= {"xu": xu, "consistency": head}
+        terms = "data_weight", "teacher_weight", "component_weight" if low else "consistency_weight"
+        result = self.loss(at, heads, 1.0 / len(self.x0), *terms, **options)
+        return (*(result if self.return_terms else (result, None)), xu)
 
-    def component(
-        self, output: DistillOutput, latent: Tensor | None, at: _Examples
-    ) -> DistillOutput:
+    def component(self, output: DistillOutput, at: _Examples) -> DistillOutput:
         """What there is, with the component term from calls of its own."""
-        config, process = self.config, self.process
-        latent = self.latents("latent_min", latent, at.x0)
+        config, process, latent = self.config, self.process, self.latent("latent_min")
         batch, rows, dim = latent.shape
-        made: Any = {"generator": self.generator, "device": at.x0.device}
-        t = at.x0.new_full((batch * rows,), process.component_time or 0.0, dtype=torch.float32)
+        made: Any = {"generator": self.generator, "device": latent.device}
+        t = latent.new_full((batch * rows,), process.component_time or 0.0, dtype=torch.float32)
         if config.component_spread:
             later = generator_uniform((2, len(t)), **made)
             t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
         at = at.select(torch.arange(batch, device=t.device).repeat_interleave(rows))
+        one = config.teacher_components == 1
         at = at._replace(
             t=t,
             xt=process.corrupt(at.x0, t, valid=at.valid, generator=self.generator),
             latent=rearrange(latent, "b n l -> (b n) 1 l"),
-            latent_teacher=draw_latents(len(t), 1, dim, **made)
-            if at.latent_teacher is not None
-            else None,
+            latent_teacher=None if one else draw_latents(len(t), 1, dim, **made),
         )
-        weights: Any = dict.fromkeys(("data_weight", "teacher_weight", "consistency_weight"), 0.0)
-        weights["component_weight"] = config.component_weight / len(t)
-        weighted = self.loss(at, *self.predict(at), **weights, reduction="none")
+        weighted = self.loss(
+            at, self.predict(at), 1.0 / len(t), "component_weight", reduction="none"
+        )
         term = weighted.detach().view(batch, rows).sum(1) * (batch / config.component_weight)
         return dataclasses.replace(
             output,
