@@ -23,7 +23,6 @@ from ..checks import (
     check_rank,
     check_same_device,
     check_shape,
-    check_values,
     check_within,
     describe,
     without_autocast,
@@ -39,8 +38,7 @@ from ..models.call import (
     repeat_context,
     select_context,
 )
-from ..models.latent import draw_latents
-from ..processes import Process
+from ..processes.base import Process, check_times
 from ..rng import check_generator, generator_uniform
 from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
 
@@ -126,21 +124,20 @@ def distill_step(
     step.check()
     context = check_context(context, len(x0), x0.device)
     t, t_host = step.times(t)
-    if not len(x0):
-        return step.empty(t)
-    xt = process.corrupt(x0, t, valid=valid, generator=generator)
-    u = process.step_time(t, config.teacher_step, generator=generator)
+    low, some, own_pass = t_host < step.low_t, len(x0) > 0, process.component_time is not None
+    xt = process.corrupt(x0, t, valid=valid, generator=generator) if some else x0
+    u = process.step_time(t, config.teacher_step, generator=generator) if some else t
     latent, latent_u = step.latent("latent"), step.latent("latent_u")
     latent_teacher = step.latent("latent_teacher") if config.teacher_components > 1 else None
     examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u)
-    low = t_host < step.low_t
-    value, terms, xu = step.run(examples, low)
-    own_pass = process.component_time is not None
+    value, terms, xu = step.run(examples, low) if some else step.empty(latent)
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
     detached = t.detach(), u.detach(), xt, xu, latent.detach(), latent_u.detach()
     output = DistillOutput(step.hand_over(value), terms, *detached, low)
-    return step.component(output, examples) if own_pass and config.component_weight else output
+    if own_pass and some and config.component_weight:
+        output = step.component(output, examples)
+    return output
 
 
 class _Examples(NamedTuple):
@@ -213,10 +210,11 @@ class _Step:
 
     def latent(self, name: str) -> Tensor:
         """Latents as they were given, or drawn."""
-        given, (_, shape) = self.latents[name], self.latent_shape(name)
-        if given is not None:
-            return given
-        return draw_latents(*shape, generator=self.generator, device=self.x0.device)
+        given = self.latents[name]
+        return self.draw(*self.latent_shape(name)[1]) if given is None else given
+
+    def draw(self, *shape: int) -> Tensor:
+        return generator_uniform(shape, generator=self.generator, device=self.x0.device)
 
     @property
     def low_t(self) -> float:
@@ -235,11 +233,10 @@ class _Step:
                 device="cpu",
             )
             return host.to(x0.device, non_blocking=True), host
-        check_floating(t, "t")
-        check_shape(t, "t", "B,", (len(x0),))
+        check_kind(t, Tensor, "t")
         check_same_device(t, "t", x0, "x0")
         host = t.detach().cpu()
-        check_values((host > 0) & (host <= 1), "t must hold times in (0, 1]", host)
+        check_times(host, len(x0), host)  # on the host: a wrong time is an error at once
         return t, host
 
     def hand_over(self, part: Tensor) -> Tensor:
@@ -252,18 +249,16 @@ class _Step:
             self.backward(part)
         return part.detach()
 
-    def empty(self, t: Tensor) -> DistillOutput:
-        """A step without examples: loss 0, which every weight of the student has a part in."""
-        latent, latent_u = self.latent("latent"), self.latent("latent_u")
+    def empty(self, latent: Tensor) -> tuple[Tensor, LossTerms | None, None]:
+        """The loss of no examples: 0, which every weight of the student has a part in."""
         weights = self.student.parameters() if isinstance(self.student, nn.Module) else ()
-        value = torch.zeros((), device=t.device, requires_grad=True)
+        value = torch.zeros((), device=latent.device, requires_grad=True)
         for source in (latent, *weights):
             if source.requires_grad:  # sums of nothing: weights that are not finite leave no NaN
                 value = value + source.flatten()[:0].sum().to(value)
-        t, none, low = t.detach(), value.new_zeros(0), torch.zeros(0, dtype=torch.bool)
+        none = value.new_zeros(0)
         terms = LossTerms(*[none] * len(LossTerms._fields)) if self.return_terms else None
-        detached = t, t, self.x0, None, latent.detach(), latent_u.detach()
-        return DistillOutput(self.hand_over(value), terms, *detached, low)
+        return value, terms, None
 
     def call(self, name: str, at: _Examples, classes: int | None = None) -> Head:
         """The head of "student" or "teacher" at x_t: (B, N, D, V), or (B, D, V) without λ.
@@ -355,10 +350,9 @@ class _Step:
         """What there is, with the component term from calls of its own."""
         config, process, latent = self.config, self.process, self.latent("latent_min")
         batch, rows, dim = latent.shape
-        made: Any = {"generator": self.generator, "device": latent.device}
         t = latent.new_full((batch * rows,), process.component_time or 0.0, dtype=torch.float32)
         if config.component_spread:
-            later = generator_uniform((2, len(t)), **made)
+            later = self.draw(2, len(t))
             t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
         at = at.select(torch.arange(batch, device=t.device).repeat_interleave(rows))
         one = config.teacher_components == 1
@@ -366,7 +360,7 @@ class _Step:
             t=t,
             xt=process.corrupt(at.x0, t, valid=at.valid, generator=self.generator),
             latent=rearrange(latent, "b n l -> (b n) 1 l"),
-            latent_teacher=None if one else draw_latents(len(t), 1, dim, **made),
+            latent_teacher=None if one else self.draw(len(t), 1, dim),
         )
         weighted = self.loss(
             at, self.predict(at), 1.0 / len(t), "component_weight", reduction="none"

@@ -284,14 +284,17 @@ class Trainer:
             more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
             raise ValueError(f"{path} belongs to another run: {'; '.join(found[:_LISTED])}{more}")
 
-        self._load_optimizer(states["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(states["scheduler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(states["ema"])
         live = self.module.state_dict()  # with the versions that modules give their states
         live.update(states[self.role])
-        self.module.load_state_dict(live)
+        for name, part in self._parts().items():
+            part.load_state_dict(live if name == self.role else states[name])
+        # torch casts floating state to the dtype of its parameter; some optimisers keep fp32.
+        parameters = self._parameters()
+        for index, entries in states["optimizer"]["state"].items():
+            moments = self.optimizer.state[parameters[index]]
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and moments[key].dtype != value.dtype:
+                    moments[key] = value.to(moments[key].device)
         self.skipped.copy_(states["skipped"])
         for name, parameter in self.module.named_parameters():
             grad = gradients.get(name)
@@ -334,9 +337,9 @@ class Trainer:
         found = differences(form(there, gradients), form(here, waiting))
         if states["ema"] is not None:
             counters["ema.updates"] = states["ema"]["updates"]
-        limits = {"pending": self.accumulate}
         for name, count in counters.items():
-            if type(count) is not int or not 0 <= count < limits.get(name, math.inf):
+            limit = self.accumulate if name == "pending" else math.inf
+            if type(count) is not int or not 0 <= count < limit:
                 found.append(f"{name} is {count!r}, which is no count here")
         return found or self._odd_moments(states["optimizer"]["state"])
 
@@ -359,16 +362,6 @@ class Trainer:
             ]
         return found
 
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(dict(state))
-        # torch casts floating state to the dtype of its parameter; some optimisers keep fp32.
-        parameters = self._parameters()
-        for index, entries in state["state"].items():
-            live = self.optimizer.state[parameters[index]]
-            for key, value in entries.items():
-                if isinstance(value, Tensor) and live[key].dtype != value.dtype:
-                    live[key] = value.to(live[key].device)
-
     def _record(self) -> dict[str, Any]:
         """What checkpoints hold, besides the gradients that wait and the caller's `extra`."""
         names = {id(p): name for name, p in self.module.named_parameters()}
@@ -380,12 +373,14 @@ class Trainer:
             "counters": {name: getattr(self, name) for name in _COUNTERS},
         }
 
+    def _parts(self) -> dict[str, Any]:
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "ema": self.ema}
+        return {self.role: self.module, **{k: v for k, v in parts.items() if v is not None}}
+
     def _states(self) -> dict[str, Any]:
         return {
-            self.role: self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            **dict.fromkeys((self.role, "optimizer", "scheduler", "ema")),
+            **{name: part.state_dict() for name, part in self._parts().items()},
             "random": {name: one.get_state() for name, one in self._generators().items()},
             "skipped": self.skipped,
         }
