@@ -1,4 +1,7 @@
-"""Distillation: the step, its recipe, the trainer, weight averages, checkpoints."""
+"""Distillation: the step, its recipe, the trainer, weight averages, checkpoints.
+
+Source: Di4C (arXiv 2410.08709), the losses and the training recipes of its three systems.
+"""
 
 from .config import SCHEDULES, DistillConfig, DistillOutput, Schedule, data_weights
 from .distiller import Distiller

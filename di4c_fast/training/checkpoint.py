@@ -2,8 +2,8 @@
 
 A file holds its tensors by name and, in the metadata of its header, `format` (which program reads
 it) and `values`, a JSON text with everything that is not a tensor and a CRC-32 of each tensor.
-A file is written under a name of its own and renamed, so that an interruption leaves the old file
-or the new one; `hold` keeps other processes away and removes what a killed one left.
+An interruption while one is written leaves the old file or the new one; `hold` keeps other
+processes away and removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ def hold(path: PathLike) -> Hold:
     locks of files (Windows, some network file systems) nothing is claimed.
 
     Raises:
+        FileNotFoundError: no such folder.
         RuntimeError: another process holds it; the message names that process and the folder.
     """
     # A forked child inherits the dictionary, but not the locks.
-    owner, path = os.getpid(), os.path.realpath(path)
+    owner, path = os.getpid(), os.path.realpath(check_place(path))
     held = _held.get((owner, path))
     if held is None:
         held = Hold()
@@ -128,17 +129,13 @@ def _sync(path: pathlib.Path) -> None:
 def write_checkpoint(
     path: PathLike, format_name: str, tensors: Mapping[str, Tensor], values: Any
 ) -> None:
-    """Replace the file in one step: an interruption leaves the old file or the new one.
+    """Replace the file in one step; an OSError leaves a file of that name as it was.
 
     Args:
         path: its folder must exist.
         format_name: what `read_checkpoint` will ask for.
         tensors: by name; on any device, of any strides, sharing memory or not.
         values: anything that survives JSON.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        OSError: the file cannot be written; a file of that name is left as it was.
     """
     path = check_place(path)
     stored, aliases = _own_memory(tensors)
@@ -178,10 +175,10 @@ def read_checkpoint(path: PathLike, format_name: str) -> tuple[dict[str, Tensor]
     try:
         with safe_open(str(path), framework="pt") as opened:
             metadata = opened.metadata() or {}
-            if metadata.get("format") != format_name:
+            found = metadata.get("format")
+            if found != format_name:
                 raise ValueError(
-                    f"{path} is not a checkpoint of {format_name}: its format is "
-                    f"{metadata.get('format')!r}"
+                    f"{path} is not a checkpoint of {format_name}: its format is {found!r}"
                 )
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
@@ -226,11 +223,7 @@ def _sum_of(value: Tensor) -> int:
 
 
 def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A nested state as JSON values; its tensors go into `tensors` under names below `name`.
-
-    Raises:
-        TypeError: something that is neither a tensor, a container nor a plain value.
-    """
+    """A nested state as JSON values; its tensors go into `tensors` under names below `name`."""
     if value is None or isinstance(value, (bool, str, int, float)):
         return value
     if isinstance(value, Tensor):

@@ -1,7 +1,4 @@
-"""The recipe of a distillation step: weights, their schedules over time, sizes; its result.
-
-Source: Di4C (arXiv 2410.08709), the training recipes of its three systems.
-"""
+"""The recipe of a distillation step: weights, their schedules over time, sizes; its result."""
 
 from __future__ import annotations
 

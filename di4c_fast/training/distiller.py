@@ -1,11 +1,9 @@
 """The trainer of a student: Di4C's loss inside a `Trainer`.
 
-    distiller = Distiller(student, teacher, optimizer, process=process, config=config)
-    for x0 in batches:
-        metrics = distiller.step(x0)
-    distiller.save("run.safetensors")
-
-Source: Di4C (arXiv 2410.08709), the training of its three systems.
+distiller = Distiller(student, teacher, optimizer, process=process, config=config)
+for x0 in batches:
+    metrics = distiller.step(x0)
+distiller.save("run.safetensors")
 """
 
 from __future__ import annotations
@@ -78,11 +76,10 @@ class Distiller(Trainer):
             five terms of `LossTerms` by name, unweighted, each the mean over those examples of
             the batch that it counts for (0 if none): consistency terms over t >= low_t, the
             component term over t < low_t, where codes that average over the whole batch give
-            smaller numbers; and, where the optimiser stepped, "grad_norm" (before clipping) and
-            "skipped" (steps skipped so far).
+            smaller numbers; and what `Trainer.take` adds.
 
         Raises:
-            TypeError, ValueError: as `distill_step`; otherwise as `Trainer.take`.
+            As `distill_step` for arguments, and as `Trainer.take`.
         """
 
         def batch(backward: Backward) -> tuple[Metrics, int]:
@@ -103,16 +100,13 @@ class Distiller(Trainer):
     def _term_means(self, output: DistillOutput) -> Metrics:
         if output.terms is None:
             return {}
-        batch, low = output.low.numel(), int(output.low.sum())
-        sums = {name: term.sum() for name, term in output.terms._asdict().items()}
-        counts = dict.fromkeys(sums, batch)
+        terms, batch, low = output.terms._asdict(), output.low.numel(), int(output.low.sum())
         # Where no pass was needed, the consistency terms are 0.
-        counts["consistency_correlation"] = counts["consistency_marginal"] = batch - low
+        counts = dict.fromkeys(("consistency_correlation", "consistency_marginal"), batch - low)
         if self.process.component_time is None:
-            here = output.t < self.config.low_t
-            sums["component"] = output.terms.component.where(here, 0.0).sum()
             counts["component"] = low
-        return {name: value / max(counts[name], 1) for name, value in sums.items()}
+            terms["component"] = terms["component"].where(output.t < self.config.low_t, 0.0)
+        return {k: term.sum() / max(counts.get(k, batch), 1) for k, term in terms.items()}
 
     def _identity(self) -> dict[str, Any]:
         ours = {"config": identity(self.config), "process": identity(self.process)}

@@ -47,17 +47,12 @@ class EMA:
                 self.shadow[name] = self.shadow[name].float()
 
     def _live(self) -> dict[str, Tensor]:
-        """The module's present state.
-
-        Raises:
-            RuntimeError: names or shapes are not those of the time when the average was made.
-        """
+        """The module's present state, an error where its names or shapes have changed."""
         live = _state_of(self.module)
-        changed = differences(_shapes(self.shadow), _shapes(live))
+        changed = _changes(self.shadow, live)
         if changed:
             raise RuntimeError(
-                "the module is not as it was when its EMA was made (there), make a new EMA: "
-                + "; ".join(changed[:3])
+                f"the module has changed since its EMA was made (there), make a new EMA: {changed}"
             )
         return live
 
@@ -121,9 +116,9 @@ class EMA:
                 raise ValueError(f"state must have the key {key!r}, got {sorted(state)}")
         for name, value in state["shadow"].items():
             check_tensor(value, f"state['shadow'][{name!r}]")
-        found = differences(_shapes(state["shadow"]), _shapes(self.shadow))
-        if found:
-            raise ValueError(f"state must be that of this module: {'; '.join(found[:3])}")
+        changed = _changes(state["shadow"], self.shadow)
+        if changed:
+            raise ValueError(f"state must be that of this module: {changed}")
         for name, value in state["shadow"].items():
             self.shadow[name].copy_(value)
         self.decay, self.warmup = float(state["decay"]), bool(state["warmup"])
@@ -144,5 +139,7 @@ def _state_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in named if name not in passing}
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items()}
+def _changes(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str:
+    """The first names and shapes that differ."""
+    before, now = ({k: tuple(v.shape) for k, v in state.items()} for state in (there, here))
+    return "; ".join(differences(before, now)[:3])

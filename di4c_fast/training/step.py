@@ -2,8 +2,6 @@
 
 A step draws t and x_t, runs the teacher (whose pass gives the targets and all draws of x_u), the
 student at x_t and at x_u, and calls `di4c_fast.loss`.
-
-Source: Di4C (arXiv 2410.08709), the losses and training recipes of its three systems.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from ..checks import (
     check_same_device,
     check_shape,
     check_within,
-    describe,
     without_autocast,
 )
 from ..heads import Head, HeadLike
@@ -121,10 +118,9 @@ def distill_step(
     latents = {"latent": latent, "latent_u": latent_u}
     latents |= {"latent_teacher": latent_teacher, "latent_min": latent_min}
     step = _Step(student, teacher, x0, process, config, generator, latents, return_terms, backward)
-    step.check()
     context = check_context(context, len(x0), x0.device)
-    t, t_host = step.times(t)
-    low, some, own_pass = t_host < step.low_t, len(x0) > 0, process.component_time is not None
+    t, low = step.times(t)
+    some, own_pass = len(x0) > 0, process.component_time is not None
     xt = process.corrupt(x0, t, valid=valid, generator=generator) if some else x0
     u = process.step_time(t, config.teacher_step, generator=generator) if some else t
     latent, latent_u = step.latent("latent"), step.latent("latent_u")
@@ -175,7 +171,7 @@ class _Step:
     return_terms: bool
     backward: Callable[[Tensor], None] | None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         check_callable(self.student, "student")
         check_callable(self.teacher, "teacher")
         check_int64(self.x0, "x0")
@@ -196,8 +192,8 @@ class _Step:
         if given["latent_teacher"] is not None and self.config.teacher_components == 1:
             raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
         if given["latent_min"] is not None and time is None:
-            got = describe(self.process)
-            raise ValueError(f"latent_min needs a process with a component_time, got {got}")
+            kind = type(self.process).__name__
+            raise ValueError(f"latent_min needs a process with a component_time, got {kind}")
 
     def latent_shape(self, name: str) -> tuple[str, tuple[int, int, int]]:
         """The shape of all latents of that name, in letters and in numbers."""
@@ -216,28 +212,25 @@ class _Step:
     def draw(self, *shape: int) -> Tensor:
         return generator_uniform(shape, generator=self.generator, device=self.x0.device)
 
-    @property
-    def low_t(self) -> float:
-        """Below it examples get the component term; a component pass of its own leaves none."""
-        return self.config.low_t if self.process.component_time is None else 0.0
-
     def times(self, t: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The times (B,), and the same on the CPU."""
-        x0 = self.x0
+        """The times (B,), and on the CPU which of them are low."""
+        config, x0 = self.config, self.x0
+        # A component pass of its own leaves no times that are low.
+        low_t = config.low_t if self.process.component_time is None else 0.0
         if t is None:
             host = self.process.sample_times(
                 len(x0),
-                low_t=self.low_t,
-                low_t_probability=self.config.low_t_probability if self.low_t else 0.0,
+                low_t=low_t,
+                low_t_probability=config.low_t_probability if low_t else 0.0,
                 generator=self.generator,
                 device="cpu",
             )
-            return host.to(x0.device, non_blocking=True), host
+            return host.to(x0.device, non_blocking=True), host < low_t
         check_kind(t, Tensor, "t")
         check_same_device(t, "t", x0, "x0")
         host = t.detach().cpu()
         check_times(host, len(x0), host)  # on the host: a wrong time is an error at once
-        return t, host
+        return t, host < low_t
 
     def hand_over(self, part: Tensor) -> Tensor:
         """A part's value, its graph given to the caller's `backward` if there is one."""
@@ -292,8 +285,9 @@ class _Step:
         for name in WEIGHTS:
             options[name] = getattr(config, name) * share if name in terms else 0.0
         if "data_weight" in terms:
-            schedule, weight = config.data_schedule, options["data_weight"]
-            options["data_weight"] = data_weights(at.t, schedule, weight)
+            options["data_weight"] = data_weights(
+                at.t, config.data_schedule, options["data_weight"]
+            )
         if mask is None:
             options.pop("xu", None)
         else:
@@ -355,12 +349,11 @@ class _Step:
             later = self.draw(2, len(t))
             t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
         at = at.select(torch.arange(batch, device=t.device).repeat_interleave(rows))
-        one = config.teacher_components == 1
         at = at._replace(
             t=t,
             xt=process.corrupt(at.x0, t, valid=at.valid, generator=self.generator),
             latent=rearrange(latent, "b n l -> (b n) 1 l"),
-            latent_teacher=None if one else self.draw(len(t), 1, dim),
+            latent_teacher=self.draw(len(t), 1, dim) if config.teacher_components > 1 else None,
         )
         weighted = self.loss(
             at, self.predict(at), 1.0 / len(t), "component_weight", reduction="none"

@@ -15,7 +15,6 @@ from ..checks import check_bool, check_int, check_kind, check_number, without_au
 from ..rng import check_generator
 from .checkpoint import (
     PathLike,
-    check_place,
     decode,
     differences,
     encode,
@@ -43,6 +42,8 @@ class Trainer:
         module: an `nn.Module`.
         optimizer: over parameters of the module, all or some.
         ema: moving average of the module, updated after every optimiser step; None for none.
+            Inside `ema.applied()`, where the module holds the average, `take`, `save` and `load`
+            raise a RuntimeError.
         scheduler: a `torch.optim.lr_scheduler.LRScheduler` of the optimiser, stepped after
             every optimiser step. (`ReduceLROnPlateau` wants a metric: step it yourself.)
         clip_norm: gradients are scaled to at most this norm by
@@ -129,8 +130,6 @@ class Trainer:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    # Steps
-
     def take(self, batch: Callable[[Backward], tuple[Metrics, int]]) -> Metrics:
         """Gradients of one batch; the optimiser steps with every `accumulate`-th.
 
@@ -143,10 +142,8 @@ class Trainer:
             What `batch` returned and, where the optimiser stepped, "grad_norm" (before clipping)
             and "skipped" (steps skipped so far), scalars on the device, without a sync.
 
-        Raises:
-            RuntimeError: inside `ema.applied()`, where the module holds the average.
-            Any exception, of the loss, the optimiser, the schedule or the average, drops the
-            gradients that were waiting: `pending` is 0 then.
+        Any exception, of the loss, the optimiser, the schedule or the average, drops the gradients
+        that were waiting: `pending` is 0 then.
         """
         self._refuse_average("step")
         if self.pending == 0:
@@ -219,8 +216,6 @@ class Trainer:
             self.ema.update()
         return {"grad_norm": norm, "skipped": self.skipped.clone()}
 
-    # Checkpoints
-
     def save(self, path: PathLike, *, extra: Any = None) -> None:
         """Write everything that training needs to go on exactly as if it had not stopped.
 
@@ -241,10 +236,10 @@ class Trainer:
         Raises:
             FileNotFoundError: no such folder.
             TypeError: a state that holds something other than tensors and plain values.
-            RuntimeError: another process saves there; or inside `ema.applied()`.
+            RuntimeError: another process saves there.
         """
         self._refuse_average("save")
-        self._hold = hold(check_place(path))
+        self._hold = hold(path)
         tensors: dict[str, Tensor] = {}
         record = self._record()
         states = {name: encode(one, name, tensors) for name, one in record["states"].items()}
@@ -268,7 +263,6 @@ class Trainer:
             ValueError: a file that is torn, damaged or of something else; other weights (names,
                 shapes, dtypes), another optimiser, scheduler, average, process, recipe or
                 generator; a state that does not fit. Nothing has been changed then.
-            RuntimeError: inside `ema.applied()`.
         """
         self._refuse_average("load")
         tensors, values = read_checkpoint(path, self.format)
@@ -387,9 +381,8 @@ class Trainer:
 
     def _generators(self) -> dict[str, torch.Generator]:
         device, found = self.skipped.device, {"cpu": torch.default_generator}
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            found["cuda"] = torch.cuda.default_generators[index]
+        if device.type == "cuda":  # a tensor's device, which has an index
+            found["cuda"] = torch.cuda.default_generators[device.index]
         if self.generator is not None:
             found["generator"] = self.generator
         return found
