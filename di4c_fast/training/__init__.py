@@ -1,12 +1,14 @@
 """Distillation: the step, its recipe, the trainer, weight averages, checkpoints.
 
+Wrong arguments are a TypeError or ValueError that names the argument, what was expected and what
+came.
+
 Source: Di4C (arXiv 2410.08709), the losses and the training recipes of its three systems.
 """
 
 from .config import SCHEDULES, DistillConfig, DistillOutput, Schedule, data_weights
-from .distiller import Distiller
 from .ema import EMA
-from .step import distill_step
+from .step import Distiller, distill_step
 from .trainer import Trainer
 
 __all__ = [

@@ -217,8 +217,6 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def _sum_of(value: Tensor) -> int:
-    if not value.numel():
-        return 0
     return zlib.crc32(value.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -287,12 +285,10 @@ def identity(value: Any) -> Any:
         return [identity(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): identity(item) for key, item in value.items()}
+    own = {} if callable(value) else getattr(value, "__dict__", {})
+    names = [name for name in own if not name.startswith("_")]
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-    elif callable(value) or not hasattr(value, "__dict__"):
-        names = []
-    else:
-        names = [name for name in vars(value) if not name.startswith("_")]
     return {"class": type(value).__name__, **{n: identity(getattr(value, n)) for n in names}}
 
 

@@ -46,9 +46,6 @@ class DistillConfig:
         teacher_components: M. 1: the teacher is called as teacher(tokens, t). M > 1: a Di4C
             teacher ("di4c²"), called with M rows and fresh λ per example as a student is.
         backend: of the loss.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
     """
 
     components: int = 16

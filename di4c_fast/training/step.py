@@ -1,4 +1,4 @@
-"""One Di4C distillation step.
+"""One Di4C distillation step, and the trainer that takes it.
 
 A step draws t and x_t, runs the teacher (whose pass gives the targets and all draws of x_u), the
 student at x_t and at x_u, and calls `di4c_fast.loss`.
@@ -37,9 +37,11 @@ from ..models.call import (
 )
 from ..processes.base import Process, check_times
 from ..rng import check_generator, generator_uniform
+from .checkpoint import identity
 from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
+from .trainer import Backward, Metrics, Trainer
 
-__all__ = ["distill_step"]
+__all__ = ["Distiller", "distill_step"]
 
 Heads = tuple[Head, Head]  # of the student and of the teacher
 
@@ -130,7 +132,8 @@ def distill_step(
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
     detached = t.detach(), u.detach(), xt, xu, latent.detach(), latent_u.detach()
-    output = DistillOutput(step.hand_over(value), terms, *detached, low)
+    value = step.hand_over(value)  # and free of its graph before the next one is made
+    output = DistillOutput(value, terms, *detached, low)
     if own_pass and some and config.component_weight:
         output = step.component(output, examples)
     return output
@@ -316,14 +319,12 @@ class _Step:
         front, rest = at.select(slice(high)), at.select(slice(high, None))
         value, terms, xu = self.part(front, (student, teacher), low=False)
         low_value, low_terms, low_xu = self.part(rest, (low_student, low_teacher), low=True)
-        if terms is not None and low_terms is not None:
+        if self.return_terms:
             pairs = zip(terms, low_terms, strict=True)
             terms = LossTerms(*(torch.cat(pair)[inverse] for pair in pairs))
         return value + low_value, terms, torch.cat([xu, low_xu])[inverse]
 
-    def part(
-        self, at: _Examples, heads: Heads, *, low: bool
-    ) -> tuple[Tensor, LossTerms | None, Tensor]:
+    def part(self, at: _Examples, heads: Heads, *, low: bool) -> tuple[Tensor, Any, Tensor]:
         """The loss of examples that are all low or all not, their terms, and x_u."""
         (student, teacher), draws = heads, at.latent_u.shape[1]
         options: dict[str, Any] = {"reduction": "sum", "return_terms": self.return_terms}
@@ -367,3 +368,93 @@ class _Step:
             x_min=rearrange(at.xt, "(b n) d -> b n d", n=rows),
             latent_min=latent.detach(),
         )
+
+
+class Distiller(Trainer):
+    """Trains a student: one optimiser step for every `accumulate` calls of `step`.
+
+        distiller = Distiller(student, teacher, optimizer, process=process, config=config)
+        for x0 in batches:
+            metrics = distiller.step(x0)
+        distiller.save("run.safetensors")
+
+    Args:
+        student: an `nn.Module`, called as `distill_step` calls it, in the mode it is in.
+        teacher: callable, as for `distill_step`. It is not part of checkpoints. One that is no
+            `nn.Module` has no eval mode: its dropout is the caller's to switch off.
+        optimizer: over parameters of the student, all or some.
+        process, config: as for `distill_step`.
+        options: ema, scheduler, clip_norm, accumulate, skip_nonfinite, generator (source of the
+            draws of `distill_step`); these, the attributes and the errors as for `Trainer`.
+    """
+
+    format = "di4c_fast.Distiller/1"
+    role = "student"
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Callable[..., HeadLike],
+        optimizer: torch.optim.Optimizer,
+        *,
+        process: Process,
+        config: DistillConfig | None = None,
+        **options: Any,
+    ):
+        config = DistillConfig() if config is None else config
+        check_callable(teacher, "teacher")
+        check_kind(process, Process, "process")
+        check_kind(config, DistillConfig, "config")
+        super().__init__(student, optimizer, **options)
+        self.student, self.teacher = student, teacher
+        self.process, self.config = process, config
+
+    def step(self, x0: Tensor, **options: Any) -> Metrics:
+        """Loss and gradients of one batch; the optimiser steps with every `accumulate`-th.
+
+        An empty batch counts as one whose gradient is 0: momentum and weight decay still act.
+        Errors are those of `distill_step` and of `Trainer.take`.
+
+        Args:
+            x0: (B, D) int64.
+            options: valid, context, t, latent, latent_u, latent_teacher, latent_min,
+                return_terms, as for `distill_step`. Each part of the loss goes backward as soon
+                as it exists, so that one graph is alive at a time.
+
+        Returns:
+            Detached scalars on the student's device, which nothing here waits for: "loss"; the
+            five terms of `LossTerms` by name, unweighted, each the mean over those examples of
+            the batch that it counts for (0 if none): consistency terms over t >= low_t, the
+            component term over t < low_t, where codes that average over the whole batch give
+            smaller numbers; and what `Trainer.take` adds.
+        """
+
+        def batch(backward: Backward) -> tuple[Metrics, int]:
+            output = distill_step(
+                self.student,
+                self.teacher,
+                x0,
+                process=self.process,
+                config=self.config,
+                generator=self.generator,
+                backward=backward,
+                **options,
+            )
+            return {"loss": output.loss, **self._term_means(output)}, len(x0)
+
+        return self.take(batch)
+
+    def _term_means(self, output: DistillOutput) -> Metrics:
+        if output.terms is None:
+            return {}
+        terms, batch, low = output.terms._asdict(), output.low.numel(), int(output.low.sum())
+        # Where no pass was needed, the consistency terms are 0.
+        counts = dict.fromkeys(("consistency_correlation", "consistency_marginal"), batch - low)
+        if self.process.component_time is None:
+            counts["component"] = low
+            terms["component"] = terms["component"].where(output.t < self.config.low_t, 0.0)
+        return {k: term.sum() / max(counts.get(k, batch), 1) for k, term in terms.items()}
+
+    def _identity(self) -> dict[str, Any]:
+        ours = {"config": identity(self.config), "process": identity(self.process)}
+        return ours | super()._identity()

@@ -58,19 +58,15 @@ class Trainer:
             device, and one sync per optimiser step for others. False takes every step.
         generator: source of the draws that the loss makes; checkpoints keep its state.
 
-    Mixed precision: call inside `torch.autocast`; backward and optimiser run outside it. A
-    `torch.amp.GradScaler` is not supported: it would decide, with a sync of its own, whether to
-    step, which is done here, and its scale is no part of checkpoints. Use bf16, whose range is
-    that of fp32, so that nothing has to be scaled.
+    Mixed precision: call inside `torch.autocast` with bf16, whose range is that of fp32, so that
+    nothing has to be scaled; backward and optimiser run outside it. A `torch.amp.GradScaler` is
+    not supported: whether to step is decided here, and its scale is no part of checkpoints.
 
     Attributes:
         iterations: optimiser steps taken, those skipped included.
         examples: how many examples they and the batches since have had.
         pending: batches whose gradients wait for the next optimiser step.
         skipped: float32 tensor on the module's device, how many steps were skipped.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
     format = "di4c_fast.Trainer/1"
@@ -241,11 +237,10 @@ class Trainer:
         self._refuse_average("save")
         self._hold = hold(path)
         tensors: dict[str, Tensor] = {}
-        record = self._record()
-        states = {name: encode(one, name, tensors) for name, one in record["states"].items()}
+        values = {**self._record(), "extra": extra}
+        values["states"] = {k: encode(state, k, tensors) for k, state in values["states"].items()}
         if self.pending:
             encode({k: p.grad for k, p in self.module.named_parameters()}, "gradient", tensors)
-        values = {**record, "states": states, "extra": extra}
         write_checkpoint(path, self.format, tensors, values)
 
     def load(self, path: PathLike) -> Any:
@@ -311,8 +306,9 @@ class Trainer:
         parameters = dict(self.module.named_parameters()) if counters["pending"] else {}
         waiting = {name: parameters[name] for name in gradients if name in parameters}
         # A run may move to a GPU; it then begins with the state of that GPU's generator.
-        needed = {"cpu", "generator", *states["random"]}
-        generators = sorted(needed.intersection(here["states"]["random"]))
+        generators = sorted(
+            here["states"]["random"].keys() & {"cpu", "generator", *states["random"]}
+        )
 
         def form(record: Mapping[str, Any], gradient: Mapping[str, Tensor]) -> dict[str, Any]:
             state, groups = record["states"], record["parameters"]
