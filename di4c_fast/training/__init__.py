@@ -1,7 +1,6 @@
 """Distillation: the step, its recipe, the trainer, weight averages, checkpoints.
 
-Wrong arguments are a TypeError or ValueError that names the argument, what was expected and what
-came.
+Wrong arguments raise a TypeError or ValueError that names them, what was expected and what came.
 
 Source: Di4C (arXiv 2410.08709), the losses and the training recipes of its three systems.
 """

@@ -51,7 +51,6 @@ def hold(path: PathLike) -> Hold:
     locks of files (Windows, some network file systems) nothing is claimed.
 
     Raises:
-        FileNotFoundError: no such folder.
         RuntimeError: another process holds it; the message names that process and the folder.
     """
     # A forked child inherits the dictionary, but not the locks.

@@ -33,7 +33,6 @@ from ..models.call import (
     check_context,
     evaluation_mode,
     repeat_context,
-    select_context,
 )
 from ..processes.base import Process, check_times
 from ..rng import check_generator, generator_uniform
@@ -154,7 +153,8 @@ class _Examples(NamedTuple):
 
     def select(self, index: Tensor | slice) -> _Examples:
         fields = {k: v[index] for k, v in self._asdict().items() if isinstance(v, Tensor)}
-        return self._replace(**fields, context=select_context(self.context, index))
+        context = {name: value[index] for name, value in self.context.items()}
+        return self._replace(**fields, context=context)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..checks import check_bool, check_int, check_kind, check_number, without_autocast
+from ..checks import check_bool, check_int, check_kind, check_within, without_autocast
 from ..rng import check_generator
 from .checkpoint import (
     PathLike,
@@ -49,8 +49,8 @@ class Trainer:
         clip_norm: gradients are scaled to at most this norm by
             `torch.nn.utils.clip_grad_norm_`; None leaves them.
         accumulate: batches per optimiser step. The gradient is the mean of the batches'
-            gradients: that of one batch of all their examples, up to rounding, if the batches
-            are of one size. Otherwise every batch counts the same, whatever its size.
+            gradients, whatever their sizes; with batches of one size it is that of one batch of
+            all their examples, up to rounding.
         skip_nonfinite: leave weights and optimiser state as they are when the norm of the
             gradient is infinite or NaN. The learning rate's schedule and the average go on as
             after any step, and `metrics["skipped"]` counts it. On a GPU that costs no sync for
@@ -97,9 +97,7 @@ class Trainer:
             if scheduler.optimizer is not optimizer:
                 raise ValueError("scheduler must be that of optimizer, got that of another one")
         if clip_norm is not None:
-            check_number(clip_norm, "clip_norm")
-            if clip_norm <= 0.0:
-                raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+            check_within(clip_norm, "clip_norm", "(0, inf)")
         check_int(accumulate, "accumulate", minimum=1)
         check_bool(skip_nonfinite, "skip_nonfinite")
         check_generator(generator)
@@ -248,10 +246,7 @@ class Trainer:
 
         The optimiser's settings (learning rate and so on) and the schedule's are those of the
         checkpoint; the states of torch's default generators are set as well. Resuming is exact
-        on the same kind of device and versions of software.
-
-        Returns:
-            The `extra` given to `save`.
+        on the same kind of device and versions of software. Returns the `extra` given to `save`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -306,9 +301,7 @@ class Trainer:
         parameters = dict(self.module.named_parameters()) if counters["pending"] else {}
         waiting = {name: parameters[name] for name in gradients if name in parameters}
         # A run may move to a GPU; it then begins with the state of that GPU's generator.
-        generators = sorted(
-            here["states"]["random"].keys() & {"cpu", "generator", *states["random"]}
-        )
+        random = {"cpu", "generator", *states["random"]} & here["states"]["random"].keys()
 
         def form(record: Mapping[str, Any], gradient: Mapping[str, Tensor]) -> dict[str, Any]:
             state, groups = record["states"], record["parameters"]
@@ -320,7 +313,7 @@ class Trainer:
                 "average": outline(state["ema"] and state["ema"]["shadow"]),
                 "gradient": outline(gradient),
                 "skipped": outline(state["skipped"]),
-                "random": outline({name: state["random"].get(name) for name in generators}),
+                "random": outline({name: state["random"].get(name) for name in sorted(random)}),
                 "groups": outline(state["optimizer"]["param_groups"]),
             }
 
