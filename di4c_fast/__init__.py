@@ -19,7 +19,7 @@ from .heads import Head, LinearHead, LogisticHead, TensorHead  # noqa: E402
 from .loss.api import LossTerms, correlation, loss, mixture_log_prob  # noqa: E402
 
 # Imported when first used.
-_SUBMODULES = ("integrations", "models", "processes", "samplers", "testing", "training")
+_SUBMODULES = ("integrations", "memory", "models", "processes", "samplers", "testing", "training")
 
 
 def __getattr__(name: str) -> object:

@@ -8,12 +8,22 @@ import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from .heads import Head, decode_head
 
 Record = TypeVar("Record")
 _parse = functools.lru_cache(ast.literal_eval)  # texts repeat from step to step
+
+
+def is_traced(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody looks at every operation: a compiler, a dispatch mode, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
 
 
 def encode(record: Any) -> tuple[list[Tensor], str] | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from loss_heads import EVERY, FAST, available
 from sample_cases import assert_near, assert_same_draw, draws_of_one_row, normal, streamed
+from torch.utils.flop_counter import FlopCounterMode
 
 from di4c_fast import LinearHead, LogisticHead, backends
 from di4c_fast.draw import driver
@@ -454,7 +455,11 @@ def test_the_op_passes_opcheck(kind, backend, monkeypatch):
     monkeypatch.setattr(driver, "sample_op", spy)
     logits, other = normal(2, 6, 300), normal(2, 6, 300, seed=1)
     temperature = torch.rand(2, 6)
-    drawn(head_of(kind, logits, other), backend, seed=1, want="all", temperature=temperature)
+    options = {"seed": 1, "want": "all", "temperature": temperature}
+    with FlopCounterMode(display=False):  # a mode sees the op, an eager call needs none
+        traced = drawn(head_of(kind, logits, other), backend, **options)
+    eager = drawn(head_of(kind, logits, other), backend, **options)
+    assert all(value.equal(expected) for value, expected in zip(eager, traced, strict=True))
     (arguments,) = recorded
     torch.library.opcheck(
         op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")

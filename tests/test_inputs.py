@@ -121,7 +121,10 @@ def not_masked(name: str, at: object) -> str:
 
 DRAW = (AT[0], 1, AT[1])
 STUDENT = "student must have shape (B, N, D, V), got {}"
-TEACHER = f"teacher must have shape (B, D, V) = {(B, D, V)} or (B, M, D, V) with M >= 1, got {{}}"
+TEACHER = (
+    "teacher must have shape (B, D, V) or (B, M, D, V) with M >= 1 "
+    f"and (B, D, V) = {(B, D, V)}, got {{}}"
+)
 CONSISTENCY = (
     f"consistency must have shape (B, K, D, V) with K >= 1 and (B, D, V) = {(B, D, V)}, got {{}}"
 )

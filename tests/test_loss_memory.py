@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import di4c_fast
-from di4c_fast import LinearHead
+from di4c_fast import LinearHead, TensorHead, memory
 from di4c_fast.passes import torch as torch_passes
 
 
@@ -245,3 +245,65 @@ def test_chunk_size_does_not_matter(monkeypatch, size):
 
     for actual, expected in zip(run("torch"), run("reference"), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_memory_is_used_again_and_given_back():
+    memory.empty_cache()
+    sizes = {"dtype": torch.float32, "device": torch.device("cpu")}
+    first = memory.empty((3 << 18,), **sizes)
+    first.fill_(1.0)
+    place = first.data_ptr()
+    part = first[5:]
+    del first
+    other = memory.empty((3 << 18,), **sizes)
+    assert other.data_ptr() != place  # a view still holds it
+    del part
+    again, clean = memory.empty_strided((500, 512), (1400, 2), **sizes)
+    assert again.data_ptr() == place
+    assert not clean
+    del again
+    fresh, clean = memory.empty_strided((1 << 18,), (1,), **sizes)  # a third of the block
+    assert clean
+    assert not fresh.any()
+    memory.empty_cache()
+    assert memory.empty_strided((3 << 18,), (1,), **sizes)[1]
+
+
+def test_waiting_memory_is_bounded(monkeypatch):
+    memory.empty_cache()
+    monkeypatch.setattr(memory, "LIMIT", 5 << 20)
+    sizes = {"dtype": torch.uint8, "device": torch.device("cpu")}
+    blocks = [memory.empty((2 << 20,), **sizes) for _ in range(4)]
+    newest = [block.data_ptr() for block in blocks[2:]]
+    while blocks:
+        del blocks[0]
+    kept = [memory.empty((2 << 20,), **sizes) for _ in range(2)]
+    assert sorted(block.data_ptr() for block in kept) == sorted(newest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_large_gradients_do_not_depend_on_the_memory_they_are_written_to(backend, dtype):
+    """Large ones are written past the caches, into memory that still holds the last gradient."""
+    vocabulary = (1 << 17) + 1  # of odd rows
+    settings = {
+        "vocabulary": vocabulary,
+        "components": 4,
+        "positions": 20,
+        "batch": 1,
+        "mask_id": 3,
+    }
+    expected = []
+    for seed in (1, 2):
+        problem = make_problem(seed, dtype=dtype, **settings)
+        student = problem.pop("student")
+        logits = TensorHead(student.clone().requires_grad_(), in_place_gradient=True)
+        run_loss(problem | {"student": logits}, backend=backend).backward()
+        expected.append(logits.logits().detach())
+    for seed, gradient in zip((1, 2), expected, strict=True):
+        problem = make_problem(seed, dtype=dtype, **settings)
+        leaf = problem.pop("student").requires_grad_()
+        run_loss(problem | {"student": leaf}, backend=backend).backward()
+        assert leaf.grad.equal(gradient)
+        assert bool((problem["xt"] != problem["mask_id"]).any())
+        del leaf, problem  # the next one gets this memory

@@ -98,7 +98,7 @@ WRONG = [
     ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed must have shape"),
     ({"seed": torch.tensor(1.0)}, TypeError, "seed must have dtype torch.int64"),
     ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed and generator cannot both"),
-    ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int 3"),
+    ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int 3"),
     ({"step": "1"}, TypeError, "step must be an int"),
     ({"step": torch.arange(2)}, ValueError, "step must have shape"),
     ({"row_keys": torch.arange(3)}, ValueError, "row_keys must have shape ... = (2,)"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import backends, record
 from ..checks import check_values
 from ..heads import Head
+from ..memory import empty
 from ..passes.base import Drawn, DrawOptions, Operand, Visit, padded
 from .filters import FIRST_LOOK, NEG_INF, filter_literal_, filter_scaled_, guide, row_peak
 from .law import block_sums
@@ -34,8 +35,10 @@ def sample_rows(request: SampleRequest, backend: str) -> dict[str, Tensor]:
     """The token and the wanted fields, each (R,), of the passes of a backend."""
     name = backends.resolve(backend, request.head.device, request.dtype)
     encoded = record.encode(request)
-    # No op can take a head of one's own.
-    found = _run(request, name) if encoded is None else sample_op(*encoded, name)
+    if encoded is None or not record.is_traced(encoded[0]):  # no op can take a head of one's own
+        found = _run(request, name)
+    else:
+        found = sample_op(*encoded, name)
     return dict(zip(("token", *request.want), found, strict=True))
 
 
@@ -98,9 +101,8 @@ class _Source:
             return self.operand.part(begin, end)
         device = self.head.device
         if self.buffer is None:
-            self.buffer = torch.empty(
-                rows, padded(vocabulary), dtype=self.head.chunk_dtype, device=device
-            )
+            sizes = (rows, padded(vocabulary))
+            self.buffer = empty(sizes, dtype=self.head.chunk_dtype, device=device)
         out = self.buffer[:rows, :vocabulary]
         if rows:
             self.head.load(torch.arange(begin, end, device=device), out, self.passes)
@@ -167,7 +169,7 @@ def _draw_prepared(
     if len(given) == 2:
         logits = guide(logits, given[1], options.guidance, request.confidence_dtype or dtype)
     peak = row_peak(logits, mask_id).to(dtype)
-    buffer = torch.empty(len(keys), padded(vocabulary), dtype=dtype, device=keys.device)
+    buffer = empty((len(keys), padded(vocabulary)), dtype=dtype, device=keys.device)
     columns = buffer[:, :vocabulary].copy_(logits).sub_(peak)
     if mask_id is not None:
         columns[:, mask_id] = NEG_INF

@@ -19,11 +19,12 @@ from ..checks import (
     check_same_device,
     check_shape,
     check_values,
+    check_within,
     describe,
 )
 from ..heads import Head, HeadLike, as_head
 from ..passes.base import DrawOptions
-from ..rng import Integer, draw_seed
+from ..rng import Integer, check_generator, draw_seed
 
 CONFIDENCE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -167,9 +168,7 @@ def prepare_request(
         check_int(top_k, "top_k", minimum=1)
         top_k = top_k if top_k < vocabulary else None
     if top_p is not None:
-        check_number(top_p, "top_p")
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        check_within(top_p, "top_p", "(0, 1]")
         top_p = float(top_p) if top_p < 1.0 else None
     if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
         known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
@@ -238,8 +237,7 @@ def _prepare_guidance(guidance: Any, head: Head) -> tuple[Head, float | Tensor]:
 def _prepare_seed(
     seed: Any, generator: torch.Generator | None, device: torch.device, greedy: bool
 ) -> Tensor:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
+    check_generator(generator)
     if seed is None and not greedy:
         return draw_seed(generator, device)
     if seed is not None and generator is not None:

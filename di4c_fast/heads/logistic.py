@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_floating, check_int, check_number, check_same_device
+from ..checks import check_choice, check_floating, check_int, check_same_device, check_within
 from ..passes.base import Bins, Operand
 from .base import BuiltInHead, set_leading, take_leading
 
@@ -66,9 +66,7 @@ class LogisticHead(BuiltInHead):
             )
         check_same_device(log_scale, "log_scale", mu, "mu")
         check_int(num_classes, "num_classes", minimum=2)
-        check_number(eps, "eps")
-        if not 0.0 <= eps < 1.0:
-            raise ValueError(f"eps must be in [0, 1), got {eps}")
+        check_within(eps, "eps", "[0, 1)")
         check_choice(clamp, "clamp", ("left", "min"))
         self.mu, self.log_scale = mu, log_scale
         self.num_classes = int(num_classes)

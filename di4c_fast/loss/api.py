@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -20,11 +20,34 @@ from .problem import (
     weighted,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["LossTerms", "correlation", "loss", "mixture_log_prob"]
 
 Reduction = Literal["mean", "sum", "none"]
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class _Options(TypedDict, total=False):
+    """The options of `loss` that do not change what it returns."""
+
+    consistency: HeadLike | None
+    consistency_x: Tensor | None
+    xt: Tensor | None
+    xu: Tensor | None
+    mask_id: int | None
+    valid: Tensor | None
+    log_weights: Tensor | None
+    data_weight: float | Tensor
+    teacher_weight: float | Tensor
+    consistency_weight: float | Tensor
+    component_weight: float | Tensor
+    control_variate: bool
+    reduction: Reduction
+    generator: torch.Generator | None
+    backend: Backend
 
 
 @overload
@@ -33,22 +56,8 @@ def loss(
     teacher: HeadLike,
     x0: Tensor,
     *,
-    consistency: HeadLike | None = ...,
-    consistency_x: Tensor | None = ...,
-    xt: Tensor | None = ...,
-    xu: Tensor | None = ...,
-    mask_id: int | None = ...,
-    valid: Tensor | None = ...,
-    log_weights: Tensor | None = ...,
-    data_weight: float | Tensor = ...,
-    teacher_weight: float | Tensor = ...,
-    consistency_weight: float | Tensor = ...,
-    component_weight: float | Tensor = ...,
-    control_variate: bool = ...,
-    reduction: Reduction = ...,
-    generator: torch.Generator | None = ...,
-    backend: Backend = ...,
     return_terms: Literal[False] = ...,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -58,22 +67,8 @@ def loss(
     teacher: HeadLike,
     x0: Tensor,
     *,
-    consistency: HeadLike | None = ...,
-    consistency_x: Tensor | None = ...,
-    xt: Tensor | None = ...,
-    xu: Tensor | None = ...,
-    mask_id: int | None = ...,
-    valid: Tensor | None = ...,
-    log_weights: Tensor | None = ...,
-    data_weight: float | Tensor = ...,
-    teacher_weight: float | Tensor = ...,
-    consistency_weight: float | Tensor = ...,
-    component_weight: float | Tensor = ...,
-    control_variate: bool = ...,
-    reduction: Reduction = ...,
-    generator: torch.Generator | None = ...,
-    backend: Backend = ...,
     return_terms: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, LossTerms]: ...
 
 
@@ -202,18 +197,26 @@ def loss(
     )
     with without_autocast(problem.student.device):
         values = _evaluate(problem, backend)
-        data = values.rows[:, 0]
-        draws = torch.zeros_like(data)
-        if problem.consistency is not None:
-            draws = values.rows[:, 1:].mean(1)
-        value = weighted(data, weights.data) + weighted(draws, weights.consistency)
-        value = value + values.marginal + weighted(values.component, weights.component)
+        draws = values.rows.shape[1] - 1
+        row_weights = weights.data.unsqueeze(1)
+        if draws:
+            share = (weights.consistency / draws).unsqueeze(1)
+            row_weights = torch.cat([row_weights, share.expand(-1, draws)], dim=1)
+        value = weighted(values.rows, row_weights).sum(1)
+        if problem.marginal:
+            value = value + values.marginal
+        if problem.component:
+            value = value + weighted(values.component, weights.component)
     if reduction == "mean":
         value = value.sum() / max(value.shape[0], 1)
     elif reduction == "sum":
         value = value.sum()
-    terms = (data, values.teacher_kl, draws, values.consistency_kl, values.component)
-    return (value, LossTerms(*(term.detach() for term in terms))) if return_terms else value
+    if not return_terms:
+        return value
+    rows, none = values.rows, torch.zeros_like(values.component)
+    consistency = rows[:, 1:].mean(1) if draws else none
+    terms = (rows[:, 0], values.teacher_kl, consistency, values.consistency_kl, values.component)
+    return value, LossTerms(*(term.detach() for term in terms))
 
 
 def _evaluate(problem: Problem, backend: Backend) -> Values:
@@ -262,7 +265,7 @@ def mixture_log_prob(
     Source: the mixture denoiser of Di4C (arXiv 2410.08709); `loss` uses it when `control_variate`
     is off.
     """
-    return _token_rows(student, x, xt, mask_id, valid, log_weights, backend, correlation=False)
+    return _token_rows(backend, False, student, x, xt, mask_id, valid, log_weights)
 
 
 def correlation(
@@ -290,29 +293,14 @@ def correlation(
 
     Source: the control variates of Di4C (arXiv 2410.08709).
     """
-    return _token_rows(student, x, xt, mask_id, valid, log_weights, backend, correlation=True)
+    return _token_rows(backend, True, student, x, xt, mask_id, valid, log_weights)
 
 
 def _token_rows(
-    student: HeadLike,
-    x: Tensor,
-    xt: Tensor | None,
-    mask_id: int | None,
-    valid: Tensor | None,
-    log_weights: Tensor | None,
-    backend: Backend,
-    correlation: bool,
+    backend: Backend, correlation: bool, student: HeadLike, x: Tensor, *others: Any
 ) -> Tensor:
     check_choice(backend, "backend", backends.names())
-    problem, single = prepare_rows_problem(
-        student,
-        x,
-        xt=xt,
-        mask_id=mask_id,
-        valid=valid,
-        log_weights=log_weights,
-        correlation=correlation,
-    )
+    problem, single = prepare_rows_problem(correlation, student, x, *others)
     with without_autocast(problem.student.device):
         rows = _evaluate(problem, backend).rows
     rows = rows if correlation else 0.0 - rows

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..heads import Head
-from ..memory import zeros_strided
+from ..memory import empty, empty_strided
 from ..passes.base import DrawOptions, Factors, Operand, RowSums, Statistics, Visit, padded
 from .joint import Joint, Places, joint_terms
 from .plan import Plan, make_plan, order_positions, visits
@@ -57,22 +57,9 @@ class Saved:
         teacher, consistency = (
             RowSums(*others[i : i + 2]) if others[i].ndim == 2 else None for i in (2, 4)
         )
-        log_prob, mass, teacher_kl, consistency_kl, divergence, q, q_teacher = others[6:13]
+        fields = (tokens, student, teacher, consistency, *others[6:13])
+        statistics = Statistics(*fields, sums_known=True)  # type: ignore[misc, arg-type]
         rows, count, logits, *joint = others[13:]
-        statistics = Statistics(
-            tokens,
-            student,
-            teacher,
-            consistency,
-            log_prob,
-            mass,
-            teacher_kl,
-            consistency_kl,
-            divergence,
-            q,
-            q_teacher,
-            sums_known=True,
-        )
         return Saved(statistics, rows, count, logits, Joint(*joint))
 
     def places(self, problem: Problem, passes: Any) -> Places:
@@ -90,8 +77,7 @@ class Saved:
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
     """Memory for what the first sweep leaves; its sizes follow from shapes alone.
 
-    Small tensors are zeros, so that slots which are not active hold something; so are the large
-    ones where zeros cost nothing.
+    Small tensors are zeros, so that slots which are not active hold something.
     """
     plan = make_plan(problem, passes, needs_grad)
     batch, components, positions, vocabulary = problem.sizes
@@ -102,10 +88,9 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         return like.new_zeros(shape, dtype=dtype)
 
     def large(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        strides = torch.empty(shape, device="meta").stride()
-        real = type(like) is Tensor and like.device.type == "cpu"
-        make = zeros_strided if real else torch.empty_strided
-        return make(shape, strides, dtype=dtype, device=like.device)
+        if type(like) is not Tensor:  # of a trace
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        return empty(shape, dtype=dtype, device=like.device)
 
     def sums(head: Head | None) -> RowSums | None:
         if head is None:
@@ -167,7 +152,7 @@ class _Source:
         """An uninitialised buffer (P, C, padded V)."""
         vocabulary = self.head.shape[-1]
         sizes = (slots, self.components, padded(vocabulary))
-        return torch.empty(sizes, dtype=self.head.chunk_dtype, device=self.head.device)
+        return empty(sizes, dtype=self.head.chunk_dtype, device=self.head.device)
 
     def load(self, visit: Visit, out: Tensor | None = None) -> Operand:
         """The logits of a chunk, in memory or computed into `out` or a buffer of this object."""
@@ -186,18 +171,17 @@ def _source(head: Head | None, passes: Any) -> _Source | None:
     return None if head is None else _Source(head, passes)
 
 
-def _sweep(problem: Problem, plan: Plan, saved: Saved, passes: Any) -> tuple[Iterator[Visit], bool]:
-    """The chunks of a sweep, and whether they visit every slot.
+def _sweep(
+    problem: Problem, plan: Plan, saved: Saved, passes: Any, *sources: _Source | None
+) -> tuple[Iterator[Visit], bool]:
+    """The chunks of a sweep over some heads, and whether they visit every slot.
 
     On a GPU the number of active positions stays there, and all slots are visited. It is read on
     the host where matrix products need their sizes, and by passes that visit active slots only.
     """
     places = saved.places(problem, passes)
     positions, stop, count = problem.sizes[2], places.slots, places.count
-    computed = any(
-        head is not None and head.operand(passes) is None
-        for head in (problem.student, problem.teacher, problem.consistency)
-    )
+    computed = any(source is not None and source.whole is None for source in sources)
     capturing = saved.count.is_cuda and torch.cuda.is_current_stream_capturing()
     if count is not None and computed and not capturing:
         stop, count = int(count), None
@@ -219,7 +203,7 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     teacher, consistency = _source(problem.teacher, passes), None
     if statistics.consistency is not None:
         consistency = _source(problem.consistency, passes)
-    sweep, _ = _sweep(problem, plan, saved, passes)
+    sweep, _ = _sweep(problem, plan, saved, passes, student, teacher, consistency)
     for visit in sweep:
         u = None if consistency is None else consistency.load(visit)
         if u is not None and draws_here:
@@ -306,7 +290,7 @@ def backward(
     problem: Problem,
     passes: Any,
     saved: Saved,
-    upstream: tuple[Tensor, Tensor, Tensor],
+    upstream: Sequence[Tensor],
     needs: Sequence[bool],
     in_place: bool = False,
 ) -> list[Tensor | None]:
@@ -392,7 +376,7 @@ def _student_gradients(
     student = _Source(problem.student, passes)
     teacher = _source(problem.teacher, passes)
     consistency = _source(problem.consistency if problem.marginal else None, passes)
-    sweep, everything = _sweep(problem, plan, saved, passes)
+    sweep, everything = _sweep(problem, plan, saved, passes, student, teacher, consistency)
     head, vocabulary = problem.student, problem.sizes[3]
     target: Operand | None = None
     sums: list[Tensor | None] = []
@@ -403,10 +387,21 @@ def _student_gradients(
         sums, target = [mu, log_scale], student.whole.like(mu, log_scale)
     else:
         logits = head.logits().detach()
-        gradient = logits if in_place else new_gradient(logits, zero=not everything)
-        if in_place and not everything:
-            _zero_inactive(gradient, saved, problem)
+        gradient, clean = logits, False
+        if not in_place:
+            strides, dtype = gradient_strides(logits), logits.dtype
+            gradient, clean = empty_strided(
+                logits.shape, strides, dtype=dtype, device=logits.device
+            )
         target = Operand.of_all(gradient)
+        if not everything and not clean:
+            first, (batch, _, positions, _) = int(saved.count), problem.sizes
+            inactive = Visit(first, batch * positions - first, positions, saved.rows)
+            if hasattr(passes, "clear"):
+                passes.clear(target, inactive)
+            else:
+                b, d = inactive.split()
+                gradient[b, :, d] = 0.0
     scratch: Tensor | None = None
     for visit in sweep:
         known = not problem.marginal or statistics.kept(statistics.q, visit) is not None
@@ -436,13 +431,6 @@ def _student_gradients(
     ]
 
 
-def _zero_inactive(gradient: Tensor, saved: Saved, problem: Problem) -> None:
-    assert problem.active is not None
-    inactive = saved.rows[int(saved.count) :]
-    positions = problem.sizes[2]
-    gradient[inactive // positions, :, inactive % positions] = 0.0
-
-
 def is_dense(logits: Tensor) -> bool:
     """Whether the strides address every element once, with rows that may be padded."""
     reach = 0
@@ -454,12 +442,9 @@ def is_dense(logits: Tensor) -> bool:
     return logits.numel() > 0 and logits.stride(-1) == 1 and reach <= 2 * logits.numel()
 
 
-def new_gradient(logits: Tensor, zero: bool) -> Tensor:
-    """Memory for the gradient of logits, with their strides where those are dense.
+def gradient_strides(logits: Tensor) -> tuple[int, ...]:
+    """Strides of the gradient of logits: their own where those are dense.
 
     Rows that the caller has padded stay padded, so that autograd need not copy the gradient.
     """
-    dense = is_dense(logits)
-    strides = logits.stride() if dense else torch.empty(logits.shape, device="meta").stride()
-    make = zeros_strided if zero else torch.empty_strided
-    return make(logits.shape, strides, dtype=logits.dtype, device=logits.device)
+    return (logits if is_dense(logits) else torch.empty(logits.shape, device="meta")).stride()

@@ -125,7 +125,8 @@ def prepare_student(student: HeadLike) -> Head:
 
 def _warn_of_probabilities(student: Tensor) -> None:
     """A warning where a few rows say that these are no logits; on a CPU, where looking is free."""
-    if student.device.type != "cpu" or torch.compiler.is_compiling() or not student.numel():
+    looked_at = student.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not looked_at or not student.numel() or bool((student[0, 0, 0] < 0).any()):
         return
     rows = student.detach()[0, :, 0].double()
     if student.shape[-1] > 1 and bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all()):
@@ -274,19 +275,22 @@ def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Ten
     return weight.expand(batch), float(value) == 0.0
 
 
-def prepare_teacher(teacher: HeadLike, student: Head) -> Head:
-    """The teacher, (B, D, V) or (B, M, D, V), detached."""
-    head = as_head(teacher, "teacher")
+def prepare_target(logits: HeadLike, name: str, student: Head, letters: str) -> Head:
+    """The teacher, (B, D, V) or (B, M, D, V), or the student at x_u, (B, K, D, V), detached.
+
+    letters: of the shape in messages.
+    """
+    head = as_head(logits, name)
     batch, _, *sizes = student.shape
     shape = tuple(head.shape)
     several = len(shape) == 4 and shape[1] >= 1
-    if (shape[:1] + shape[2:] if several else shape) != (batch, *sizes):
+    single = "M" in letters and not several
+    if not (several or single) or (shape if single else shape[:1] + shape[2:]) != (batch, *sizes):
         raise ValueError(
-            f"teacher must have shape (B, D, V) = {(batch, *sizes)} or (B, M, D, V) with M >= 1, "
-            f"got {shape}"
+            f"{name} must have shape {letters} and (B, D, V) = {(batch, *sizes)}, got {shape}"
         )
-    check_same_device(head, "teacher", student, "student")
-    _check_tensors(head, "teacher")
+    check_same_device(head, name, student, "student")
+    _check_tensors(head, name)
     return _target(head, student)
 
 
@@ -301,21 +305,6 @@ def _target(head: Head, student: Head) -> Head:
     return head.with_tensors(
         [t.clone() if t is not None and t.is_inference() else t for t in tensors]
     )
-
-
-def prepare_consistency(consistency: HeadLike, student: Head) -> Head:
-    """The student at x_u, (B, K, D, V), detached."""
-    head = as_head(consistency, "consistency")
-    batch, _, *sizes = student.shape
-    shape = tuple(head.shape)
-    if len(shape) != 4 or shape[1] == 0 or shape[:1] + shape[2:] != (batch, *sizes):
-        raise ValueError(
-            "consistency must have shape (B, K, D, V) with K >= 1 and (B, D, V) = "
-            f"{(batch, *sizes)}, got {shape}"
-        )
-    check_same_device(head, "consistency", student, "student")
-    _check_tensors(head, "consistency")
-    return _target(head, student)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,7 +352,8 @@ def prepare_loss(
     head = prepare_student(student)
     batch, _, positions, vocabulary = head.shape
     mask_id = check_mask_id(mask_id, vocabulary)
-    teacher_head = prepare_teacher(teacher, head)
+    letters = "(B, D, V) or (B, M, D, V) with M >= 1"
+    teacher_head = prepare_target(teacher, "teacher", head, letters)
     active = prepare_active(xt, valid, mask_id, head)
     x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
     check_targets_allowed(x0, "x0", mask_id, active)
@@ -376,7 +366,7 @@ def prepare_loss(
             if value is not None:
                 raise ValueError(f"{name} needs consistency: the student's logits at x_u")
     else:
-        draws = prepare_consistency(consistency, head)
+        draws = prepare_target(consistency, "consistency", head, "(B, K, D, V) with K >= 1")
         sizes = (batch, draws.shape[1], positions)
         if xu is not None:
             if mask_id is None:
@@ -432,14 +422,13 @@ def prepare_loss(
 
 
 def prepare_rows_problem(
+    correlation: bool,
     student: HeadLike,
     x: Tensor,
-    *,
     xt: Tensor | None,
     mask_id: int | None,
     valid: Tensor | None,
     log_weights: Tensor | None,
-    correlation: bool,
 ) -> tuple[Problem, bool]:
     """The problem without distributions of `mixture_log_prob` and `correlation`, and whether x came
     as one row for each example."""
@@ -448,12 +437,5 @@ def prepare_rows_problem(
     active = prepare_active(xt, valid, mask_id, head)
     tokens, single = prepare_rows(x, head, valid)
     check_targets_allowed(tokens, "x", mask_id, active)
-    problem = Problem(
-        student=head,
-        tokens=tokens,
-        log_weights=prepare_log_weights(log_weights, head),
-        active=active,
-        mask_id=mask_id,
-        correlation=correlation,
-    )
-    return problem, single
+    weights = prepare_log_weights(log_weights, head)
+    return Problem(head, tokens, weights, active, mask_id, correlation), single

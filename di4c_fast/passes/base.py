@@ -12,6 +12,8 @@ components at once. The driver calls them; nothing else does.
         the targets and, as far as `mixture` asks, R_n, the divergences and the rows of q.
     backward(z, t, u, visit, mixture, statistics, factors, gradient)
         Write dL/dz of the visited slots (the equation stands at `Factors`).
+    clear(gradient, visit)
+        Write zeros as dL/dz of the visited slots, faster than indexing does; optional.
     draw(x, y, visit, keys, options)
         A token and statistics for every row of the visited slots: see `di4c_fast.draw`.
     joint(log_prob, alive, log_weights, rows, positions, correlation)

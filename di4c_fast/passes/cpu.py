@@ -93,6 +93,12 @@ def backward(
     _run("di4c_backward", words, visit)
 
 
+def clear(gradient: Operand, visit: Visit) -> None:
+    """See `base`."""
+    words = _Words().operand(gradient).visit(visit).numbers(gradient.vocabulary)
+    _run("di4c_clear", words, visit)
+
+
 def draw(x: Operand, y: Operand | None, visit: Visit, keys: Tensor, options: DrawOptions) -> Drawn:
     """See `base`."""
     rows = visit.slots * x.components
@@ -252,7 +258,7 @@ def _library() -> tuple[ctypes.CDLL | None, str | None, int]:
         parallel_for = ctypes.cast(_torch_library().torch_parallel_for, ctypes.c_void_p)
     except (BuildError, OSError, AttributeError) as error:
         return None, f"the C++ passes cannot be built or loaded: {error}", 0
-    for name in ("di4c_forward", "di4c_backward", "di4c_draw", "di4c_joint"):
+    for name in ("di4c_forward", "di4c_backward", "di4c_clear", "di4c_draw", "di4c_joint"):
         getattr(library, name).argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_int64]
     library.di4c_map.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return library, None, library.di4c_start(parallel_for, SETS.index(highest))

@@ -68,6 +68,12 @@ struct MixturePass {
   Factors factors;
 };
 
+struct ClearPass {
+  Operand gradient;
+  Visit visit;
+  int64_t vocabulary;
+};
+
 struct DrawPass {  // one draw for each of the R rows, by slot, then by component
   Operand x, y;    // y: unconditional logits of guidance
   Visit visit;

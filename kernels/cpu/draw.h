@@ -105,13 +105,15 @@ struct Blocks {
   }
 };
 
+constexpr i64 AHEAD = 2 * STRIP;
 template <bool TEMPERED, bool MORE, bool STORE, class C>
-DI4C_INLINE void sum_block(C columns, i64 v, int vectors, float shift, float heat, Blocks& blocks,
+DI4C_INLINE void sum_block(C columns, bool ahead, i64 v, int vectors, float shift, float heat, Blocks& blocks,
                            i64 g, float* out) {
   auto exponentials = columns.exponentials(shift);
   vf totals[2] = {}, raw{}, weighted{};
   for (int i = 0; i < vectors; ++i) {
     vf gap{}, e;
+    if (ahead) columns.prefetch(v + i * W + AHEAD);
     if (TEMPERED || MORE) gap = columns.logits(v + i * W) - shift;
     if (MORE && TEMPERED) raw += vexp(gap);
     if (TEMPERED) gap = gap * heat;
@@ -133,7 +135,6 @@ void sum_blocks(const Row& row, float heat, Blocks& blocks, float* out) {
       i64 begin = s * STRIP, end = begin + STRIP < row.V ? begin + STRIP : row.V;
       float peak = row.bins.shift;
       if (columns.IN_MEMORY) {
-        for (i64 v = begin; v < end; v += W) columns.prefetch(v + STRIP);
         i64 hole = row.mask >= begin && row.mask < end ? row.mask : end;
         vf best = max_of(columns, begin, hole, all(-INF));
         peak = largest(max_of(columns, hole + 1, end, best));
@@ -143,12 +144,12 @@ void sum_blocks(const Row& row, float heat, Blocks& blocks, float* out) {
       for (i64 v = begin; v < end; v += BLOCK) {
         float part[BLOCK], *to = STORE ? out + v : nullptr;
         if (v + BLOCK <= row.V && (row.mask < v || row.mask >= v + BLOCK)) {
-          sum_block<TEMPERED, MORE, STORE>(columns, v, FULL, shift, heat, blocks, v / BLOCK, to);
+          sum_block<TEMPERED, MORE, STORE>(columns, true, v, FULL, shift, heat, blocks, v / BLOCK, to);
           continue;
         }
         int vectors = read_block(row, v, part);
         Memory<Fp32> copy = {part};
-        sum_block<TEMPERED, MORE, STORE>(copy, 0, vectors, shift, heat, blocks, v / BLOCK, to);
+        sum_block<TEMPERED, MORE, STORE>(copy, false, 0, vectors, shift, heat, blocks, v / BLOCK, to);
       }
     }
   });

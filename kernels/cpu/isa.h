@@ -6,6 +6,7 @@
 struct Functions {
   void (*forward)(const void* pass, int64_t slot, char* scratch);
   void (*backward)(const void* pass, int64_t slot, char* scratch);
+  void (*clear)(const void* pass, int64_t slot, char* scratch);
   void (*draw)(const void* pass, int64_t slot, char* scratch);
   void (*joint)(const void* pass, int64_t task, char* scratch);
   int64_t (*mixture_scratch)(const void* pass, bool forward);

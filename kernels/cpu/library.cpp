@@ -58,6 +58,9 @@ void work(int64_t, int64_t, void* context) {
       region.slot(region.pass, i, scratch);
   }
   free(scratch);
+#if defined(__SSE2__)
+  _mm_sfence();  // before others read what was streamed
+#endif
 }
 
 // Run all slots; `elements` is about how many logits one of them touches. Returns 0 or a Failure.
@@ -103,6 +106,12 @@ DI4C_EXPORT int32_t di4c_backward(const MixturePass* a, int64_t words) {
   if (words * 8 != sizeof(*a)) return DIFFERS;
   return run(functions->backward, a, a->visit.slots, a->z.components * a->mixture.vocabulary,
              functions->mixture_scratch(a, false), a->visit.threads);
+}
+
+DI4C_EXPORT int32_t di4c_clear(const ClearPass* a, int64_t words) {
+  if (words * 8 != sizeof(*a)) return DIFFERS;
+  return run(functions->clear, a, a->visit.slots, a->gradient.components * a->vocabulary, 0,
+             a->visit.threads);
 }
 
 DI4C_EXPORT int32_t di4c_draw(const DrawPass* a, int64_t words) {

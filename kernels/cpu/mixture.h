@@ -14,6 +14,7 @@
 namespace {
 
 constexpr i64 STORED_BYTES = 1 << 20;  // exponentials of a slot that are kept between its steps
+constexpr i64 STREAMED_BYTES = 8 << 20;  // of a gradient: what no cache keeps for its reader
 constexpr i64 BLOCK_BYTES = 1 << 16;   // exponentials of one block of columns
 
 i64 block_columns(i64 components) {
@@ -318,6 +319,10 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
   vf teacher_weight = all(m.teacher_weight[slot.b]);
   vf consistency_weight = all(m.consistency_weight[slot.b]);
 
+  // A large gradient in memory of its own; in place the lines are in the cache already.
+  bool streams = a.gradient.stride_i == 0 && a.gradient.data != a.z.data &&
+                 a.visit.slots * N * V * size_of(a.gradient.dtype) >= STREAMED_BYTES;
+
   for (i64 begin = 0; begin < V; begin += slot.columns) {
     i64 end = begin + slot.columns < V ? begin + slot.columns : V, count = end - begin;
     float* e = slot.exponentials(begin, end);
@@ -380,13 +385,28 @@ void backward_slot(const void* pass, i64 i, char* scratch) {
       i64 at = offset_of(a.gradient, i, slot.b, n, slot.d);
       double* slopes = slot.slopes + 2 * n;
       if (a.gradient.dtype != LOGISTIC) {
-        write_row(row, a.gradient.data + at, a.gradient.dtype, begin, count);
+        write_row(row, a.gradient.data + at, a.gradient.dtype, begin, count, streams);
         continue;
       }
       slot.rows[n].bins.add_slopes(row, begin, count, &slopes[0], &slopes[1]);
       *(float*)(a.gradient.data + at) = (float)slopes[0];
       *(float*)(a.gradient.log_scale + at) = (float)slopes[1];
     }
+  }
+}
+
+void clear_slot(const void* pass, i64 i, char*) {
+  const ClearPass& a = *(const ClearPass*)pass;
+  i64 s = a.visit.first + i, index = a.visit.rows ? a.visit.rows[s] : s;
+  i64 b = index / a.visit.positions, d = index % a.visit.positions;
+  static const char zeros[1 << 14] = {};
+  i64 N = a.gradient.components, bytes = a.vocabulary * size_of(a.gradient.dtype);
+  bool streams = a.visit.slots * N * bytes >= STREAMED_BYTES;
+  for (i64 n = 0; n < N; ++n) {
+    char* row = a.gradient.data + offset_of(a.gradient, i, b, n, d);
+    if (!streams) memset(row, 0, bytes);
+    for (i64 at = 0; streams && at < bytes; at += sizeof(zeros))
+      stream(row + at, zeros, bytes - at < (i64)sizeof(zeros) ? bytes - at : sizeof(zeros));
   }
 }
 

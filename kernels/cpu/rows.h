@@ -224,14 +224,37 @@ void copy_padded(const float* from, i64 n, float* to) {
   memcpy(to, from, n * sizeof(float));
 }
 
-// Store columns begin .. begin + n - 1 of a row in its dtype.
-void write_row(const float* from, char* row, i64 dtype, i64 begin, i64 n) {
+// memcpy past the caches, for what nobody reads soon: a line that is written whole is not read.
+void stream(char* to, const char* from, i64 bytes) {
+#if defined(__SSE2__)
+  i64 head = -(i64)(uintptr_t)to & 63, v = head < bytes ? head : bytes;
+  memcpy(to, from, v);
+#if defined(__AVX512F__)
+  for (; v + 64 <= bytes; v += 64)
+    _mm512_stream_si512((__m512i*)(to + v), _mm512_loadu_si512(from + v));
+#else
+  for (; v + 16 <= bytes; v += 16)
+    _mm_stream_si128((__m128i*)(to + v), _mm_loadu_si128((const __m128i*)(from + v)));
+#endif
+  memcpy(to + v, from + v, bytes - v);
+#else
+  memcpy(to, from, bytes);
+#endif
+}
+
+// Store columns begin .. begin + n - 1 of a row in its dtype; `from` may be changed.
+void write_row(float* from, char* row, i64 dtype, i64 begin, i64 n, bool streams) {
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    auto to = (typename T::type*)row + begin;
+    auto to = (typename T::type*)row + begin, narrow = (typename T::type*)from;
     i64 v = 0;
-    for (; v + W <= n; v += W) T::store(to + v, load(from + v));
-    if (v < n) store_tail<T>(to + v, load(from + v), (int)(n - v));
+    if (!streams) {
+      for (; v + W <= n; v += W) T::store(to + v, load(from + v));
+      if (v < n) store_tail<T>(to + v, load(from + v), (int)(n - v));
+      return;
+    }
+    for (; dtype != FP32 && v < n; v += W) T::store(narrow + v, load(from + v));
+    stream((char*)to, (const char*)narrow, n * sizeof(*to));
   });
 }
 
