@@ -175,7 +175,7 @@ SCHEDULERS = torch.optim.lr_scheduler
             ValueError,
             "scheduler must be that of optimizer",
         ),
-        ("clip_norm", lambda s, o: 0.0, ValueError, "clip_norm must be positive, got 0.0"),
+        ("clip_norm", lambda s, o: 0.0, ValueError, r"clip_norm must be in \(0, inf\), got 0.0"),
         ("clip_norm", lambda s, o: math.nan, ValueError, "clip_norm must be finite"),
         ("clip_norm", lambda s, o: "1", TypeError, "clip_norm must be a number, got str '1'"),
         ("accumulate", lambda s, o: 0, ValueError, "accumulate must be at least 1, got 0"),

@@ -55,10 +55,6 @@ def check_context(
     return context
 
 
-def select_context(context: Context, examples: Tensor | slice) -> Context:
-    return {key: value[examples] for key, value in context.items()}
-
-
 def repeat_context(context: Context, times: int) -> Context:
     """Each example's entry `times` times in a row, as the rows of its components are."""
     return {key: value.repeat_interleave(times, dim=0) for key, value in context.items()}

@@ -2,8 +2,8 @@
 
 A file holds its tensors by name and, in the metadata of its header, `format` (which program reads
 it) and `values`, a JSON text with everything that is not a tensor and a CRC-32 of each tensor.
-A file is written under a name of its own and renamed, so that an interruption leaves the old file
-or the new one; `hold` keeps other processes away and removes what a killed one left.
+An interruption while one is written leaves the old file or the new one; `hold` keeps other
+processes away and removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -38,16 +38,7 @@ PathLike = str | os.PathLike[str]
 
 
 class Hold:
-    """This process's claim to write a file; another's is an error that names this process.
-
-    It ends with the last reference to it, or with the process, however that ends. Where the
-    system has no locks of files (Windows, some network file systems) nothing is claimed.
-    """
-
-    def __init__(self, path: str):
-        weakref.finalize(self, _unlock, path, _lock(path), os.getpid())
-        for left in glob.glob(glob.escape(path) + ".*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+    """A claim to write a file; it ends with the last reference to it, or with the process."""
 
 
 _held: weakref.WeakValueDictionary[tuple[int, str], Hold] = weakref.WeakValueDictionary()
@@ -56,16 +47,21 @@ _held: weakref.WeakValueDictionary[tuple[int, str], Hold] = weakref.WeakValueDic
 def hold(path: PathLike) -> Hold:
     """Claim a file that this process will write; those who claim it in one process share it.
 
-    Leftovers of a process that was killed while it wrote are removed.
+    Leftovers of a process that was killed while it wrote are removed. Where the system has no
+    locks of files (Windows, some network file systems) nothing is claimed.
 
     Raises:
         RuntimeError: another process holds it; the message names that process and the folder.
     """
     # A forked child inherits the dictionary, but not the locks.
-    key = (os.getpid(), os.path.realpath(path))
-    held = _held.get(key)
+    owner, path = os.getpid(), os.path.realpath(check_place(path))
+    held = _held.get((owner, path))
     if held is None:
-        held = _held[key] = Hold(key[1])
+        held = Hold()
+        weakref.finalize(held, _unlock, path, _lock(path), owner)
+        _held[owner, path] = held
+        for left in glob.glob(glob.escape(path) + ".*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
     return held
 
 
@@ -132,23 +128,19 @@ def _sync(path: pathlib.Path) -> None:
 def write_checkpoint(
     path: PathLike, format_name: str, tensors: Mapping[str, Tensor], values: Any
 ) -> None:
-    """Replace the file in one step: an interruption leaves the old file or the new one.
+    """Replace the file in one step; an OSError leaves a file of that name as it was.
 
     Args:
         path: its folder must exist.
         format_name: what `read_checkpoint` will ask for.
         tensors: by name; on any device, of any strides, sharing memory or not.
         values: anything that survives JSON.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        OSError: the file cannot be written; a file of that name is left as it was.
     """
     path = check_place(path)
     stored, aliases = _own_memory(tensors)
     sums = {name: _sum_of(value) for name, value in stored.items()}
     text = json.dumps({"aliases": aliases, "sums": sums, "values": values})
-    metadata = {"format": format_name, "values": text, "sum": _sum_of_text(text)}
+    metadata = {"format": format_name, "values": text, "sum": str(zlib.crc32(text.encode()))}
     with replacing(path) as temporary:
         try:
             save_file(stored, str(temporary), metadata=metadata)
@@ -182,18 +174,19 @@ def read_checkpoint(path: PathLike, format_name: str) -> tuple[dict[str, Tensor]
     try:
         with safe_open(str(path), framework="pt") as opened:
             metadata = opened.metadata() or {}
-            if metadata.get("format") != format_name:
+            found = metadata.get("format")
+            if found != format_name:
                 raise ValueError(
-                    f"{path} is not a checkpoint of {format_name}: its format is "
-                    f"{metadata.get('format')!r}"
+                    f"{path} is not a checkpoint of {format_name}: its format is {found!r}"
                 )
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({error})") from error
     try:
-        if _sum_of_text(metadata["values"]) != metadata["sum"]:
+        text = metadata["values"]
+        if str(zlib.crc32(text.encode())) != metadata["sum"]:
             raise ValueError("its sum is another")
-        record = json.loads(metadata["values"])
+        record = json.loads(text)
         there = {name: _sum_of(value) for name, value in tensors.items()}
         for line in differences(record["sums"], there):
             raise ValueError(f"not what was written: the sum of {line}")
@@ -223,21 +216,11 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def _sum_of(value: Tensor) -> int:
-    if not value.numel():
-        return 0
     return zlib.crc32(value.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _sum_of_text(text: str) -> str:
-    return str(zlib.crc32(text.encode()))
-
-
 def encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A nested state as JSON values; its tensors go into `tensors` under names below `name`.
-
-    Raises:
-        TypeError: something that is neither a tensor, a container nor a plain value.
-    """
+    """A nested state as JSON values; its tensors go into `tensors` under names below `name`."""
     if value is None or isinstance(value, (bool, str, int, float)):
         return value
     if isinstance(value, Tensor):
@@ -301,12 +284,10 @@ def identity(value: Any) -> Any:
         return [identity(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): identity(item) for key, item in value.items()}
+    own = {} if callable(value) else getattr(value, "__dict__", {})
+    names = [name for name in own if not name.startswith("_")]
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-    elif callable(value) or not hasattr(value, "__dict__"):
-        names = []
-    else:
-        names = [name for name in vars(value) if not name.startswith("_")]
     return {"class": type(value).__name__, **{n: identity(getattr(value, n)) for n in names}}
 
 

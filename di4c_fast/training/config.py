@@ -1,24 +1,22 @@
-"""The recipe of a distillation step: weights, their schedules over time, sizes; its result.
-
-Source: Di4C (arXiv 2410.08709), the training recipes of its three systems.
-"""
+"""The recipe of a distillation step: weights, their schedules over time, sizes; its result."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import check_choice, check_int, check_number, describe
+from ..checks import check_choice, check_int, check_number, check_within
 from ..loss.api import LossTerms
 
 __all__ = ["SCHEDULES", "DistillConfig", "DistillOutput", "Schedule", "data_weights"]
 
 Schedule = Literal["sigmoid", "linear", "constant"]
 SCHEDULES = ("sigmoid", "linear", "constant")
+WEIGHTS = ("data_weight", "teacher_weight", "consistency_weight", "component_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +46,6 @@ class DistillConfig:
         teacher_components: M. 1: the teacher is called as teacher(tokens, t). M > 1: a Di4C
             teacher ("di4c²"), called with M rows and fresh λ per example as a student is.
         backend: of the loss.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
     """
 
     components: int = 16
@@ -73,22 +68,13 @@ class DistillConfig:
         for name in ("components", "draws", "latent_dim", "teacher_components"):
             if name != "draws" or self.draws is not None:
                 check_int(getattr(self, name), name, minimum=1)
-        for name in ("data", "teacher", "consistency", "component"):
-            check_number(getattr(self, f"{name}_weight"), f"{name}_weight", minimum=0.0)
-        for name in ("teacher_step", "component_spread", "low_t", "low_t_probability"):
-            value = getattr(self, name)
-            check_number(value, name)
-            if not 0.0 <= value <= 1.0 or (name == "teacher_step" and value == 0.0):
-                bracket = "(" if name == "teacher_step" else "["
-                raise ValueError(f"{name} must be in {bracket}0, 1], got {value}")
+        for name in WEIGHTS:
+            check_number(getattr(self, name), name, minimum=0.0)
+        check_within(self.teacher_step, "teacher_step", "(0, 1]")
+        for name in ("component_spread", "low_t", "low_t_probability"):
+            check_within(getattr(self, name), name, "[0, 1]")
         check_choice(self.data_schedule, "data_schedule", SCHEDULES)
         check_choice(self.backend, "backend", backends.names())
-
-
-def check_kind(value: Any, kind: type, name: str) -> None:
-    if not isinstance(value, kind):
-        article = "an" if kind.__name__[0] in "AEIO" else "a"
-        raise TypeError(f"{name} must be {article} {kind.__name__}, got {describe(value)}")
 
 
 def data_weights(t: Tensor, schedule: Schedule, weight: float = 1.0) -> Tensor:

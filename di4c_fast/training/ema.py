@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_number, check_tensor
+from ..checks import check_kind, check_tensor, check_within
 from .checkpoint import differences
-from .config import check_kind
 
 __all__ = ["EMA"]
 
@@ -38,30 +37,22 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float = 0.9999, *, warmup: bool = True):
         check_kind(module, nn.Module, "module")
-        check_number(decay, "decay")
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        check_within(decay, "decay", "[0, 1)")
         self.module, self.decay, self.warmup = module, float(decay), bool(warmup)
         self.updates = 0
         self.is_applied = False
-        averaged = dict(module.named_parameters())
-        self.shadow = {
-            name: _average_of(value) if name in averaged else value.detach().clone()
-            for name, value in _state_of(module).items()
-        }
+        self.shadow = {name: v.detach().clone() for name, v in _state_of(module).items()}
+        for name, parameter in module.named_parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                self.shadow[name] = self.shadow[name].float()
 
     def _live(self) -> dict[str, Tensor]:
-        """The module's present state.
-
-        Raises:
-            RuntimeError: names or shapes are not those of the time when the average was made.
-        """
+        """The module's present state, an error where its names or shapes have changed."""
         live = _state_of(self.module)
-        changed = differences(_shapes(self.shadow), _shapes(live))
+        changed = _changes(self.shadow, live)
         if changed:
             raise RuntimeError(
-                "the module is not as it was when its EMA was made (there), make a new EMA: "
-                + "; ".join(changed[:3])
+                f"the module has changed since its EMA was made (there), make a new EMA: {changed}"
             )
         return live
 
@@ -76,15 +67,15 @@ class EMA:
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(self.module.named_parameters())
-        averaged: list[tuple[Tensor, Tensor]] = []
+        shadows, values = [], []
         for name, value in live.items():
             shadow = self.shadow[name]
-            if name in parameters and value.dtype.is_floating_point:
-                averaged.append((shadow, value.detach().to(shadow.dtype)))
+            if name in parameters and value.is_floating_point():
+                shadows.append(shadow)
+                values.append(value.to(shadow.dtype))
             else:
                 shadow.copy_(value)
-        if averaged:
-            shadows, values = (list(side) for side in zip(*averaged, strict=True))
+        if shadows:
             torch._foreach_lerp_(shadows, values, 1.0 - decay)
 
     @contextlib.contextmanager
@@ -109,12 +100,8 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """{"decay", "warmup", "updates", "shadow": name to tensor}, the tensors not copied."""
-        return {
-            "decay": self.decay,
-            "warmup": self.warmup,
-            "updates": self.updates,
-            "shadow": dict(self.shadow),
-        }
+        plain = {name: getattr(self, name) for name in ("decay", "warmup", "updates")}
+        return {**plain, "shadow": dict(self.shadow)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,9 +116,9 @@ class EMA:
                 raise ValueError(f"state must have the key {key!r}, got {sorted(state)}")
         for name, value in state["shadow"].items():
             check_tensor(value, f"state['shadow'][{name!r}]")
-        found = differences(_shapes(state["shadow"]), _shapes(self.shadow))
-        if found:
-            raise ValueError(f"state must be that of this module: {'; '.join(found[:3])}")
+        changed = _changes(state["shadow"], self.shadow)
+        if changed:
+            raise ValueError(f"state must be that of this module: {changed}")
         for name, value in state["shadow"].items():
             self.shadow[name].copy_(value)
         self.decay, self.warmup = float(state["decay"]), bool(state["warmup"])
@@ -143,20 +130,16 @@ def _state_of(module: nn.Module) -> dict[str, Tensor]:
 
     Other buffers, such as a cache of positions, are the module's own business.
     """
-    state: dict[str, Tensor] = dict(module.named_parameters())
     passing = {
-        f"{prefix}.{name}" if prefix else name
+        f"{prefix}.{name}".removeprefix(".")
         for prefix, part in module.named_modules(remove_duplicate=False)
         for name in part._non_persistent_buffers_set
     }
-    state |= {name: value for name, value in module.named_buffers() if name not in passing}
-    return state
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: value for name, value in named if name not in passing}
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def _average_of(parameter: Tensor) -> Tensor:
-    half = parameter.dtype in (torch.float16, torch.bfloat16)
-    return parameter.detach().to(torch.float32 if half else parameter.dtype, copy=True)
+def _changes(there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str:
+    """The first names and shapes that differ."""
+    before, now = ({k: tuple(v.shape) for k, v in state.items()} for state in (there, here))
+    return "; ".join(differences(before, now)[:3])

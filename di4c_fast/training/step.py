@@ -1,18 +1,14 @@
-"""One Di4C distillation step.
+"""One Di4C distillation step, and the trainer that takes it.
 
-A step draws t and x_t, runs the teacher once without a graph (that pass gives the targets and
-all draws of x_u), runs the student at x_t with a graph, then at x_u without one and in eval mode,
-and calls `di4c_fast.loss`. Processes with a time of their own for the component term
-(`Process.component_time`) add one teacher pass and one student pass at that time.
-
-Source: Di4C (arXiv 2410.08709), the losses and training recipes of its three systems.
+A step draws t and x_t, runs the teacher (whose pass gives the targets and all draws of x_u), the
+student at x_t and at x_u, and calls `di4c_fast.loss`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -21,12 +17,11 @@ from torch import Tensor, nn
 from ..checks import (
     check_floating,
     check_int64,
-    check_number,
+    check_kind,
     check_rank,
     check_same_device,
     check_shape,
-    check_values,
-    describe,
+    check_within,
     without_autocast,
 )
 from ..heads import Head, HeadLike
@@ -38,14 +33,16 @@ from ..models.call import (
     check_context,
     evaluation_mode,
     repeat_context,
-    select_context,
 )
-from ..models.latent import draw_latents
-from ..processes import Process
+from ..processes.base import Process, check_times
 from ..rng import check_generator, generator_uniform
-from .config import DistillConfig, DistillOutput, check_kind, data_weights
+from .checkpoint import identity
+from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
+from .trainer import Backward, Metrics, Trainer
 
-__all__ = ["distill_step"]
+__all__ = ["Distiller", "distill_step"]
+
+Heads = tuple[Head, Head]  # of the student and of the teacher
 
 
 def distill_step(
@@ -119,61 +116,35 @@ def distill_step(
             something of the wrong shape.
     """
     config = DistillConfig() if config is None else config
-    step = _Step(student, teacher, process, config, generator, return_terms, backward)
-    step.check(x0)
-    step.check_latents(
-        x0, latent=latent, latent_u=latent_u, latent_teacher=latent_teacher, latent_min=latent_min
-    )
+    latents = {"latent": latent, "latent_u": latent_u}
+    latents |= {"latent_teacher": latent_teacher, "latent_min": latent_min}
+    step = _Step(student, teacher, x0, process, config, generator, latents, return_terms, backward)
     context = check_context(context, len(x0), x0.device)
-    t_host = step.times_on_host(t, len(x0))
-    if t is None:
-        t = t_host.to(x0.device, non_blocking=True)
-    else:
-        check_same_device(t, "t", x0, "x0")
-    if not len(x0):
-        return step.empty(x0, t, latent)
-    xt = process.corrupt(x0, t, valid=valid, generator=generator)
-    u = process.step_time(t, config.teacher_step, generator=generator)
-    latent = step.latents("latent", latent, x0)
-    latent_u = step.latents("latent_u", latent_u, x0)
-    if config.teacher_components > 1:
-        latent_teacher = step.latents("latent_teacher", latent_teacher, x0)
-
-    own_pass = process.component_time is not None
-    low = t_host < (0.0 if own_pass else config.low_t)
-    # Examples that need the x_u pass first, so that both kinds are contiguous slices.
-    order = torch.argsort(low.int(), stable=True)
-    high = len(x0) - int(low.sum())
-    permuted = 0 < high < len(x0) and not bool((order[1:] > order[:-1]).all())
+    t, low = step.times(t)
+    some, own_pass = len(x0) > 0, process.component_time is not None
+    xt = process.corrupt(x0, t, valid=valid, generator=generator) if some else x0
+    u = process.step_time(t, config.teacher_step, generator=generator) if some else t
+    latent, latent_u = step.latent("latent"), step.latent("latent_u")
+    latent_teacher = step.latent("latent_teacher") if config.teacher_components > 1 else None
     examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u)
-    if permuted:
-        order = order.to(x0.device, non_blocking=True)
-        examples = examples.select(order)
-    value, terms, xu = step.run(examples, high)
-    value = step.hand_over(value)
-    if permuted:
-        inverse = torch.argsort(order)
-        terms = None if terms is None else LossTerms(*(term[inverse] for term in terms))
-        xu = None if xu is None else xu[inverse]
+    value, terms, xu = step.run(examples, low) if some else step.empty(latent)
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
-    output = DistillOutput(
-        value, terms, t.detach(), u.detach(), xt, xu, latent.detach(), latent_u.detach(), low
-    )
-    if own_pass and config.component_weight:
-        latent_min = step.latents("latent_min", latent_min, x0)
-        output = step.component(output, x0, latent_min, valid, context)
+    detached = t.detach(), u.detach(), xt, xu, latent.detach(), latent_u.detach()
+    value = step.hand_over(value)  # and free of its graph before the next one is made
+    output = DistillOutput(value, terms, *detached, low)
+    if own_pass and some and config.component_weight:
+        output = step.component(output, examples)
     return output
 
 
-@dataclasses.dataclass(frozen=True)
-class _Examples:
+class _Examples(NamedTuple):
     """The per-example tensors of a step, so that they are permuted and cut together."""
 
     x0: Tensor
     t: Tensor
     xt: Tensor
-    latent: Tensor
+    latent: Tensor | None
     latent_teacher: Tensor | None
     valid: Tensor | None
     context: Context
@@ -181,9 +152,9 @@ class _Examples:
     latent_u: Tensor
 
     def select(self, index: Tensor | slice) -> _Examples:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        chosen = {k: v[index] for k, v in fields.items() if isinstance(v, Tensor)}
-        return _Examples(**{**fields, **chosen, "context": select_context(self.context, index)})
+        fields = {k: v[index] for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        context = {name: value[index] for name, value in self.context.items()}
+        return self._replace(**fields, context=context)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,74 +166,74 @@ class _Step:
 
     student: Callable[..., HeadLike]
     teacher: Callable[..., HeadLike]
+    x0: Tensor
     process: Process
     config: DistillConfig
     generator: torch.Generator | None
+    latents: dict[str, Tensor | None]
     return_terms: bool
     backward: Callable[[Tensor], None] | None
 
-    def check(self, x0: Tensor) -> None:
+    def __post_init__(self) -> None:
         check_callable(self.student, "student")
         check_callable(self.teacher, "teacher")
-        check_int64(x0, "x0")
-        check_rank(x0, "x0", exactly=2)
+        check_int64(self.x0, "x0")
+        check_rank(self.x0, "x0", exactly=2)
         check_generator(self.generator)
         check_kind(self.process, Process, "process")
         check_kind(self.config, DistillConfig, "config")
         if self.backward is not None:
             check_callable(self.backward, "backward")
-        time = self.process.component_time
+        time, given = self.process.component_time, self.latents
         if time is not None:
-            check_number(time, "process.component_time")
-            if not 0.0 < time <= 1.0:
-                raise ValueError(f"process.component_time must be in (0, 1], got {time}")
+            check_within(time, "process.component_time", "(0, 1]")
+        for name, latent in given.items():
+            if latent is not None:
+                check_floating(latent, name)
+                check_shape(latent, name, *self.latent_shape(name))
+                check_same_device(latent, name, self.x0, "x0")
+        if given["latent_teacher"] is not None and self.config.teacher_components == 1:
+            raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
+        if given["latent_min"] is not None and time is None:
+            kind = type(self.process).__name__
+            raise ValueError(f"latent_min needs a process with a component_time, got {kind}")
 
-    def rows(self, name: str) -> tuple[str, int]:
-        """The letter and the number of an example's latents of that name."""
+    def latent_shape(self, name: str) -> tuple[str, tuple[int, int, int]]:
+        """The shape of all latents of that name, in letters and in numbers."""
         config = self.config
-        if name == "latent_u":
-            return "K", config.components if config.draws is None else config.draws
-        if name == "latent_teacher":
-            return "M", config.teacher_components
-        return "N", config.components
+        letter, rows = {
+            "latent_u": ("K", config.draws or config.components),
+            "latent_teacher": ("M", config.teacher_components),
+        }.get(name, ("N", config.components))
+        return f"B, {letter}, L", (len(self.x0), rows, config.latent_dim)
 
-    def check_latents(self, x0: Tensor, **latents: Tensor | None) -> None:
-        for name, given in latents.items():
-            if given is None:
-                continue
-            letter, rows = self.rows(name)
-            check_floating(given, name)
-            check_shape(given, name, f"B, {letter}, L", (len(x0), rows, self.config.latent_dim))
-            check_same_device(given, name, x0, "x0")
-            if name == "latent_teacher" and rows == 1:
-                raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
-            if name == "latent_min" and self.process.component_time is None:
-                got = describe(self.process)
-                raise ValueError(f"latent_min needs a process with a component_time, got {got}")
+    def latent(self, name: str) -> Tensor:
+        """Latents as they were given, or drawn."""
+        given = self.latents[name]
+        return self.draw(*self.latent_shape(name)[1]) if given is None else given
 
-    def latents(self, name: str, given: Tensor | None, x0: Tensor) -> Tensor:
-        if given is not None:
-            return given
-        rows, dim = self.rows(name)[1], self.config.latent_dim
-        return draw_latents(len(x0), rows, dim, generator=self.generator, device=x0.device)
+    def draw(self, *shape: int) -> Tensor:
+        return generator_uniform(shape, generator=self.generator, device=self.x0.device)
 
-    def times_on_host(self, t: Tensor | None, batch: int) -> Tensor:
-        """The times (B,) on the CPU, checked."""
+    def times(self, t: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The times (B,), and on the CPU which of them are low."""
+        config, x0 = self.config, self.x0
+        # A component pass of its own leaves no times that are low.
+        low_t = config.low_t if self.process.component_time is None else 0.0
         if t is None:
-            # Without a low branch no share of the times is set aside for it.
-            low = self.process.component_time is None and self.config.low_t > 0.0
-            return self.process.sample_times(
-                batch,
-                low_t=self.config.low_t if low else 0.0,
-                low_t_probability=self.config.low_t_probability if low else 0.0,
+            host = self.process.sample_times(
+                len(x0),
+                low_t=low_t,
+                low_t_probability=config.low_t_probability if low_t else 0.0,
                 generator=self.generator,
                 device="cpu",
             )
-        check_floating(t, "t")
-        check_shape(t, "t", "B,", (batch,))
-        t_host = t.detach().cpu()
-        check_values((t_host > 0) & (t_host <= 1), "t must hold times in (0, 1]", t_host)
-        return t_host
+            return host.to(x0.device, non_blocking=True), host < low_t
+        check_kind(t, Tensor, "t")
+        check_same_device(t, "t", x0, "x0")
+        host = t.detach().cpu()
+        check_times(host, len(x0), host)  # on the host: a wrong time is an error at once
+        return t, host < low_t
 
     def hand_over(self, part: Tensor) -> Tensor:
         """A part's value, its graph given to the caller's `backward` if there is one."""
@@ -274,156 +245,216 @@ class _Step:
             self.backward(part)
         return part.detach()
 
-    def empty(self, x0: Tensor, t: Tensor, latent: Tensor | None) -> DistillOutput:
-        """A step without examples: loss 0, which every weight of the student has a part in."""
-        sources: list[Tensor] = [] if latent is None else [latent]
-        if isinstance(self.student, nn.Module):
-            sources += self.student.parameters()
-        sources = [source for source in sources if source.requires_grad]
-        value = torch.zeros((), device=x0.device, requires_grad=not sources)
-        for source in sources:  # sums of nothing: weights that are not finite leave no NaN
-            value = value + source.flatten()[:0].sum().to(value)
-        none = torch.zeros(0, device=x0.device)
+    def empty(self, latent: Tensor) -> tuple[Tensor, LossTerms | None, None]:
+        """The loss of no examples: 0, which every weight of the student has a part in."""
+        weights = self.student.parameters() if isinstance(self.student, nn.Module) else ()
+        value = torch.zeros((), device=latent.device, requires_grad=True)
+        for source in (latent, *weights):
+            if source.requires_grad:  # sums of nothing: weights that are not finite leave no NaN
+                value = value + source.flatten()[:0].sum().to(value)
+        none = value.new_zeros(0)
         terms = LossTerms(*[none] * len(LossTerms._fields)) if self.return_terms else None
-        t, low = t.detach(), torch.zeros(0, dtype=torch.bool)
-        latent, latent_u = (self.latents(name, None, x0) for name in ("latent", "latent_u"))
-        return DistillOutput(self.hand_over(value), terms, t, t, x0, None, latent, latent_u, low)
+        return value, terms, None
 
-    def call(
-        self,
-        name: str,
-        tokens: Tensor,
-        t: Tensor,
-        latent: Tensor | None,
-        context: Context,
-        vocab_size: int | None = None,
-    ) -> Head:
-        """One call for all components of all examples; a head (B, N, D, V), or (B, D, V).
+    def call(self, name: str, at: _Examples, classes: int | None = None) -> Head:
+        """The head of "student" or "teacher" at x_t: (B, N, D, V), or (B, D, V) without λ.
 
-        Args:
-            name: "student" or "teacher".
-            tokens: (B, D), the same for each component, or (B, N, D).
-            latent: (B, N, L), or None for a model without λ.
+        `at.xt` is (B, D), the same for each component, or (B, N, D).
         """
-        model = getattr(self, name)
-        if latent is None:
-            return call_model(model, name, tokens, t, None, context, vocab_size)
-        batch, rows, _ = latent.shape
+        model, tokens = getattr(self, name), at.xt
+        if at.latent is None:
+            return call_model(model, name, tokens, at.t, None, at.context, classes)
+        batch, rows, _ = at.latent.shape
         if tokens.ndim == 2:
-            tokens = repeat(tokens, "b d -> (b n) d", n=rows)
-        else:
-            tokens = rearrange(tokens, "b n d -> (b n) d")
-        t, latent = repeat(t, "b -> (b n)", n=rows), rearrange(latent, "b n l -> (b n) l")
-        context = repeat_context(context, rows)
-        head = call_model(model, name, tokens, t, latent, context, vocab_size)
-        return head.unflatten(batch, rows)
+            tokens = repeat(tokens, "b d -> b n d", n=rows)
+        tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, at.latent))
+        t, context = repeat(at.t, "b -> (b n)", n=rows), repeat_context(at.context, rows)
+        return call_model(model, name, tokens, t, latent, context, classes).unflatten(batch, rows)
 
-    def predict(self, at: _Examples) -> tuple[Head, Head]:
+    def predict(self, at: _Examples) -> Heads:
         """The student's head at x_t, with a graph, and the teacher's, without one."""
         with torch.no_grad(), evaluation_mode(self.student, self.teacher):
-            targets = self.call("teacher", at.xt, at.t, at.latent_teacher, at.context)
+            targets = self.call("teacher", at._replace(latent=at.latent_teacher))
         # Some versions of PyTorch reuse the casts that autocast made without a graph.
         torch.clear_autocast_cache()
-        classes = targets.shape[-1]
-        return self.call("student", at.xt, at.t, at.latent, at.context, classes), targets
+        return self.call("student", at, targets.shape[-1]), targets
 
-    def loss(self, at: _Examples, student: Head, teacher: Head, **options: Any) -> Any:
-        mask = self.process.loss_mask_id
-        if mask is not None:
-            options |= {"mask_id": mask, "xt": at.xt}
-        else:
-            options.pop("xu", None)
-        return loss(
-            student,
-            teacher,
-            at.x0,
-            valid=at.valid,
-            control_variate=self.config.control_variate,
-            generator=self.generator,
-            backend=self.config.backend,
-            **options,
-        )
-
-    def run(self, examples: _Examples, high: int) -> tuple[Tensor, LossTerms | None, Tensor | None]:
-        """The three model passes and the loss, the first `high` examples with consistency terms."""
-        # The student before the draws: with fewer classes it cannot be called with all tokens.
-        student, teacher = self.predict(examples)
-        share = 1.0 / len(examples.x0)
-        if high in (0, len(examples.x0)):
-            value, terms, xu = self.part(examples, student, teacher, share, low=high == 0)
-            return value, terms, xu if high else None
-        front, rest = examples.select(slice(high)), examples.select(slice(high, None))
-        (student, low_student), (teacher, low_teacher) = student.split(high), teacher.split(high)
-        value, terms, xu = self.part(front, student, teacher, share, low=False)
-        low_value, low_terms, low_xu = self.part(rest, low_student, low_teacher, share, low=True)
-        if terms is not None and low_terms is not None:
-            terms = LossTerms(*map(torch.cat, zip(terms, low_terms, strict=True)))
-        return value + low_value, terms, torch.cat([xu, low_xu])
-
-    def part(
-        self, at: _Examples, student: Head, teacher: Head, share: float, *, low: bool
-    ) -> tuple[Tensor, LossTerms | None, Tensor]:
-        """The loss of examples that are all low or all not, their terms, and x_u.
+    def loss(self, at: _Examples, heads: Heads, share: float, *terms: str, **options: Any) -> Any:
+        """`di4c_fast.loss` with these weights of the recipe, times `share`, the others 0.
 
         The mean over the batch sits in the weights, so that nothing is scaled afterwards.
         """
-        config, draws = self.config, self.rows("latent_u")[1]
+        config, mask = self.config, self.process.loss_mask_id
+        for name in WEIGHTS:
+            options[name] = getattr(config, name) * share if name in terms else 0.0
+        if "data_weight" in terms:
+            options["data_weight"] = data_weights(
+                at.t, config.data_schedule, options["data_weight"]
+            )
+        if mask is None:
+            options.pop("xu", None)
+        else:
+            options |= {"mask_id": mask, "xt": at.xt}
+        return loss(
+            *heads,
+            at.x0,
+            valid=at.valid,
+            control_variate=config.control_variate,
+            generator=self.generator,
+            backend=config.backend,
+            **options,
+        )
+
+    def run(self, at: _Examples, low: Tensor) -> tuple[Tensor, LossTerms | None, Tensor | None]:
+        """The three model passes and the loss; the examples that are low get no x_u pass."""
+        # The student before the draws: with fewer classes it cannot be called with all tokens.
+        high = len(low) - int(low.sum())
+        if high in (0, len(low)):
+            value, terms, xu = self.part(at, self.predict(at), low=not high)
+            return value, terms, xu if high else None
+        # Those with an x_u pass first, so that both kinds are contiguous slices.
+        order = torch.argsort(low.int(), stable=True).to(at.x0.device, non_blocking=True)
+        inverse, at = torch.argsort(order), at.select(order)
+        (student, low_student), (teacher, low_teacher) = (h.split(high) for h in self.predict(at))
+        front, rest = at.select(slice(high)), at.select(slice(high, None))
+        value, terms, xu = self.part(front, (student, teacher), low=False)
+        low_value, low_terms, low_xu = self.part(rest, (low_student, low_teacher), low=True)
+        if self.return_terms:
+            pairs = zip(terms, low_terms, strict=True)
+            terms = LossTerms(*(torch.cat(pair)[inverse] for pair in pairs))
+        return value + low_value, terms, torch.cat([xu, low_xu])[inverse]
+
+    def part(self, at: _Examples, heads: Heads, *, low: bool) -> tuple[Tensor, Any, Tensor]:
+        """The loss of examples that are all low or all not, their terms, and x_u."""
+        (student, teacher), draws = heads, at.latent_u.shape[1]
+        options: dict[str, Any] = {"reduction": "sum", "return_terms": self.return_terms}
         if low:
             xu = repeat(at.xt, "b d -> b k d", k=draws)
-            weight = config.component_weight * share
-            options: dict[str, Any] = {"consistency_weight": 0.0, "component_weight": weight}
         else:
             with torch.no_grad(), evaluation_mode(self.student):
                 given: Any = {"valid": at.valid, "generator": self.generator}
                 xu = self.process.teacher_step(at.xt, at.t, at.u, teacher, draws, **given)
-                head = self.call("student", xu, at.u, at.latent_u, at.context, student.shape[-1])
-            weight = config.consistency_weight * share
-            options = {"xu": xu, "consistency": head, "consistency_weight": weight}
-        result = self.loss(
-            at,
-            student,
-            teacher,
-            data_weight=data_weights(at.t, config.data_schedule, config.data_weight * share),
-            teacher_weight=config.teacher_weight * share,
-            reduction="sum",
-            return_terms=self.return_terms,
-            **options,
-        )
-        value, terms = result if self.return_terms else (result, None)
-        return value, terms, xu
+                there = at._replace(xt=xu, t=at.u, latent=at.latent_u)
+                head = self.call("student", there, student.shape[-1])
+            options |= {"xu": xu, "consistency": head}
+        terms = "data_weight", "teacher_weight", "component_weight" if low else "consistency_weight"
+        result = self.loss(at, heads, 1.0 / len(self.x0), *terms, **options)
+        return (*(result if self.return_terms else (result, None)), xu)
 
-    def component(
-        self,
-        output: DistillOutput,
-        x0: Tensor,
-        latent: Tensor,
-        valid: Tensor | None,
-        context: Context,
-    ) -> DistillOutput:
+    def component(self, output: DistillOutput, at: _Examples) -> DistillOutput:
         """What there is, with the component term from calls of its own."""
-        (batch, rows, dim), config = latent.shape, self.config
-        made: Any = {"generator": self.generator, "device": x0.device}
-        t = x0.new_full((batch * rows,), self.process.component_time or 0.0, dtype=torch.float32)
+        config, process, latent = self.config, self.process, self.latent("latent_min")
+        batch, rows, dim = latent.shape
+        t = latent.new_full((batch * rows,), process.component_time or 0.0, dtype=torch.float32)
         if config.component_spread:
-            later = generator_uniform((2, len(t)), **made)
+            later = self.draw(2, len(t))
             t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
-        x0 = repeat(x0, "b d -> (b n) d", n=rows)
-        valid = None if valid is None else repeat(valid, "b d -> (b n) d", n=rows)
-        xt = self.process.corrupt(x0, t, valid=valid, generator=self.generator)
-        one = config.teacher_components == 1
-        latent_teacher = None if one else draw_latents(len(t), 1, dim, **made)
-        single = rearrange(latent, "b n l -> (b n) 1 l")
-        context = repeat_context(context, rows)
-        at = _Examples(x0, t, xt, single, latent_teacher, valid, context, t, single)  # no step to u
-        weights: Any = dict.fromkeys(("data_weight", "teacher_weight", "consistency_weight"), 0.0)
-        weights["component_weight"] = config.component_weight / len(t)
-        weighted = self.loss(at, *self.predict(at), **weights, reduction="none")
+        at = at.select(torch.arange(batch, device=t.device).repeat_interleave(rows))
+        at = at._replace(
+            t=t,
+            xt=process.corrupt(at.x0, t, valid=at.valid, generator=self.generator),
+            latent=rearrange(latent, "b n l -> (b n) 1 l"),
+            latent_teacher=self.draw(len(t), 1, dim) if config.teacher_components > 1 else None,
+        )
+        weighted = self.loss(
+            at, self.predict(at), 1.0 / len(t), "component_weight", reduction="none"
+        )
         term = weighted.detach().view(batch, rows).sum(1) * (batch / config.component_weight)
         return dataclasses.replace(
             output,
             loss=output.loss + self.hand_over(weighted.sum()),
             terms=output.terms and output.terms._replace(component=term),
             t_min=t.view(batch, rows),
-            x_min=rearrange(xt, "(b n) d -> b n d", n=rows),
+            x_min=rearrange(at.xt, "(b n) d -> b n d", n=rows),
             latent_min=latent.detach(),
         )
+
+
+class Distiller(Trainer):
+    """Trains a student: one optimiser step for every `accumulate` calls of `step`.
+
+        distiller = Distiller(student, teacher, optimizer, process=process, config=config)
+        for x0 in batches:
+            metrics = distiller.step(x0)
+        distiller.save("run.safetensors")
+
+    Args:
+        student: an `nn.Module`, called as `distill_step` calls it, in the mode it is in.
+        teacher: callable, as for `distill_step`. It is not part of checkpoints. One that is no
+            `nn.Module` has no eval mode: its dropout is the caller's to switch off.
+        optimizer: over parameters of the student, all or some.
+        process, config: as for `distill_step`.
+        options: ema, scheduler, clip_norm, accumulate, skip_nonfinite, generator (source of the
+            draws of `distill_step`); these, the attributes and the errors as for `Trainer`.
+    """
+
+    format = "di4c_fast.Distiller/1"
+    role = "student"
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Callable[..., HeadLike],
+        optimizer: torch.optim.Optimizer,
+        *,
+        process: Process,
+        config: DistillConfig | None = None,
+        **options: Any,
+    ):
+        config = DistillConfig() if config is None else config
+        check_callable(teacher, "teacher")
+        check_kind(process, Process, "process")
+        check_kind(config, DistillConfig, "config")
+        super().__init__(student, optimizer, **options)
+        self.student, self.teacher = student, teacher
+        self.process, self.config = process, config
+
+    def step(self, x0: Tensor, **options: Any) -> Metrics:
+        """Loss and gradients of one batch; the optimiser steps with every `accumulate`-th.
+
+        An empty batch counts as one whose gradient is 0: momentum and weight decay still act.
+        Errors are those of `distill_step` and of `Trainer.take`.
+
+        Args:
+            x0: (B, D) int64.
+            options: valid, context, t, latent, latent_u, latent_teacher, latent_min,
+                return_terms, as for `distill_step`. Each part of the loss goes backward as soon
+                as it exists, so that one graph is alive at a time.
+
+        Returns:
+            Detached scalars on the student's device, which nothing here waits for: "loss"; the
+            five terms of `LossTerms` by name, unweighted, each the mean over those examples of
+            the batch that it counts for (0 if none): consistency terms over t >= low_t, the
+            component term over t < low_t, where codes that average over the whole batch give
+            smaller numbers; and what `Trainer.take` adds.
+        """
+
+        def batch(backward: Backward) -> tuple[Metrics, int]:
+            output = distill_step(
+                self.student,
+                self.teacher,
+                x0,
+                process=self.process,
+                config=self.config,
+                generator=self.generator,
+                backward=backward,
+                **options,
+            )
+            return {"loss": output.loss, **self._term_means(output)}, len(x0)
+
+        return self.take(batch)
+
+    def _term_means(self, output: DistillOutput) -> Metrics:
+        if output.terms is None:
+            return {}
+        terms, batch, low = output.terms._asdict(), output.low.numel(), int(output.low.sum())
+        # Where no pass was needed, the consistency terms are 0.
+        counts = dict.fromkeys(("consistency_correlation", "consistency_marginal"), batch - low)
+        if self.process.component_time is None:
+            counts["component"] = low
+            terms["component"] = terms["component"].where(output.t < self.config.low_t, 0.0)
+        return {k: term.sum() / max(counts.get(k, batch), 1) for k, term in terms.items()}
+
+    def _identity(self) -> dict[str, Any]:
+        ours = {"config": identity(self.config), "process": identity(self.process)}
+        return ours | super()._identity()

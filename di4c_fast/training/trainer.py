@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..checks import check_bool, check_int, check_number, without_autocast
+from ..checks import check_bool, check_int, check_kind, check_within, without_autocast
 from ..rng import check_generator
 from .checkpoint import (
     PathLike,
-    check_place,
     decode,
     differences,
     encode,
@@ -24,7 +23,6 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from .config import check_kind
 from .ema import EMA
 
 __all__ = ["Trainer"]
@@ -44,13 +42,15 @@ class Trainer:
         module: an `nn.Module`.
         optimizer: over parameters of the module, all or some.
         ema: moving average of the module, updated after every optimiser step; None for none.
+            Inside `ema.applied()`, where the module holds the average, `take`, `save` and `load`
+            raise a RuntimeError.
         scheduler: a `torch.optim.lr_scheduler.LRScheduler` of the optimiser, stepped after
             every optimiser step. (`ReduceLROnPlateau` wants a metric: step it yourself.)
         clip_norm: gradients are scaled to at most this norm by
             `torch.nn.utils.clip_grad_norm_`; None leaves them.
         accumulate: batches per optimiser step. The gradient is the mean of the batches'
-            gradients: that of one batch of all their examples, up to rounding, if the batches
-            are of one size. Otherwise every batch counts the same, whatever its size.
+            gradients, whatever their sizes; with batches of one size it is that of one batch of
+            all their examples, up to rounding.
         skip_nonfinite: leave weights and optimiser state as they are when the norm of the
             gradient is infinite or NaN. The learning rate's schedule and the average go on as
             after any step, and `metrics["skipped"]` counts it. On a GPU that costs no sync for
@@ -58,19 +58,15 @@ class Trainer:
             device, and one sync per optimiser step for others. False takes every step.
         generator: source of the draws that the loss makes; checkpoints keep its state.
 
-    Mixed precision: call inside `torch.autocast`; backward and optimiser run outside it. A
-    `torch.amp.GradScaler` is not supported: it would decide, with a sync of its own, whether to
-    step, which is done here, and its scale is no part of checkpoints. Use bf16, whose range is
-    that of fp32, so that nothing has to be scaled.
+    Mixed precision: call inside `torch.autocast` with bf16, whose range is that of fp32, so that
+    nothing has to be scaled; backward and optimiser run outside it. A `torch.amp.GradScaler` is
+    not supported: whether to step is decided here, and its scale is no part of checkpoints.
 
     Attributes:
         iterations: optimiser steps taken, those skipped included.
         examples: how many examples they and the batches since have had.
         pending: batches whose gradients wait for the next optimiser step.
         skipped: float32 tensor on the module's device, how many steps were skipped.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
     format = "di4c_fast.Trainer/1"
@@ -101,9 +97,7 @@ class Trainer:
             if scheduler.optimizer is not optimizer:
                 raise ValueError("scheduler must be that of optimizer, got that of another one")
         if clip_norm is not None:
-            check_number(clip_norm, "clip_norm")
-            if clip_norm <= 0.0:
-                raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+            check_within(clip_norm, "clip_norm", "(0, inf)")
         check_int(accumulate, "accumulate", minimum=1)
         check_bool(skip_nonfinite, "skip_nonfinite")
         check_generator(generator)
@@ -112,28 +106,23 @@ class Trainer:
         self.clip_norm, self.accumulate = clip_norm, accumulate
         self.skip_nonfinite, self.generator = skip_nonfinite, generator
         self.iterations = self.examples = self.pending = 0
-        self._check_parameters()
-        self.skipped = torch.zeros((), device=self._parameters()[0].device)
-
-    def _check_parameters(self) -> None:
-        for name, part in self.module.named_modules():
+        for name, part in module.named_modules():
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
                 raise ValueError(
                     f"{self.role} must have dense gradients, got {name!r}, an embedding with "
                     "sparse=True"
                 )
-        known = {id(p) for p in self.module.parameters()}
-        foreign = sum(id(p) not in known for p in self._parameters())
+        parameters = self._parameters()
+        foreign = len(set(parameters) - set(module.parameters()))
         if foreign:
             raise ValueError(
                 f"optimizer must hold parameters of the {self.role} only, got {foreign} of "
-                f"{len(self._parameters())} that are not"
+                f"{len(parameters)} that are not"
             )
+        self.skipped = torch.zeros((), device=parameters[0].device)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    # Steps
 
     def take(self, batch: Callable[[Backward], tuple[Metrics, int]]) -> Metrics:
         """Gradients of one batch; the optimiser steps with every `accumulate`-th.
@@ -147,10 +136,8 @@ class Trainer:
             What `batch` returned and, where the optimiser stepped, "grad_norm" (before clipping)
             and "skipped" (steps skipped so far), scalars on the device, without a sync.
 
-        Raises:
-            RuntimeError: inside `ema.applied()`, where the module holds the average.
-            Any exception, of the loss, the optimiser, the schedule or the average, drops the
-            gradients that were waiting: `pending` is 0 then.
+        Any exception, of the loss, the optimiser, the schedule or the average, drops the gradients
+        that were waiting: `pending` is 0 then.
         """
         self._refuse_average("step")
         if self.pending == 0:
@@ -195,28 +182,24 @@ class Trainer:
         )
 
     def _optimise(self) -> Metrics:
-        if self.clip_norm is None:
-            gradients = [p.grad for p in self._parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients).to(self.skipped)
-        else:
-            norm = nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm).to(self.skipped)
-        stepped = True
-        if not self.skip_nonfinite:
-            self.optimizer.step()
-        else:
-            bad = (~norm.isfinite()).float()
-            self.skipped += bad
-            if self._fused():
-                # What torch's GradScaler gives to fused optimisers: they skip on the device.
-                self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # type: ignore[attr-defined]
-                try:
-                    self.optimizer.step()
-                finally:
-                    del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
-            else:
-                stepped = not bool(bad)
-                if stepped:
-                    self.optimizer.step()
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters(), self.clip_norm, norm)
+        norm = norm.detach().to(self.skipped)
+        bad = (~norm.isfinite()).float() * self.skip_nonfinite
+        self.skipped += bad
+        fused = self.skip_nonfinite and self._fused()
+        stepped = fused or not (self.skip_nonfinite and bool(bad))
+        optimizer: Any = self.optimizer
+        if fused:  # What torch's GradScaler gives to fused optimisers: they skip on the device.
+            optimizer.grad_scale, optimizer.found_inf = None, bad
+        try:
+            if stepped:
+                optimizer.step()
+        finally:
+            if fused:
+                del optimizer.grad_scale, optimizer.found_inf
         self.iterations += 1  # also where the schedule has ended or the average fails
         if self.scheduler is not None:
             with warnings.catch_warnings():
@@ -225,9 +208,7 @@ class Trainer:
                 self.scheduler.step()
         if self.ema is not None:
             self.ema.update()
-        return {"grad_norm": norm.detach(), "skipped": self.skipped.clone()}
-
-    # Checkpoints
+        return {"grad_norm": norm, "skipped": self.skipped.clone()}
 
     def save(self, path: PathLike, *, extra: Any = None) -> None:
         """Write everything that training needs to go on exactly as if it had not stopped.
@@ -249,23 +230,15 @@ class Trainer:
         Raises:
             FileNotFoundError: no such folder.
             TypeError: a state that holds something other than tensors and plain values.
-            RuntimeError: another process saves there; or inside `ema.applied()`.
+            RuntimeError: another process saves there.
         """
         self._refuse_average("save")
-        self._hold = hold(check_place(path))
+        self._hold = hold(path)
         tensors: dict[str, Tensor] = {}
-        states = {name: encode(state, name, tensors) for name, state in self._states().items()}
+        values = {**self._record(), "extra": extra}
+        values["states"] = {k: encode(state, k, tensors) for k, state in values["states"].items()}
         if self.pending:
-            for name, parameter in self.module.named_parameters():
-                if parameter.grad is not None:
-                    tensors[f"gradient/{name}"] = parameter.grad
-        values = {
-            "identity": self._identity(),
-            "parameters": self._optimized_names(),
-            "states": states,
-            "counters": {name: getattr(self, name) for name in _COUNTERS},
-            "extra": extra,
-        }
+            encode({k: p.grad for k, p in self.module.named_parameters()}, "gradient", tensors)
         write_checkpoint(path, self.format, tensors, values)
 
     def load(self, path: PathLike) -> Any:
@@ -273,17 +246,13 @@ class Trainer:
 
         The optimiser's settings (learning rate and so on) and the schedule's are those of the
         checkpoint; the states of torch's default generators are set as well. Resuming is exact
-        on the same kind of device and versions of software.
-
-        Returns:
-            The `extra` given to `save`.
+        on the same kind of device and versions of software. Returns the `extra` given to `save`.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: a file that is torn, damaged or of something else; other weights (names,
                 shapes, dtypes), another optimiser, scheduler, average, process, recipe or
                 generator; a state that does not fit. Nothing has been changed then.
-            RuntimeError: inside `ema.applied()`.
         """
         self._refuse_average("load")
         tensors, values = read_checkpoint(path, self.format)
@@ -291,71 +260,69 @@ class Trainer:
         gradients = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
             states = {name: decode(state, tensors) for name, state in values["states"].items()}
-            found = self._misfits(values, states, gradients)
-            extra = values["extra"]
+            counters, extra = values["counters"], values["extra"]
+            found = self._misfits({**values, "states": states}, gradients)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} is damaged: its record lacks {error}") from error
         if found:
             more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
             raise ValueError(f"{path} belongs to another run: {'; '.join(found[:_LISTED])}{more}")
 
-        self._load_optimizer(states["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(states["scheduler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(states["ema"])
         live = self.module.state_dict()  # with the versions that modules give their states
         live.update(states[self.role])
-        self.module.load_state_dict(live)
-        with torch.no_grad():
-            self.skipped.copy_(states["skipped"])
-        self.module.zero_grad(set_to_none=True)
+        for name, part in self._parts().items():
+            part.load_state_dict(live if name == self.role else states[name])
+        # torch casts floating state to the dtype of its parameter; some optimisers keep fp32.
+        parameters = self._parameters()
+        for index, entries in states["optimizer"]["state"].items():
+            moments = self.optimizer.state[parameters[index]]
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and moments[key].dtype != value.dtype:
+                    moments[key] = value.to(moments[key].device)
+        self.skipped.copy_(states["skipped"])
         for name, parameter in self.module.named_parameters():
-            if name in gradients:
-                # A copy: the file's tensors may be shared with other states.
-                parameter.grad = gradients[name].to(parameter.device, copy=True)
+            grad = gradients.get(name)
+            # A copy: the file's tensors may be shared with other states.
+            parameter.grad = None if grad is None else grad.to(parameter.device, copy=True)
         for name in _COUNTERS:
-            setattr(self, name, values["counters"][name])
+            setattr(self, name, counters[name])
         for name, generator in self._generators().items():
             if name in states["random"]:
                 generator.set_state(states["random"][name])
         return extra
 
-    def _misfits(
-        self, values: Mapping[str, Any], states: Mapping[str, Any], gradients: Mapping[str, Tensor]
-    ) -> list[str]:
+    def _misfits(self, there: Mapping[str, Any], gradients: Mapping[str, Tensor]) -> list[str]:
         """What keeps this object from going on with a checkpoint; nothing is changed.
 
         torch's own loaders check after the fact, and neither dtypes nor the sizes of moments.
         """
-        ours, counters = self._states(), {name: values["counters"][name] for name in _COUNTERS}
+        here, states = self._record(), there["states"]
+        counters = {name: there["counters"][name] for name in _COUNTERS}
+        parameters = dict(self.module.named_parameters()) if counters["pending"] else {}
+        waiting = {name: parameters[name] for name in gradients if name in parameters}
         # A run may move to a GPU; it then begins with the state of that GPU's generator.
-        generators = sorted(ours["random"].keys() & {"cpu", "generator", *states["random"]})
-        waiting = dict(self.module.named_parameters()) if counters["pending"] else {}
-        waiting = {name: waiting[name] for name in gradients if name in waiting}
-        there, here = (
-            {
-                **identity,
+        random = {"cpu", "generator", *states["random"]} & here["states"]["random"].keys()
+
+        def form(record: Mapping[str, Any], gradient: Mapping[str, Tensor]) -> dict[str, Any]:
+            state, groups = record["states"], record["parameters"]
+            return {
+                **record["identity"],
                 self.role: outline(state[self.role]),
                 "parameters": {str(i): dict(enumerate(names)) for i, names in enumerate(groups)},
                 "schedule": outline(state["scheduler"]),
                 "average": outline(state["ema"] and state["ema"]["shadow"]),
-                "gradient": outline(pending),
+                "gradient": outline(gradient),
                 "skipped": outline(state["skipped"]),
-                "random": outline({name: state["random"].get(name) for name in generators}),
+                "random": outline({name: state["random"].get(name) for name in sorted(random)}),
                 "groups": outline(state["optimizer"]["param_groups"]),
             }
-            for identity, state, groups, pending in (
-                (values["identity"], states, values["parameters"], gradients),
-                (self._identity(), ours, self._optimized_names(), waiting),
-            )
-        )
-        found = differences(there, here)
+
+        found = differences(form(there, gradients), form(here, waiting))
         if states["ema"] is not None:
             counters["ema.updates"] = states["ema"]["updates"]
-        limits = {"pending": self.accumulate}
         for name, count in counters.items():
-            if type(count) is not int or not 0 <= count < limits.get(name, math.inf):
+            limit = self.accumulate if name == "pending" else math.inf
+            if type(count) is not int or not 0 <= count < limit:
                 found.append(f"{name} is {count!r}, which is no count here")
         return found or self._odd_moments(states["optimizer"]["state"])
 
@@ -378,31 +345,33 @@ class Trainer:
             ]
         return found
 
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(dict(state))
-        # torch casts floating state to the dtype of its parameter; some optimisers keep fp32.
-        parameters = self._parameters()
-        for index, entries in state["state"].items():
-            live = self.optimizer.state[parameters[index]]
-            for key, value in entries.items():
-                if isinstance(value, Tensor) and live[key].dtype != value.dtype:
-                    live[key] = value.to(live[key].device)
+    def _record(self) -> dict[str, Any]:
+        """What checkpoints hold, besides the gradients that wait and the caller's `extra`."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        groups = self.optimizer.param_groups
+        return {
+            "identity": self._identity(),
+            "parameters": [[names[id(p)] for p in group["params"]] for group in groups],
+            "states": self._states(),
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+        }
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "ema": self.ema}
+        return {self.role: self.module, **{k: v for k, v in parts.items() if v is not None}}
 
     def _states(self) -> dict[str, Any]:
         return {
-            self.role: self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            **dict.fromkeys((self.role, "optimizer", "scheduler", "ema")),
+            **{name: part.state_dict() for name, part in self._parts().items()},
             "random": {name: one.get_state() for name, one in self._generators().items()},
             "skipped": self.skipped,
         }
 
     def _generators(self) -> dict[str, torch.Generator]:
         device, found = self.skipped.device, {"cpu": torch.default_generator}
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            found["cuda"] = torch.cuda.default_generators[index]
+        if device.type == "cuda":  # a tensor's device, which has an index
+            found["cuda"] = torch.cuda.default_generators[device.index]
         if self.generator is not None:
             found["generator"] = self.generator
         return found
@@ -418,11 +387,6 @@ class Trainer:
             **{name: getattr(self, name) for name in ("clip_norm", "accumulate", "skip_nonfinite")},
             "generator": None if self.generator is None else self.generator.device.type,
         }
-
-    def _optimized_names(self) -> list[list[str]]:
-        """The parameters of every group of the optimiser, by name."""
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
 
 
 def _fits(value: Any, shape: tuple[int, ...]) -> bool:
