@@ -96,6 +96,7 @@ MASKS: list[Case] = [
     ("init", {"t_min": 0.0}, V, "t_min must be in (0, 1), got 0.0"),
     ("init", {"t_min": math.nan}, V, "t_min must be finite"),
     ("corrupt", {"x0": X + MASK}, V, "x0 must not hold mask_id = 4"),
+    ("corrupt", {"x0": X - 1}, V, "x0 must hold ids of at least 0, got -1 at index (0, 0)"),
     ("teacher_step", {"teacher_head": LOGITS[..., :4]}, V, "mask_id must be in [0, V) = [0, 4)"),
 ]
 OWN: dict[str, list[Case]] = {

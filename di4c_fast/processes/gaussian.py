@@ -30,7 +30,7 @@ from ..checks import (
     without_autocast,
 )
 from ..rng import generator_uniform
-from .base import CheckedProcess, TeacherStep
+from .base import CheckedProcess, Source, TeacherStep, check_rows
 from .transitions import GaussianTransitions, draw_by_weights, draw_from_cdf, fine_uniform
 
 __all__ = ["GaussianProcess"]
@@ -58,9 +58,6 @@ class GaussianProcess(CheckedProcess):
         min_step: shortest step of the teacher, see `step_time`.
         eps: added to q(x_t | x_0) before dividing by it; an x_0 that is less likely to have led to
             x_t does not count.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
     """
 
     num_classes: int
@@ -108,10 +105,11 @@ class GaussianProcess(CheckedProcess):
                 f"{self.num_classes}, got V = {classes}"
             )
 
-    def noised(
-        self, x0: Tensor, t: Tensor, valid: Tensor | None, generator: torch.Generator | None
+    def corrupt(
+        self, x0: Tensor, t: Tensor, *, valid: Tensor | None = None, generator: Source = None
     ) -> Tensor:
         """x_t ~ q(. | x_0), exactly; x0 in [0, V)."""
+        check_rows(x0, "x0", t, valid, generator)
         tokens = x0 if valid is None else x0.masked_fill(~valid, 0)
         check_token_range(tokens, "x0", self.num_classes)
         seed = rng.draw_seed(generator, x0.device)
@@ -124,7 +122,7 @@ class GaussianProcess(CheckedProcess):
         xt = draw_from_cdf(cdf, example * self.num_classes + tokens, u)
         return xt if valid is None else torch.where(valid, xt, x0)
 
-    def earlier(self, t: Tensor, step: float, generator: torch.Generator | None) -> Tensor:
+    def earlier(self, t: Tensor, step: float, generator: Source) -> Tensor:
         """u = t - length with a log-uniform length between `min_step` and `step`.
 
         Lengths are cut off at t - t_min, so that u >= t_min; t must be greater than t_min. The

@@ -11,6 +11,7 @@ Source: MaskGIT (arXiv 2202.04200) and the VQ image experiment of Di4C (arXiv 24
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -20,7 +21,7 @@ from ..checks import check_bool, check_choice, check_int, check_number, check_wi
 from ..draw.api import sample
 from ..heads import TensorHead
 from ..rng import draw_seed
-from .base import TeacherStep
+from .base import Source, TeacherStep
 from .masked import MaskingProcess
 from .reveal import SCHEDULES, gumbel, masked_share, most_confident
 
@@ -53,9 +54,6 @@ class MaskGITProcess(MaskingProcess):
         exclude_mask: never draw the mask token. False is the authors' behaviour: a position that
             draws it counts as revealed. Needed for a teacher without a column for the mask.
         t_min: smallest training time.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
     """
 
     mask_id: int
@@ -80,7 +78,7 @@ class MaskGITProcess(MaskingProcess):
     def share(self, t: Tensor) -> Tensor:
         return masked_share(1.0 - t, self.schedule)
 
-    def earlier(self, t: Tensor, step: float, generator: torch.Generator | None) -> Tensor:
+    def earlier(self, t: Tensor, step: float, generator: Source) -> Tensor:
         """u = max(0, t - step), the authors' min(1, r + step); not random."""
         return (t - step).clamp(min=0.0)
 
@@ -125,32 +123,23 @@ class MaskGITProcess(MaskingProcess):
 
     def _draw(self, step: TeacherStep, b: Tensor, d: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         """K tokens and their log-probabilities (fp64) at each position d of example b: (R, K)."""
-        head, components, draws, positions = (
-            step.head,
-            step.components,
-            step.draws,
-            step.xt.shape[1],
-        )
+        components, draws, positions = step.components, step.draws, step.xt.shape[1]
         tokens = b.new_empty((b.numel(), draws))
         log_prob = torch.empty(tokens.shape, dtype=torch.float64, device=b.device)
         k = torch.arange(draws, device=b.device)
         keys = (b.unsqueeze(-1) * draws + k) * positions + d.unsqueeze(-1)
-        limit = max(_PIECE // head.shape[-1], 1)
+        mask_id = self.mask_id if self.exclude_mask else None
+        options: dict[str, Any] = {"temperature": self.temperature, "mask_id": mask_id}
+        options |= {"seed": seed, "want": ("log_prob",)}
+        limit = max(_PIECE // step.head.shape[-1], 1)
         for start in range(0, b.numel(), limit):
             piece = slice(start, start + limit)
             for m in range(min(components, draws)):
                 rows = (b[piece] * components + m) * positions + d[piece]
                 mine = slice(m, None, components)
                 some = keys[piece, mine]
-                logits = repeat(head.take(rows).logits(), "r v -> r k v", k=some.shape[1])
-                draw = sample(
-                    TensorHead(logits),
-                    temperature=self.temperature,
-                    mask_id=self.mask_id if self.exclude_mask else None,
-                    seed=seed,
-                    row_keys=some,
-                    want=("log_prob",),
-                )
+                logits = repeat(step.head.take(rows).logits(), "r v -> r k v", k=some.shape[1])
+                draw = sample(TensorHead(logits), row_keys=some, **options)
                 assert draw.log_prob is not None
                 tokens[piece, mine] = draw.token
                 log_prob[piece, mine] = draw.log_prob.double()

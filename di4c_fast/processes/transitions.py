@@ -51,9 +51,6 @@ class GaussianTransitions:
         target: (V,) float64, p.
 
     Use `GaussianTransitions.of(...)` to share the cache between equal processes.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
     def __init__(
