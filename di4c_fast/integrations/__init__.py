@@ -9,7 +9,12 @@ there, only the rows that a step fills go through the output layer, and a step t
 calls no network; draws are exact, where fp32 noise on a grid of 2^-24 makes very unlikely tokens
 rarer than the network says; all randomness, λ included, comes from one seed drawn from torch's
 default generator. What replaces something returns a `Handle`: `remove()` undoes it, as does
-leaving a `with` block.
+leaving a `with` block. Objects are read at every call; one that lacks an attribute raises a
+TypeError at once, and what the samplers raise comes when sampling.
+
+`as_model` gives a module (tokens (R, D), t (R,)[, latent], **context) for `di4c_fast.samplers` and
+`Distiller`, in the mode of the network. `denoiser` gives a callable for the samplers. Where the
+logits are those of a plain linear output layer, both return `LinearHead(hidden, weight, bias)`.
 """
 
 import importlib as _importlib

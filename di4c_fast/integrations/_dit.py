@@ -118,8 +118,8 @@ class Denoiser(Wrapper):
 class Loop:
     """What stands in for a model's own sampling: its denoiser is made anew with its network."""
 
-    def __init__(self, model: Any, as_model: Callable[[Any], Denoiser]):
-        self.model, self._as_model = model, as_model
+    def __init__(self, model: Any, as_model: Callable[[Any], Denoiser], original: Any = None):
+        self.model, self._as_model, self.original = model, as_model, original
         self._denoiser: Denoiser | None = None
 
     @property

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..checks import check_choice, describe
 from ..heads import Head
+from ..models.call import check_callable
 from ..models.linear_output import call_for_head
 from ..samplers.confidence import sample_confidence
 from ._handle import Handle
@@ -51,17 +52,15 @@ class DreamOutput:
 
 
 def denoiser(model: Any) -> Callable[..., Head]:
-    """Dream's model as a callable (tokens, t, attention_mask, tok_idx) for `di4c_fast.samplers`.
+    """Dream's model as a callable (tokens, t, attention_mask, tok_idx), which ignores t.
 
     Its logits belong to the next position: use it with `sample_confidence(..., shift=True)`.
 
     Args:
         model: `DreamModel`, or any callable (tokens, attention_mask, tok_idx) that returns an
             object with logits (R, D, V).
-
-    Returns:
-        A callable that gives a head, see `di4c_fast.models.linear_output.head_of`. It ignores t.
     """
+    check_callable(model, "model")
 
     def call(
         tokens: Tensor,
@@ -83,10 +82,6 @@ def accelerate(model: Any, **options: Any) -> Handle:
             exclude_mask=True never draws the mask, and so waits for the device at no step. False,
             the default, as Dream, which then leaves masks in the answer; a trained model gives it
             no probability. `origin` never draws it.
-
-    Raises:
-        TypeError: `model` has no method `_sample`.
-        TypeError, ValueError (when generating): unknown `alg`, and what `sample_confidence` raises.
     """
     if not callable(getattr(model, "_sample", None)):
         raise TypeError(f"model must have Dream's method _sample, got {describe(model)}")

@@ -81,15 +81,12 @@ class _Denoiser(Wrapper):
 def as_model(trainer: Any) -> _Denoiser:
     """MaskGIT's network as a module (tokens (R, D), t[, latent (R, 1)], labels=, drop=) → logits.
 
-    For `sample_maskgit` and `Distiller`, with the context labels (B,) int64 and drop (B,) bool,
-    where True leaves the label out. t is not used. All logits: (R, D, codes + 1), from an embedding
-    that serves as output layer, with a bias per position; `LinearHead` takes one (D, V).
+    The context is labels (B,) int64 and drop (B,) bool, where True leaves the label out. t is not
+    used. All logits: (R, D, codes + 1), from an embedding that serves as output layer, with a bias
+    per position; `LinearHead` takes one (D, V).
 
     Args:
         trainer: a `MaskGIT` of the fork or of the first version.
-
-    Raises:
-        TypeError: `trainer` lacks an attribute.
     """
     check_attributes(trainer, "trainer", _ViT)
     return _Denoiser(trainer.vit, trainer.patch_size, amp=True)
@@ -99,14 +96,12 @@ def accelerate_di4c(trainer: Any, *, exclude_mask: bool = True) -> Handle:
     """Replace `trainer.sample` of the authors' MaskGIT fork by `di4c_fast.samplers`.
 
     Args:
-        trainer: a `MaskGIT` of `Trainer/vit.py`, teacher or student (`args.is_student`), whose
-            attributes are read at every call.
+        trainer: a `MaskGIT` of `Trainer/vit.py`, teacher or student (`args.is_student`).
         exclude_mask: see the module's head.
 
     Raises:
-        TypeError: `trainer` lacks one of the attributes.
         ValueError (when sampling): `sm_temp` not positive, `args.mask_value` negative (random
-            tokens in place of masks), and what `sample_maskgit` raises.
+            tokens in place of masks).
     """
     check_attributes(trainer, "trainer", (*_ViT, "latent_dim", "sample"))
     check_bool(exclude_mask, "exclude_mask")
@@ -122,9 +117,7 @@ def accelerate_valeoai(trainer: Any, *, exclude_mask: bool = True) -> Handle:
             the first version has its `sample` replaced.
         exclude_mask: see the module's head.
 
-    Raises:
-        TypeError: `trainer` lacks an attribute, or its sampler is not the confidence sampler.
-        ValueError (when sampling): as in `accelerate_di4c`.
+    Raises: as `accelerate_di4c`; a TypeError where the sampler is not the confidence sampler.
     """
     check_bool(exclude_mask, "exclude_mask")
     if getattr(trainer, "sampler", None) is None:

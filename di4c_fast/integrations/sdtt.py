@@ -51,21 +51,13 @@ _SAMPLER = (*_MODEL, "config", "sampling_eps", "tokenizer", "device", "sample")
 def as_model(model: Any, network: Any = None) -> Denoiser:
     """SDTT's denoiser as a module (tokens (R, D), t (R,)[, latent (R, 1)]).
 
-    For `di4c_fast.samplers`, with `mask_id=model.mask_index` and `latent_dim=latent_dim(model)`,
-    and for `Distiller`. A student of Di4C that gets no latent draws λ itself. In the mode of the
-    network.
+    Samplers take it with `mask_id=model.mask_index` and `latent_dim=latent_dim(model)`. A student
+    of Di4C that gets no latent draws λ itself.
 
     Args:
         model: a `MultiRoundSDTT` of either repository.
         network: None for `model.backbone`; or another one, such as the teacher
             `model.teacher[0]`, at the noise levels of `model`.
-
-    Returns:
-        A module that gives `LinearHead(hidden, weight, bias)` of the network's last layer where
-        it can.
-
-    Raises:
-        TypeError: `model` lacks an attribute, `network` cannot be called.
     """
     check_attributes(model, "model", _MODEL)
     network = model.backbone if network is None else network
@@ -80,23 +72,14 @@ def as_model(model: Any, network: Any = None) -> Denoiser:
 
 
 def latent_dim(model: Any) -> int:
-    """L: 1 for a student of Di4C, 0 for other models and for compiled students.
-
-    A compiled student draws its λ itself.
-    """
+    """L: 1 for a student of Di4C, 0 for others and for compiled ones, which draw λ themselves."""
     return as_model(model).latent_dim
 
 
 def accelerate_sdtt(model: Any) -> Handle:
     """Replace `model.sample` of SDTT, or of the fork, by `sample_masked`.
 
-    Args:
-        model: a `MultiRoundSDTT`. Its attributes are read at every call.
-
-    Raises:
-        TypeError: `model` lacks an attribute.
-        ValueError, TypeError (when sampling): unknown `sampler`, `cache_preds`, and what
-            `sample_masked` raises.
+    Sampling with an unknown `sampler` or with `cache_preds` raises a ValueError.
     """
     check_attributes(model, "model", _SAMPLER)
     return Handle(model, "sample", _Sampler(model, as_model))
@@ -126,8 +109,8 @@ class _Sampler(Loop):
         if cache_preds:
             raise ValueError("cache_preds must be False: the repository has no cache either")
         length = model.config.model.length if seq_len is None else seq_len
-        check_counts([("num_steps", num_steps, 1), ("n_samples", n_samples, 0)])
-        check_counts([("seq_len", length, 1)])
+        sizes = [("num_steps", num_steps, 1), ("n_samples", n_samples, 0), ("seq_len", length, 1)]
+        check_counts(sizes)
         t_min = float(model.sampling_eps)
         conditional = sampler == "ancestral"
 

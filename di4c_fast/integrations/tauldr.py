@@ -66,12 +66,10 @@ def accelerate_tauldr(*modules: ModuleType) -> Handle:
 
     Args:
         modules: `lib.sampling.sampling`, `lib.losses.losses` (of the fork), or both, in any
-            order; whatever has the classes `TauLeaping`, `PCTauLeaping` or `DistilChain`.
+            order; whatever has the classes `TauLeaping`, `PCTauLeaping` or `DistilChain`. One
+            without any of these raises a TypeError, and nothing is replaced.
 
-    Raises:
-        TypeError: no module, or one without any of these classes; nothing is then replaced.
-        ValueError, TypeError (when sampling): the model has no Gaussian rate, an unknown
-            `initial_dist`, and what `sample_gaussian` raises.
+    Sampling raises where the model has no Gaussian rate, or `initial_dist` is unknown.
     """
     if not modules:
         raise TypeError("accelerate_tauldr needs lib.sampling.sampling or lib.losses.losses")
@@ -96,11 +94,7 @@ def accelerate_tauldr(*modules: ModuleType) -> Handle:
 
 
 def process_of(network: Any, *, t_min: float = 0.01) -> GaussianProcess:
-    """The process of a model with `GaussianTargetRate`.
-
-    Raises:
-        TypeError: the model has another rate.
-    """
+    """The process of a model with `GaussianTargetRate`."""
     check_attributes(network, "network, with a Gaussian rate,", _NUMBERS)
     return GaussianProcess(
         int(network.S),
@@ -117,8 +111,7 @@ def as_model(network: Any) -> Wrapper:
 
     An image model, with `net` giving location and scale of a truncated logistic per pixel,
     becomes a `LogisticHead`, so that its 256 bins need not exist; others give their logits.
-
-    In the mode of the network: `network.eval()` also puts its averaged weights in place.
+    `network.eval()` also puts its averaged weights in place.
     """
     check_callable(network, "network")
     image = all(hasattr(network, name) for name in ("net", "data_shape", "fix_logistic", "S"))
