@@ -200,7 +200,9 @@ def sample_confidence(
         nonlocal active, counts
         for fill in fills:
             active, counts = run.masked() & (place < fill.limit), fill.counts
-            rows = run.rows_of(active, fill.size) if fill.rows is None else fill.rows
+            if blocks.turns is not None:
+                active = active & (blocks.turns == fill.number)
+            rows = run.rows_of(active, fill.size)
             guidance = None
             if guidance_scale:
                 without = torch.where(given, mask_id, run.tokens)
