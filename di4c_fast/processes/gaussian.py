@@ -243,9 +243,8 @@ class GaussianProcess(CheckedProcess):
         """
         check_choice(law, "law", INITIAL_LAWS)
         target = self.transitions.target if law == "target" else torch.ones(self.num_classes)
-        cdf = target.to(torch.float64).cumsum(0).unsqueeze(0).to(row_keys.device)
-        v = fine_uniform(seed, step, row_keys.flatten(), 1).view(row_keys.shape)
-        return draw_from_cdf(cdf, torch.zeros_like(row_keys), v)
+        v = fine_uniform(seed, step, row_keys.flatten(), 1)[:, 0]
+        return draw_by_weights(target.to(row_keys.device), v).view(row_keys.shape)
 
 
 def _pieces(count: int, width: int, device: torch.device, fewest: int = 1) -> list[tuple[int, int]]:

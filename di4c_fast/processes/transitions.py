@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -34,7 +32,7 @@ from ..checks import check_int, check_number, without_autocast
 
 __all__ = ["GaussianTransitions", "draw_by_weights", "draw_from_cdf", "fine_uniform"]
 
-_CACHE_BYTES = 2**26
+_CACHE_BYTES = 2**27  # of float64 matrices between two numbers
 _NOISE = 1e-14  # entries below it, times the condition of the eigenvectors, are rounding errors
 _WIDEST = 12.0  # V / target_sigma: beyond it the eigenvectors lose more than 4 digits
 
@@ -99,9 +97,8 @@ class GaussianTransitions:
         parts = (values.clamp_max(0.0), vectors / root.unsqueeze(1), vectors.T * root)
         self._eigen: dict[torch.device, tuple[Tensor, ...]] = {torch.device("cpu"): parts}
         self._noise = _NOISE * float(root.max() / root.min())
-        self._cache: OrderedDict[tuple, Tensor] = OrderedDict()
-        self._cached_bytes = 0
-        self._lock = threading.Lock()
+        matrices = max(_CACHE_BYTES // (num_classes**2 * 8), 1)
+        self._cached = functools.lru_cache(matrices)(self._between)
 
     @classmethod
     @functools.lru_cache(maxsize=16)
@@ -149,27 +146,20 @@ class GaussianTransitions:
     ) -> Tensor:
         """Q(s → t), (V, V), from the cache where these exact numbers have been asked for.
 
-        The cache keeps the matrices used last, 64 MiB in all. Do not write into the result.
+        The cache keeps the matrices used last, 64 MiB of them in float32. Do not write into the
+        result.
         """
-        device = torch.device(device)
-        key = (float(s), float(t), columns, device, dtype)
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
+        return self._cached(float(s), float(t), columns, torch.device(device), dtype)
+
+    def _between(
+        self, s: float, t: float, columns: bool, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         # A tensor made in inference mode could not be used outside of it later. Filled in by a
         # kernel: a copy from the host could wait for the device.
         with torch.inference_mode(False):
             work = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-            time = torch.full((1,), float(t), dtype=torch.float64, device=work)
-            matrix = self.batched(float(s), time, columns=columns)[0].to(dtype).to(device)
-        with self._lock:
-            if key not in self._cache:
-                self._cache[key] = matrix
-                self._cached_bytes += matrix.nbytes
-            while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return matrix
+            time = torch.full((1,), t, dtype=torch.float64, device=work)
+            return self.batched(s, time, columns=columns)[0].to(dtype).to(device)
 
     def _eigen_on(self, device: torch.device) -> tuple[Tensor, ...]:
         if device not in self._eigen:

@@ -152,10 +152,7 @@ def sample_confidence(
         (threshold is not None and factor is not None, "threshold and factor exclude each other"),
         (not bounded, f"threshold must be in [0, 1] with rule={rule!r}, got {threshold}"),
         (open_ended and field is None, f"{name} needs confidences, got rule={rule!r}"),
-        (
-            origin and confidence_temperature,
-            "confidence_temperature needs a rule but origin",
-        ),
+        (origin and confidence_temperature, "confidence_temperature needs a rule but origin"),
         (origin and not exclude_mask, "exclude_mask=False needs a rule with counts, got origin"),
         (deferred and rule != late, f"deferred_ids needs rule={late!r}, got {rule!r}"),
         (steps and factor is not None, f"steps must be None with a factor, got {steps}"),

@@ -20,13 +20,7 @@ from torch import Tensor
 from .. import rng
 from ..checks import check_choice, check_number
 from ..models.call import Context, check_callable, check_context
-from ..processes.reveal import (
-    NOISE,
-    check_schedule,
-    gumbel,
-    most_confident,
-    reveal_counts,
-)
+from ..processes.reveal import NOISE, check_schedule, gumbel, most_confident, reveal_counts
 from .arguments import MaskDrawOptions, Model, Unpack, check_counts, check_flags, sampler
 from .loop import Answer, Guidance, Run, Step, moved
 
