@@ -14,7 +14,8 @@ TypeError at once, and what the samplers raise comes when sampling.
 
 `as_model` gives a module (tokens (R, D), t (R,)[, latent], **context) for `di4c_fast.samplers` and
 `Distiller`, in the mode of the network. `denoiser` gives a callable for the samplers. Where the
-logits are those of a plain linear output layer, both return `LinearHead(hidden, weight, bias)`.
+logits are those of a plain linear output layer (`model.get_output_embeddings()` in models of
+Hugging Face), both return `LinearHead(hidden, weight, bias)`, computed a few rows at a time.
 """
 
 import importlib as _importlib

@@ -8,9 +8,8 @@
 
 Beside what `di4c_fast.integrations` says of all drop-ins:
 
-* the output layer runs for the masked positions of the current block alone, a few rows at a
-  time, if it is a plain linear layer (`model.get_output_embeddings()`); sequences without masked
-  positions in the block are left out of the call;
+* the output layer runs for the masked positions of the current block alone; sequences without any
+  are left out of the call;
 * confidences are computed in fp32. `confidence_dtype=torch.bfloat16` gives those of LLaDA in
   bfloat16, many of which tie, `torch.float64` those of Fast-dLLM, both at the price of whole rows;
 * equal confidences keep the lowest position; masks inside the prompt are filled with the first
@@ -88,9 +87,8 @@ def generate(
             `confidence_eos_eot_inf` and a temperature, only EoT is deferred, as there.
         options: more of `sample_confidence`: confidence_dtype, eos_id, threshold, factor, seed,
             generator, callback, history ... With a threshold or factor, `steps` is not used.
-            exclude_mask=True never draws the mask, and so waits for the device at no step. False,
-            the default, as LLaDA, which then leaves masks in the answer; a trained model gives it
-            no probability.
+            exclude_mask is False unless it is given, as in LLaDA; True waits for the device at no
+            step.
 
     Returns:
         (B, P + gen_length) int64. `gen_length` must be a multiple of `block_length`, and `steps`

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +106,8 @@ def accelerate_di4c(trainer: Any, *, exclude_mask: bool = True) -> Handle:
     """
     check_attributes(trainer, "trainer", (*_ViT, "latent_dim", "sample"))
     check_bool(exclude_mask, "exclude_mask")
-    return Handle(trainer, "sample", _ViTSampler(trainer, "di4c", exclude_mask))
+    sample = functools.partial(_vit_sample, trainer, "di4c", exclude_mask)
+    return Handle(trainer, "sample", sample)
 
 
 def accelerate_valeoai(trainer: Any, *, exclude_mask: bool = True) -> Handle:
@@ -122,7 +124,8 @@ def accelerate_valeoai(trainer: Any, *, exclude_mask: bool = True) -> Handle:
     check_bool(exclude_mask, "exclude_mask")
     if getattr(trainer, "sampler", None) is None:
         check_attributes(trainer, "trainer", (*_ViT, "sample"))
-        return Handle(trainer, "sample", _ViTSampler(trainer, "valeoai_v1", exclude_mask))
+        sample = functools.partial(_vit_sample, trainer, "valeoai_v1", exclude_mask)
+        return Handle(trainer, "sample", sample)
     check_attributes(trainer, "trainer", ("vit", "ae", "input_size", "args", "sampler"))
     check_attributes(trainer.sampler, "trainer.sampler, a ConfidenceSampler,", _SETTINGS)
     settings = {name: getattr(trainer.sampler, name) for name in _SETTINGS}
@@ -181,50 +184,44 @@ class ConfidenceSampler:
         return images.clamp(-1, 1), codes, masks
 
 
-class _ViTSampler:
+@torch.no_grad()
+def _vit_sample(
+    trainer: Any,
+    style: str,
+    exclude_mask: bool,
+    init_code: Tensor | None = None,
+    nb_sample: int = 50,
+    labels: Tensor | None = None,
+    sm_temp: float = 1,
+    w: float = 3,
+    randomize: str = "linear",
+    r_temp: float = 4.5,
+    sched_mode: str | Sequence[int] = "arccos",
+    step: int = 12,
+    teacher: Any = None,
+) -> Result:
     """`sample` of the first version and of the fork, in which λ and a teacher came in."""
-
-    def __init__(self, trainer: Any, style: str, exclude_mask: bool):
-        self._trainer, self._style, self._exclude_mask = trainer, style, exclude_mask
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        init_code: Tensor | None = None,
-        nb_sample: int = 50,
-        labels: Tensor | None = None,
-        sm_temp: float = 1,
-        w: float = 3,
-        randomize: str = "linear",
-        r_temp: float = 4.5,
-        sched_mode: str | Sequence[int] = "arccos",
-        step: int = 12,
-        teacher: Any = None,
-    ) -> Result:
-        trainer = self._trainer
-        student = bool(getattr(trainer.args, "is_student", False))
-        model = as_model(trainer)
-        if isinstance(sched_mode, str):
-            check_schedule(sched_mode, step, self._style)
-            counts = reveal_counts(step, model.side**2, sched_mode, self._style)
-        else:
-            counts = [int(count) for count in sched_mode]
-        other = None if teacher is None else _Denoiser(teacher.vit, model.side, amp=True)
-        return _sample(
-            model,
-            trainer,
-            trainer.codebook_size,
-            (nb_sample, init_code, labels),
-            sm_temp,
-            randomize,
-            guidance=w,
-            guidance_model=other,
-            gumbel_temperature=r_temp,
-            steps=len(counts),
-            schedule=counts,
-            latent_dim=trainer.latent_dim if student else 0,
-            exclude_mask=self._exclude_mask,
-        )
+    model = as_model(trainer)
+    if isinstance(sched_mode, str):
+        check_schedule(sched_mode, step, style)
+        counts = reveal_counts(step, model.side**2, sched_mode, style)
+    else:
+        counts = [int(count) for count in sched_mode]
+    return _sample(
+        model,
+        trainer,
+        trainer.codebook_size,
+        (nb_sample, init_code, labels),
+        sm_temp,
+        randomize,
+        guidance=w,
+        guidance_model=None if teacher is None else _Denoiser(teacher.vit, model.side, amp=True),
+        gumbel_temperature=r_temp,
+        steps=len(counts),
+        schedule=counts,
+        latent_dim=trainer.latent_dim if getattr(trainer.args, "is_student", False) else 0,
+        exclude_mask=exclude_mask,
+    )
 
 
 def _sample(

@@ -36,7 +36,7 @@ import inspect
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -55,6 +55,7 @@ from ._handle import Handle, check_attributes
 __all__ = ["Handle", "accelerate_tauldr", "as_model", "process_of"]
 
 _NUMBERS = ("S", "rate_sigma", "Q_sigma", "time_base", "time_exponential")
+_IMAGE = ("net", "data_shape", "fix_logistic", "S")
 _SAMPLERS = ("TauLeaping", "PCTauLeaping")
 _LOSS = "DistilChain"
 _LAWS = {"gaussian": "target", "uniform": "uniform"}
@@ -73,23 +74,22 @@ def accelerate_tauldr(*modules: ModuleType) -> Handle:
     """
     if not modules:
         raise TypeError("accelerate_tauldr needs lib.sampling.sampling or lib.losses.losses")
-    found: list[tuple[Any, str, Callable[..., Any]]] = []
+    found: list[tuple[str, type]] = []
     for module in modules:
-        here = len(found)
-        for name in (*_SAMPLERS, _LOSS):
-            owner = getattr(module, name, None)
-            if isinstance(owner, type) and name == _LOSS:
-                found.append((owner, "calc_pst", _posterior_of(vars(owner)["calc_pst"])))
-            elif isinstance(owner, type):
-                found.append((owner, "sample", _sample))
-        if len(found) == here:
+        given = [(name, getattr(module, name, None)) for name in (*_SAMPLERS, _LOSS)]
+        here = [(name, owner) for name, owner in given if isinstance(owner, type)]
+        if not here:
             raise TypeError(
                 f"modules must have one of the classes {', '.join((*_SAMPLERS, _LOSS))}, "
                 f"got {describe(module)}"
             )
+        found += here
     handle = Handle()
-    for replaced in found:
-        handle.replace(*replaced)
+    for name, owner in found:
+        if name == _LOSS:
+            handle.replace(owner, "calc_pst", _posterior_of(vars(owner)["calc_pst"]))
+        else:
+            handle.replace(owner, "sample", _sample)
     return handle
 
 
@@ -114,22 +114,18 @@ def as_model(network: Any) -> Wrapper:
     `network.eval()` also puts its averaged weights in place.
     """
     check_callable(network, "network")
-    image = all(hasattr(network, name) for name in ("net", "data_shape", "fix_logistic", "S"))
-    return (_ImageModel if image else _Model)(network)
+    return _Model(network)
 
 
 class _Model(Wrapper):
     def forward(self, tokens: Tensor, t: Tensor, *latent: Tensor) -> HeadLike:
-        return self.model(tokens, t, *latent)
-
-
-class _ImageModel(Wrapper):
-    def forward(self, tokens: Tensor, t: Tensor, *latent: Tensor) -> LogisticHead:
         network = self.model
+        if not all(hasattr(network, name) for name in _IMAGE):
+            return network(tokens, t, *latent)
         output = network.net(tokens.view(-1, *network.data_shape), t, *latent)
         mu, log_scale = rearrange(output, "r (two c) h w -> two r (c h w)", two=2)
-        head = functools.partial(LogisticHead, mu, log_scale, int(network.S), eps=1e-6)
-        return head(clamp="min" if network.fix_logistic else "left")
+        clamp: Literal["min", "left"] = "min" if network.fix_logistic else "left"
+        return LogisticHead(mu, log_scale, int(network.S), eps=1e-6, clamp=clamp)
 
 
 def _latent_dim(network: Any) -> int:

@@ -29,7 +29,6 @@ from ..checks import (
     check_within,
     without_autocast,
 )
-from ..rng import generator_uniform
 from .base import CheckedProcess, Source, TeacherStep, check_rows
 from .transitions import GaussianTransitions, draw_by_weights, draw_from_cdf, fine_uniform
 
@@ -130,7 +129,9 @@ class GaussianProcess(CheckedProcess):
         """
         check_values(t > self.t_min, f"t must be greater than t_min = {self.t_min}", t)
         shortest, longest = sorted((self.min_step, step))
-        v = generator_uniform(t.shape, generator=generator, device=t.device, dtype=torch.float64)
+        v = rng.generator_uniform(
+            t.shape, generator=generator, device=t.device, dtype=torch.float64
+        )
         high = (t.double() - self.t_min).clamp(max=longest)
         low = high.clamp(max=shortest)
         u = t.double() - low * (high / low) ** v
