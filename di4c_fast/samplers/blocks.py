@@ -7,7 +7,7 @@ can know in advance is worked out there once; the loop then runs without waiting
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
@@ -60,7 +60,7 @@ class Blocks:
         self.block_length = block_length or max(own, 1)
         self.blocks = max(1, -(-own // self.block_length))
         self.steps = 0 if steps is None else steps // self.blocks  # of one block
-        self.turns: Tensor | None = None  # (B, D) int64, the step of each position, of `planned`
+        self.turns: Tensor | None = None  # (B, D) int64, the step of each position, of `origin`
         if self.block_length > run.positions:
             raise ValueError(
                 f"block_length must be at most D = {run.positions}, got {block_length}"
@@ -100,55 +100,40 @@ class Blocks:
 
     # The fills of a run, by what is known of them
 
-    def known(self) -> Iterator[Fill]:
-        """Their number of rows follows from the number of masked positions at the start."""
+    def known(self, *, origin: bool = False) -> Iterator[Fill]:
+        """Their number of rows follows from what is masked at the start.
 
-        def of_block(masked: Tensor, block: int) -> Iterator[OnHost]:
-            begin, end = self.bounds(block)
-            initial = active = masked[:, begin:end].sum(1)
-            for index in range(self.steps):
-                counts = self.counts(initial, active, index)
-                yield block * self.steps + index, end, active, counts
-                active = active - counts
-
-        return self._block_by_block(of_block)
-
-    def planned(self) -> Iterator[Fill]:
-        """The random order of Dream's `origin`: each position's step is drawn in advance.
-
-        A position unmasks at step k of its block with probability t_k − t_(k+1), what remains at
-        the last step.
-        """
-        run, times = self.run, time_grid(self.steps, self.t_min)
-        shape = (run.batch, run.positions)
-        plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
-        block = self._block_of(torch.arange(run.positions))
-        turns = plan.clamp(max=self.steps - 1) + self.steps * block
-        self.turns = turns.to(run.device)
-
-        def of_block(masked: Tensor, block: int) -> Iterator[OnHost]:
-            for number in range(block * self.steps, (block + 1) * self.steps):
-                active = (masked & (turns == number)).sum(1)
-                yield number, run.positions, active, active
-
-        return self._block_by_block(of_block)
-
-    def _block_by_block(
-        self, of_block: Callable[[Tensor, int], Iterator[OnHost]]
-    ) -> Iterator[Fill]:
-        """The fills of all blocks, made on the host of what is masked (B, D) at the start.
-
+        With `origin` the order is Dream's random one, each position's step drawn in advance: it
+        unmasks at step k of its block with probability t_k − t_(k+1), what remains at the last.
         One host sync at the start; with `eos_id` one more per block, to learn which sequences
         ended.
         """
         masked, fills = self.run.masked().cpu(), list[OnHost]()
+        turns = self._draw_turns() if origin else torch.empty(0)
         for block in range(self.blocks):
+            begin, end = self.bounds(block)
             if block and self.eos_id is not None:
-                masked[self._end_sequences(self.bounds(block)[0]).cpu()] = False
-            fills += of_block(masked, block)
+                masked[self._end_sequences(begin).cpu()] = False
+            initial = active = masked[:, begin:end].sum(1)
+            for number in range(block * self.steps, (block + 1) * self.steps):
+                if origin:
+                    counts = active = (masked & (turns == number)).sum(1)
+                else:
+                    counts = self.counts(initial, active, number % self.steps)
+                fills.append((number, end, active, counts))
+                active = active - counts
             if self.eos_id is not None or block == self.blocks - 1:
                 yield from self._moved(fills)
                 fills = []
+
+    def _draw_turns(self) -> Tensor:
+        run, times = self.run, time_grid(self.steps, self.t_min)
+        shape = (run.batch, run.positions)
+        plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
+        first = self.steps * self._block_of(torch.arange(run.positions))
+        turns = plan.clamp(max=self.steps - 1) + first
+        self.turns = turns.to(run.device)
+        return turns
 
     def counted(self) -> Iterator[Fill]:
         """Of a model that may draw the mask: one host sync per step counts what is masked."""

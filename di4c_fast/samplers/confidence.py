@@ -1,9 +1,8 @@
 """Confidence sampling of masked diffusion language models: the rules of LLaDA, Dream, Fast-dLLM.
 
-At every step the denoiser is asked for all masked positions of the current block, a token is
-drawn at each, and only the positions with the highest confidence keep theirs. Nothing else goes
-through the head: neither the prompt, nor filled positions, nor what lies behind the block. A row of
-logits is read once, for the token and its confidence together.
+Only the masked positions of the current block go through the head: neither the prompt, nor filled
+positions, nor what lies behind the block. A row of logits is read once, for the token and its
+confidence together.
 
 Sources: LLaDA (arXiv 2502.09992), Dream 7B (arXiv 2508.15487), Fast-dLLM (arXiv 2505.22618).
 """
@@ -136,10 +135,8 @@ def sample_confidence(
     check_number(0.0 if threshold is None else threshold, "threshold")
     check_number(0.0 if factor is None else factor, "factor", minimum=0.0)
     check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only)
-    banned, deferred = (
-        _check_ids(banned_ids, "banned_ids"),
-        _check_ids(deferred_ids, "deferred_ids"),
-    )
+    given_ids = {"banned_ids": banned_ids, "deferred_ids": deferred_ids}
+    banned, deferred = (_check_ids(ids, name) for name, ids in given_ids.items())
     check_int(mask_id, "mask_id", minimum=0)
     optional = (("steps", steps, 1), ("eos_id", eos_id, 0), ("block_length", block_length, 1))
     for name, value, least in optional:
@@ -186,10 +183,8 @@ def sample_confidence(
     blocks = Blocks(run, prompt, block_length, steps, schedule, t_min, eos_id, capped)
     if open_ended:
         fills = blocks.open()
-    elif origin:
-        fills = blocks.planned()
     else:
-        fills = blocks.known() if exclude_mask else blocks.counted()
+        fills = blocks.known(origin=origin) if exclude_mask else blocks.counted()
     given, place = ~run.masked(), torch.arange(run.positions, device=run.device)
     active, counts = given, None  # of the step
 
