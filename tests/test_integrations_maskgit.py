@@ -239,7 +239,7 @@ def test_another_sampler_than_the_confidence_sampler_is_named():
 
 @wrong(
     [
-        ({"sm_temp": 0}, ValueError, "sm_temp must be positive, got 0"),
+        ({"sm_temp": 0}, ValueError, "sm_temp must be in (0, inf), got 0"),
         ({"labels": LABELS[:2]}, ValueError, "labels must have shape (nb_sample,) = (3,)"),
         ({"labels": [0, 1, 2]}, TypeError, "labels must be a Tensor"),
         ({"init_code": LABELS}, ValueError, "init_code must have shape (nb_sample, 4, 4)"),

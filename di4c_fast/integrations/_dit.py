@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import check_shape, without_autocast
 from ..heads import Head
-from ..models.call import Wrapper, evaluation_mode
+from ..models.call import Wrapper
 from ..models.latent import sinusoid
 from ..models.linear_output import gives_linear_logits, head_of, output_layer, plain_linear
 
@@ -77,9 +77,8 @@ class Denoiser(Wrapper):
             return False
         if latent is None and self.latent_dim:  # no random numbers for a trial
             latent = sigma.new_full((len(tokens), 1), 0.5)
-        with evaluation_mode(self.model):
-            call = functools.partial(self._call, tokens, sigma, latent)
-            return gives_linear_logits(layer, call, tokens, extra=1)
+        call = functools.partial(self._call, tokens, sigma, latent)
+        return gives_linear_logits(self.model, layer, call, tokens, extra=1)
 
     def _last_layer(self) -> nn.Linear | None:
         if self.compiled:

@@ -42,10 +42,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..checks import check_bool, check_number, check_shape, check_tensor
+from ..checks import check_bool, check_shape, check_tensor, check_within
 from ..models.call import Wrapper
 from ..processes.reveal import check_schedule, reveal_counts
-from ..samplers.maskgit import sample_maskgit
+from ..samplers.maskgit import RANDOMIZE, sample_maskgit
 from ._handle import Handle, check_attributes
 
 __all__ = ["ConfidenceSampler", "Handle", "accelerate_di4c", "accelerate_valeoai", "as_model"]
@@ -171,15 +171,11 @@ class ConfidenceSampler:
             trainer,
             args.codebook_size,
             (nb_sample, init_code, labels),
-            self.sm_temp,
-            self.randomize,
-            guidance=self.w,
-            gumbel_temperature=self.r_temp,
+            self,
             steps=self.step,
             schedule=self.sched_mode,
             schedule_style="valeoai",
             resample=True,
-            exclude_mask=self.exclude_mask,
         )
         return images.clamp(-1, 1), codes, masks
 
@@ -212,15 +208,11 @@ def _vit_sample(
         trainer,
         trainer.codebook_size,
         (nb_sample, init_code, labels),
-        sm_temp,
-        randomize,
-        guidance=w,
+        ConfidenceSampler(sm_temp, w, randomize, r_temp, exclude_mask=exclude_mask),
         guidance_model=None if teacher is None else _Denoiser(teacher.vit, model.side, amp=True),
-        gumbel_temperature=r_temp,
         steps=len(counts),
         schedule=counts,
         latent_dim=trainer.latent_dim if getattr(trainer.args, "is_student", False) else 0,
-        exclude_mask=exclude_mask,
     )
 
 
@@ -229,16 +221,13 @@ def _sample(
     trainer: Any,
     codebook_size: int,
     given: tuple[int, Tensor | None, Tensor | None],
-    sm_temp: float,
-    randomize: str,
+    settings: ConfidenceSampler,
     **arguments: Any,
 ) -> Result:
     """Tokens by `sample_maskgit`, in the shapes of the repositories, and their images."""
     batch, init_code, labels = given
     mask_value, side = trainer.args.mask_value, model.side
-    check_number(sm_temp, "sm_temp")
-    if sm_temp <= 0:
-        raise ValueError(f"sm_temp must be positive, got {sm_temp}")
+    check_within(settings.sm_temp, "sm_temp", "(0, inf)")
     if mask_value < 0:
         raise ValueError(
             f"args.mask_value must not be negative: random tokens in place of masks are not "
@@ -269,8 +258,11 @@ def _sample(
         prompt=prompt,
         context={"labels": labels, "drop": keep},
         unconditional={"labels": labels, "drop": ~keep},
-        randomize=randomize if randomize in ("linear", "warm_up", "random") else "none",  # type: ignore[arg-type]
-        temperature=1.0 / sm_temp,
+        guidance=settings.w,
+        randomize=settings.randomize if settings.randomize in RANDOMIZE else "none",  # type: ignore[arg-type]
+        gumbel_temperature=settings.r_temp,
+        temperature=1.0 / settings.sm_temp,
+        exclude_mask=settings.exclude_mask,
         history=history,
         device=labels.device,
         **arguments,

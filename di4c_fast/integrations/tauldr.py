@@ -42,7 +42,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..checks import check_choice, check_int64, check_shape, check_values, describe
+from ..checks import check_choice, check_shape, check_values, describe
 from ..draw.api import sample
 from ..heads import HeadLike, LogisticHead, as_head
 from ..models.call import Wrapper, check_callable
@@ -211,7 +211,6 @@ def _draw_posterior(
     if sample_zero:
         return x_0
     x_0 = x_0.long().view(batch, positions)
-    check_int64(x_0, "x_0")
     check_values((ss >= 0) & (ss <= ts), "ss must hold times with 0 <= ss <= ts", ss)
     transitions = process.transitions
     example = torch.arange(batch, device=x_t.device).unsqueeze(-1) * classes

@@ -109,17 +109,14 @@ class MaskGITProcess(MaskingProcess):
         if self.teacher_steps is not None:
             ratio = ratio * (self.teacher_steps / (self.teacher_steps - 1))
         factor = self.gumbel_temperature * (1.0 - ratio).clamp(min=0.0)
-        size = {"b": batch, "k": draws}
         keys = torch.arange(batch * draws, device=xt.device)
-        noise = rearrange(gumbel(seed, 0, keys, positions), "(b k) d -> b k d", **size)
+        noise = rearrange(gumbel(seed, 0, keys, positions), "(b k) d -> b k d", k=draws)
         confidence = torch.full_like(noise, -torch.inf)
         confidence[b, :, d] = log_prob + (factor.view(-1, 1, 1) * noise)[b, :, d]
-        rows = repeat(counts, "b -> (b k)", k=draws)
-        reveal = most_confident(rearrange(confidence, "b k d -> (b k) d"), rows)
         xu = repeat(xt, "b d -> b k d", k=draws)
         drawn = xu.clone()
         drawn[b, :, d] = tokens
-        return torch.where(rearrange(reveal, "(b k) d -> b k d", **size), drawn, xu)
+        return torch.where(most_confident(confidence, counts.unsqueeze(-1)), drawn, xu)
 
     def _draw(self, step: TeacherStep, b: Tensor, d: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         """K tokens and their log-probabilities (fp64) at each position d of example b: (R, K)."""
