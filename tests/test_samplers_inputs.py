@@ -261,8 +261,8 @@ def test_wrong_arguments_are_named_before_any_work(wrong: Wrong):
 @wrong(
     [
         (lambda: analytic.log_linear_noise(0.0), V, "eps must be in (0, 1), got 0.0"),
-        (lambda: analytic.geometric_noise(0.0, 1.0), V, "0 < sigma_min < sigma_max"),
-        (lambda: analytic.geometric_noise(2.0, 1.0), V, "0 < sigma_min < sigma_max"),
+        (lambda: analytic.geometric_noise(0.0, 1.0), V, "sigma_min must be in (0, 1.0), got 0.0"),
+        (lambda: analytic.geometric_noise(2.0, 1.0), V, "sigma_min must be in (0, 1.0), got 2.0"),
         (lambda: uniform.log_linear_signal(1.0), V, "eps must be in (0, 1), got 1.0"),
         (lambda: uniform.cosine_signal(1.0), V, "eps must be in (0, 1), got 1.0"),
     ]

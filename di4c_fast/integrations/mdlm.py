@@ -14,9 +14,8 @@ replacing anything, and with everything that `sample_masked` offers (prompts, on
 
 Beside what `di4c_fast.integrations` says of all drop-ins: the settings come out of `model.config`,
 the noise levels of a network with `time_conditioning` and the final argmax
-(`sampling.noise_removal`) are the repository's; of a batch only the sequences that unmask
-something go through the network (all of them if compiled); `ddpm_cache` gives the law of `ddpm`,
-as there, and needs no cache.
+(`sampling.noise_removal`) are the repository's; `ddpm_cache` gives the law of `ddpm`, as there,
+and needs no cache.
 
 The repository's own loop runs where positions cannot be chosen before the network has been
 asked, or are not distributed so: parameterisations other than "subs", the predictor "analytic",
@@ -72,7 +71,12 @@ class _Sampler(Loop):
     @torch.no_grad()
     def __call__(self, num_steps: int | None = None, eps: float = 1e-5) -> Tensor:
         model = self.model
-        if not _takes(model):
+        ours = (  # positions unmask at rates of the times alone, linearly
+            model.parameterization == "subs"
+            and model.sampler in ("ddpm", "ddpm_cache")
+            and model.config.noise.type == "loglinear"
+        )
+        if not ours:
             return self.original(num_steps=num_steps, eps=eps)
         steps = model.config.sampling.steps if num_steps is None else num_steps
         check_int(steps, "num_steps", minimum=1)
@@ -88,12 +92,3 @@ class _Sampler(Loop):
             device=model.device,
         )
         return tokens if history is None else history[steps]  # before the argmax
-
-
-def _takes(model: Any) -> bool:
-    """Whether positions unmask at rates of the times alone, linearly."""
-    return (
-        model.parameterization == "subs"
-        and model.sampler in ("ddpm", "ddpm_cache")
-        and model.config.noise.type == "loglinear"
-    )

@@ -19,8 +19,7 @@ for training:
 
 Beside what `di4c_fast.integrations` says of all drop-ins: times, noise levels, fixed tokens and
 projections, an argmax at the end if masks remain and a fresh λ per call and sequence for students
-of Di4C are the repositories'; of a batch only the sequences that unmask something go through the
-network (all of them if compiled).
+of Di4C are the repositories'.
 
 As there, the mode of the network stays as it is in `model.sample`: without `model.eval()` dropout
 is at work. `sampler="analytic"` has the law of "ancestral" for these models, at noise level 0.
@@ -28,6 +27,7 @@ is at work. `sampler="analytic"` has the law of "ancestral" for these models, at
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +123,7 @@ class _Sampler(Loop):
         ends = _ends(model, length, add_bos, add_eos)
         if project_fn is not None:
             check_callable(project_fn, "project_fn")
-            project_fn, ends = _Projection(project_fn, ends, num_steps, model.mask_index), None
+            project_fn, ends = _projection(project_fn, ends, num_steps, model.mask_index), None
         with tqdm(total=num_steps + 1, desc="sampling", disable=not verbose) as bar:
             return sample_masked(
                 call,
@@ -152,25 +152,25 @@ def _ends(model: Any, length: int, add_bos: bool, add_eos: bool) -> Tensor | Non
     return ends
 
 
-class _Projection:
+def _projection(
+    project_fn: Callable[[Tensor], Tensor], ends: Tensor | None, steps: int, mask_id: int
+) -> Callable[[Tensor], Tensor]:
     """`project_fn` as the repositories call it.
 
     At the start, where the fixed ends come behind it; after each of the S steps; and after the
     argmax only if there was something left for it to do.
     """
+    calls, done = itertools.count(), False
 
-    def __init__(self, project_fn: Any, ends: Tensor | None, steps: int, mask_id: int):
-        self._project_fn, self._ends = project_fn, ends
-        self._steps, self._mask_id = steps, mask_id
-        self._calls, self._done = 0, False
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        if self._done:
+    def project(tokens: Tensor) -> Tensor:
+        nonlocal done
+        if done:
             return tokens
-        tokens = self._project_fn(tokens)
-        if self._calls == 0 and self._ends is not None:
-            tokens = torch.where(self._ends == self._mask_id, tokens, self._ends)
-        if self._calls == self._steps:
-            self._done = not bool((tokens == self._mask_id).any())
-        self._calls += 1
+        tokens, call = project_fn(tokens), next(calls)
+        if call == 0 and ends is not None:
+            tokens = torch.where(ends == mask_id, tokens, ends)
+        if call == steps:
+            done = not bool((tokens == mask_id).any())
         return tokens
+
+    return project

@@ -36,10 +36,8 @@ class MaskedLM(Wrapper):
             `logits` (R, D, V), such as `BertForMaskedLM`. Held, not copied; weights, state
             dictionary (below "model.") and modes are its own.
         linear_head: whether the logits come from `model.get_output_embeddings()` alone; None asks
-            `has_linear_head`, which calls the model once. False always gives all logits.
-
-    Raises:
-        TypeError, ValueError: `model` is no module; `linear_head=True` without a linear layer.
+            `has_linear_head`, which calls the model once. False always gives all logits. True
+            needs a model whose output layer is plain.
     """
 
     def __init__(self, model: nn.Module, *, linear_head: bool | None = None):

@@ -157,9 +157,7 @@ class GaussianProcess(CheckedProcess):
         dtype = torch.promote_types(head.dtype, torch.float32)
         to_u = self.transitions.batched(0.0, step.u).to(dtype)
         into_t, from_u = (
-            rearrange(
-                self.transitions.batched(s, step.t, columns=True).to(dtype), "b v w -> (b v) w"
-            )
+            self.transitions.batched(s, step.t, columns=True).to(dtype).flatten(0, 1)
             for s in (0.0, step.u)
         )
         used = min(components, draws)
@@ -219,10 +217,8 @@ class GaussianProcess(CheckedProcess):
             check_same_device(value, name, x0, "x0")
         check_token_range(x0, "x0", self.num_classes)
         check_token_range(xt, "xt", self.num_classes)
-        check_number(t, "t")
-        check_number(s, "s")
-        if not 0.0 <= s < t <= 1.0:
-            raise ValueError(f"times must be 0 <= s < t <= 1, got s = {s} and t = {t}")
+        check_within(t, "t", "(0, 1]")
+        check_within(s, "s", f"[0, {float(t)})")
         options: dict[str, Any] = {"device": x0.device, "dtype": torch.float32}
         to_s = self.transitions.between(0.0, s, **options)
         from_s = self.transitions.between(s, t, columns=True, **options)

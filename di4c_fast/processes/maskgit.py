@@ -2,8 +2,8 @@
 
 The time is t = 1 - r with r the ratio of the schedule. At r every position is masked with
 probability `masked_share(r)`, independently; the arccos schedule, arccos(r)·2/π, is that of
-the paper's experiment. A teacher step draws a token at every masked position and reveals the
-positions of highest confidence, so many that the share of the later ratio stays masked.
+the paper's experiment. A teacher step reveals so many positions that the share of the later ratio
+stays masked.
 
 Source: MaskGIT (arXiv 2202.04200) and the VQ image experiment of Di4C (arXiv 2410.08709).
 """
@@ -37,9 +37,8 @@ class MaskGITProcess(MaskingProcess):
     """The process of MaskGIT; the defaults are those of the paper's VQ image experiment.
 
     All positions and all V columns count in the loss (`loss_mask_id` is None), as in the paper. Its
-    training is `DistillConfig(components=32, teacher_step=0.05, low_t=0.05, low_t_probability=0.05,
-    component_weight=20)` with `exclude_mask=False` here, its r is 1 - t, and its tied embedding is
-    `LinearHead(hidden, weight, bias)`, whose bias may have a row for each position.
+    training, with `exclude_mask=False` here, stands in `di4c_fast.integrations.maskgit`. Its r is
+    1 - t.
 
     Args:
         mask_id: id of the mask token (the paper: 1024, the class after the codes).

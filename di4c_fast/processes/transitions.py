@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_int, check_number, without_autocast
+from ..checks import check_int, check_within, without_autocast
 
 __all__ = ["GaussianTransitions", "draw_by_weights", "draw_from_cdf", "fine_uniform"]
 
@@ -60,15 +60,10 @@ class GaussianTransitions:
         time_exponential: float = 100.0,
     ):
         check_int(num_classes, "num_classes", minimum=2)
-        for name, value, bound in (
-            ("rate_sigma", rate_sigma, 0.0),
-            ("target_sigma", target_sigma, 0.0),
-            ("time_base", time_base, 0.0),
-            ("time_exponential", time_exponential, 1.0),
-        ):
-            check_number(value, name)
-            if value <= bound:
-                raise ValueError(f"{name} must be greater than {bound:g}, got {value}")
+        check_within(rate_sigma, "rate_sigma", "(0, inf)")
+        check_within(target_sigma, "target_sigma", "(0, inf)")
+        check_within(time_base, "time_base", "(0, inf)")
+        check_within(time_exponential, "time_exponential", "(1, inf)")
         if target_sigma * _WIDEST < num_classes:
             raise ValueError(
                 f"target_sigma must be at least num_classes / {_WIDEST:g} = "

@@ -214,23 +214,18 @@ def sample_confidence(
         if confidence_temperature:
             noise = rng.exponential(run.uniform(step, 4, torch.float32)[:, 1]).log().neg()
             ranking = confidence.float() / confidence_temperature + noise
-        order = spread(step, ranking).argsort(dim=1, descending=True, stable=True)
+        ranked = run.put(step, ranking, fill=-torch.inf)
+        order = ranked.argsort(dim=1, descending=True, stable=True)
         passes = torch.ones_like(active)
         if open_ended:
             bound: Any = threshold if factor is None else 1.0 - factor / (place + 2).double()
-            passes = spread(step, confidence).gather(1, order) >= bound
+            passes = run.put(step, confidence, fill=-torch.inf).gather(1, order) >= bound
             passes[:, 0] = True
             passes = passes if factor is None else passes.int().cumprod(1).bool()
         if counts is not None:
             passes &= place < counts.unsqueeze(1)
         chosen = torch.zeros_like(active).scatter_(1, order, passes) & active
         return torch.where(chosen, run.put(step, answer.draw.token), run.tokens)
-
-    def spread(step: Step, values: Tensor) -> Tensor:
-        """(R,) as (B, D), −∞ where no row is."""
-        assert step.rows is not None
-        full = torch.full_like(run.tokens, -torch.inf, dtype=values.dtype).flatten()
-        return full.index_copy(0, step.rows, values).view_as(run.tokens)
 
     return run.loop(filling())
 

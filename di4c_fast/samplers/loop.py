@@ -200,12 +200,13 @@ class Run:
             return wanted.flatten().nonzero()[:, 0]
         return first_true(wanted.flatten(), count)
 
-    def put(self, step: Step, values: Tensor) -> Tensor:
-        """The tokens with `values` in the rows of the step."""
+    def put(self, step: Step, values: Tensor, fill: float | None = None) -> Tensor:
+        """(B, D) with `values` in the rows of the step; elsewhere the tokens, or `fill`."""
         if step.rows is None:
             return values
         # Not in place: the model may have kept the tensor it was given.
-        return self.tokens.flatten().index_copy(0, step.rows, values).view_as(self.tokens)
+        rest = self.tokens if fill is None else values.new_full(self.tokens.shape, fill)
+        return rest.flatten().index_copy(0, step.rows, values).view_as(self.tokens)
 
     def uniform(self, step: Step, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """(R, count) numbers of the rule's own for the rows of the step."""

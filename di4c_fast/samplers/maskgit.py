@@ -177,13 +177,11 @@ def sample_maskgit(
         i, keys = step.number, run.sequence_keys(run.device)
         if randomize == "random" or (randomize == "warm_up" and i < _WARM_UP_STEPS):
             return rng.uniform(run.seed, NOISE + i, keys, run.positions, dtype=torch.float64)
-        noise = torch.zeros(run.tokens.shape, dtype=torch.float64, device=run.device)
+        assert answer.draw.log_prob is not None
+        sure = run.put(step, answer.draw.log_prob.double(), fill=0.0)
         if randomize == "linear":
             noise = gumbel(run.seed, i, keys, run.positions)
-            noise *= gumbel_temperature * (1.0 - fractions[i])
-        assert answer.draw.log_prob is not None
-        assert step.rows is not None
-        log_prob = answer.draw.log_prob.double()
-        return noise.flatten().index_add(0, step.rows, log_prob).view_as(noise)
+            sure += noise * (gumbel_temperature * (1.0 - fractions[i]))
+        return sure
 
     return run.loop(rule())
