@@ -28,16 +28,14 @@ class Denoiser(Wrapper):
     """A network of these repositories as a module (tokens, t[, latent]) → head.
 
     Equivalent PyTorch: `network(tokens, sigma)` at the noise level of t, the λ of a student
-    replaced where one is given. Where the logits are the last linear layer's and nothing else,
-    which is tried once on two positions, the result is `LinearHead(hidden, weight, bias)`;
-    compiled, sharded, quantised or otherwise different networks give all their logits.
+    replaced where one (R, latent_dim) is given. Where the logits are the last linear layer's and
+    nothing else, which is tried once on two positions, the result is
+    `LinearHead(hidden, weight, bias)`; compiled, sharded, quantised or otherwise different networks
+    give all their logits.
 
     Args:
         network: called as network(tokens (R, D) int64, sigma (R,) float32).
         noise_level: sigma (R,) of times (R,).
-
-    Raises:
-        ValueError (when called): a latent of another shape than (R, latent_dim).
     """
 
     def __init__(self, network: Any, noise_level: Callable[[Tensor], Tensor]):

@@ -51,10 +51,9 @@ def denoiser(model: Any) -> Callable[..., Head]:
             with logits (R, D, V); also without `attention_mask` if none is given.
     """
     check_callable(model, "model")
-    config = getattr(model, "config", None)
-    scale = 1.0
-    if getattr(config, "scale_logits", False):
-        scale = 1.0 / math.sqrt(config.d_model)  # type: ignore[union-attr]
+    config: Any = getattr(model, "config", None)
+    scaled = getattr(config, "scale_logits", False)
+    scale = 1.0 / math.sqrt(config.d_model) if scaled else 1.0
 
     def call(tokens: Tensor, t: Tensor, attention_mask: Tensor | None = None) -> Head:
         arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
@@ -82,9 +81,8 @@ def generate(
     """LLaDA's `generate`: the prompt (B, P) with `gen_length` tokens behind it.
 
     Args:
-        model, prompt, attention_mask, steps, gen_length, block_length, temperature, cfg_scale,
-            remasking, mask_id, logits_eos_inf, confidence_eos_eot_inf: as in LLaDA. With
-            `confidence_eos_eot_inf` and a temperature, only EoT is deferred, as there.
+        model ... confidence_eos_eot_inf: as in LLaDA. With `confidence_eos_eot_inf` and a
+            temperature, only EoT is deferred, as there.
         options: more of `sample_confidence`: confidence_dtype, eos_id, threshold, factor, seed,
             generator, callback, history ... With a threshold or factor, `steps` is not used.
             exclude_mask is False unless it is given, as in LLaDA; True waits for the device at no

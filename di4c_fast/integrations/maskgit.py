@@ -42,7 +42,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..checks import check_bool, check_shape, check_tensor, check_within
+from ..checks import check_bool, check_int, check_shape, check_tensor, check_within
 from ..models.call import Wrapper
 from ..processes.reveal import check_schedule, reveal_counts
 from ..samplers.maskgit import RANDOMIZE, sample_maskgit
@@ -228,11 +228,7 @@ def _sample(
     batch, init_code, labels = given
     mask_value, side = trainer.args.mask_value, model.side
     check_within(settings.sm_temp, "sm_temp", "(0, inf)")
-    if mask_value < 0:
-        raise ValueError(
-            f"args.mask_value must not be negative: random tokens in place of masks are not "
-            f"supported, got {mask_value}"
-        )
+    check_int(mask_value, "args.mask_value", minimum=0)
     if labels is None:
         classes = getattr(model.model, "module", model.model).nclass
         labels = torch.randint(classes, (batch,), device=trainer.args.device)

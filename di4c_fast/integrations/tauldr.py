@@ -46,7 +46,7 @@ from ..checks import check_choice, check_shape, check_values, describe
 from ..draw.api import sample
 from ..heads import HeadLike, LogisticHead, as_head
 from ..models.call import Wrapper, check_callable
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import FLOOR, GaussianProcess
 from ..processes.transitions import draw_by_weights, fine_uniform
 from ..rng import draw_seed
 from ..samplers.gaussian import sample_gaussian
@@ -59,7 +59,6 @@ _IMAGE = ("net", "data_shape", "fix_logistic", "S")
 _SAMPLERS = ("TauLeaping", "PCTauLeaping")
 _LOSS = "DistilChain"
 _LAWS = {"gaussian": "target", "uniform": "uniform"}
-_FLOOR = 1e-30
 
 
 def accelerate_tauldr(*modules: ModuleType) -> Handle:
@@ -216,7 +215,7 @@ def _draw_posterior(
     example = torch.arange(batch, device=x_t.device).unsqueeze(-1) * classes
     to_s = transitions.batched(0.0, ss).float().flatten(0, 1)
     from_s = transitions.batched(ss, ts, columns=True).float().flatten(0, 1)
-    weights = (to_s[example + x_0] + _FLOOR).mul_(from_s[example + x_t]).flatten(0, 1)
+    weights = (to_s[example + x_0] + FLOOR).mul_(from_s[example + x_t]).flatten(0, 1)
     keys = torch.arange(batch * positions, device=x_t.device)
     uniforms = fine_uniform(draw_seed(None, x_t.device), 0, keys, 1)
     x_s = draw_by_weights(weights, uniforms).view(batch, positions)

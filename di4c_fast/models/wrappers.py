@@ -41,6 +41,7 @@ def with_latent_shift(
 ) -> ShiftedModel:
     """A student that adds an embedding of λ to the output of one of the model's submodules.
 
+    It is on the model's device and in its mode.
     The submodule may be a time embedding, (R, C), or anything that returns (R, D, C), such as
     a token embedding. Works for every model that is called as model(tokens, t, **context),
     `MaskedLM` included.
@@ -57,9 +58,6 @@ def with_latent_shift(
         copy: work on a deep copy, so that training the student leaves the teacher alone. If no
             parameter of the model asks for a gradient (a frozen teacher), all of the copy's do.
             False shares the model as it is.
-
-    Returns:
-        `ShiftedModel`, on the model's device and in its mode.
     """
     check_module(model)
     if not isinstance(module, str):

@@ -40,7 +40,7 @@ _PIECE = {"cpu": 2**18, "other": 2**22}
 # A piece reads whole transition matrices, so that it should not hold fewer positions.
 _FEWEST_POSITIONS = 32
 # Decides where no x_0 of any weight can lead to x_t: x_u then follows q(x_t | x_u) alone.
-_FLOOR = 1e-30
+FLOOR = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +70,9 @@ class GaussianProcess(CheckedProcess):
     eps: float = 1e-9
 
     def __post_init__(self) -> None:
-        for name in ("t_min", "min_step", "eps"):
-            check_within(getattr(self, name), name, "(0, 1)")
-        if self.first_time >= 1.0:
-            raise ValueError(
-                f"t_min + min_step must be below 1, got {self.t_min} + {self.min_step}"
-            )
+        check_within(self.t_min, "t_min", "(0, 1)")
+        check_within(self.min_step, "min_step", f"(0, {1.0 - self.t_min})")
+        check_within(self.eps, "eps", "(0, 1)")
         for name in ("rate_sigma", "target_sigma", "time_base", "time_exponential"):
             check_number(getattr(self, name), name)
         check_int(self.num_classes, "num_classes")
@@ -99,10 +96,8 @@ class GaussianProcess(CheckedProcess):
 
     def check_classes(self, classes: int) -> None:
         if classes != self.num_classes:
-            raise ValueError(
-                f"teacher_head must have shape (B, D, V) or (B, M, D, V) with V = num_classes = "
-                f"{self.num_classes}, got V = {classes}"
-            )
+            wanted = f"V = num_classes = {self.num_classes}"
+            raise ValueError(f"teacher_head must have {wanted}, got V = {classes}")
 
     def corrupt(
         self, x0: Tensor, t: Tensor, *, valid: Tensor | None = None, generator: Source = None
@@ -174,7 +169,7 @@ class GaussianProcess(CheckedProcess):
                 at = example * classes + xt[:, first:last]
                 weights = logits.softmax(-1) / (into_t[at] + self.eps).unsqueeze(1)
                 weights = torch.bmm(weights.flatten(1, 2), to_u).view(logits.shape)
-                weights = (weights + _FLOOR) * from_u[at].unsqueeze(1)
+                weights = (weights + FLOOR) * from_u[at].unsqueeze(1)
                 total = weights.sum(-1)
                 message = "teacher_head must hold numbers: row of logits with NaN"
                 check_values(total.isfinite() & (total > 0), message)
@@ -225,7 +220,7 @@ class GaussianProcess(CheckedProcess):
         v = fine_uniform(seed, step, row_keys.flatten(), 1)
         x0, xt, shape = x0.flatten(), xt.flatten(), x0.shape
         parts = [
-            draw_by_weights((to_s[x0[i:j]] + _FLOOR).mul_(from_s[xt[i:j]]), v[i:j])
+            draw_by_weights((to_s[x0[i:j]] + FLOOR).mul_(from_s[xt[i:j]]), v[i:j])
             for i, j in _pieces(x0.numel(), self.num_classes, x0.device)
         ]
         return torch.cat(parts).view(shape) if parts else x0.clone().view(shape)

@@ -61,14 +61,10 @@ class GaussianTransitions:
     ):
         check_int(num_classes, "num_classes", minimum=2)
         check_within(rate_sigma, "rate_sigma", "(0, inf)")
-        check_within(target_sigma, "target_sigma", "(0, inf)")
+        # At least num_classes / 12.
+        check_within(target_sigma, "target_sigma", f"[{num_classes / _WIDEST}, inf)")
         check_within(time_base, "time_base", "(0, inf)")
         check_within(time_exponential, "time_exponential", "(1, inf)")
-        if target_sigma * _WIDEST < num_classes:
-            raise ValueError(
-                f"target_sigma must be at least num_classes / {_WIDEST:g} = "
-                f"{num_classes / _WIDEST:g}, got {target_sigma}"
-            )
         self.num_classes = num_classes
         self.time_base = float(time_base)
         self.time_exponential = float(time_exponential)

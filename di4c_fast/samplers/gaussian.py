@@ -2,8 +2,7 @@
 
 Each step draws x_0 from the denoiser at x_t (given λ for a mixture student) and x_s from
 q(x_s | x_t, x_0) ∝ q(x_s | x_0) q(x_t | x_s), exactly, with matrices that are cached per pair of
-times. That is the law of the step whatever its length: no tau-leaping, no corrector steps. The
-last call gives the sample: the argmax, the best argmax of several λ, or a draw.
+times. That is the law of the step whatever its length: no tau-leaping, no corrector steps.
 
 Source: the pixel experiment of Di4C (arXiv 2410.08709) on the models of tauLDR
 (arXiv 2205.14987).
