@@ -107,8 +107,6 @@ class GaussianProcess(CheckedProcess):
         tokens = x0 if valid is None else x0.masked_fill(~valid, 0)
         check_token_range(tokens, "x0", self.num_classes)
         seed = rng.draw_seed(generator, x0.device)
-        if x0.numel() == 0:
-            return x0.clone()
         cdf = rearrange(self.transitions.batched(0.0, t).cumsum(-1), "b v w -> (b v) w")
         keys = torch.arange(x0.numel(), device=x0.device)
         u = fine_uniform(seed, 0, keys, 1).view(x0.shape)

@@ -130,8 +130,8 @@ class Blocks:
         run, times = self.run, time_grid(self.steps, self.t_min)
         shape = (run.batch, run.positions)
         plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
-        first = self.steps * self._block_of(torch.arange(run.positions))
-        turns = plan.clamp(max=self.steps - 1) + first
+        block = self._block_of(torch.arange(run.positions))
+        turns = plan.clamp(max=self.steps - 1) + self.steps * block
         self.turns = turns.to(run.device)
         return turns
 
