@@ -112,11 +112,10 @@ class _Sampler(Loop):
         sizes = [("num_steps", num_steps, 1), ("n_samples", n_samples, 0), ("seq_len", length, 1)]
         check_counts(sizes)
         t_min = float(model.sampling_eps)
-        conditional = sampler == "ancestral"
 
         def call(tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Head:
             sigma = denoiser.noise_level(t)
-            if not conditional:  # as there; the final argmax is the ancestral one
+            if sampler == "analytic":  # as there; the final argmax is the ancestral one
                 sigma = torch.where(t > t_min, 0.0, sigma)
             return denoiser.at(tokens, sigma, latent)
 

@@ -126,10 +126,7 @@ class TeacherStep:
 
 
 class CheckedProcess(Process, abc.ABC):
-    """The arguments of a process, checked; what makes it is `corrupt` and the methods at the end.
-
-    `corrupt` checks its own, by `check_rows`.
-    """
+    """The arguments of a process, checked; a process adds `corrupt` and the methods at the end."""
 
     first_time = 0.0  # training times lie between it and 1,
     t_min: float  # and are at least this

@@ -61,7 +61,6 @@ class GaussianTransitions:
     ):
         check_int(num_classes, "num_classes", minimum=2)
         check_within(rate_sigma, "rate_sigma", "(0, inf)")
-        # At least num_classes / 12.
         check_within(target_sigma, "target_sigma", f"[{num_classes / _WIDEST}, inf)")
         check_within(time_base, "time_base", "(0, inf)")
         check_within(time_exponential, "time_exponential", "(1, inf)")

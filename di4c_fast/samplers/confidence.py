@@ -19,7 +19,7 @@ from .. import rng
 from ..checks import check_choice, check_int, check_number, check_within, describe
 from ..draw.api import sample
 from ..heads import Head
-from .arguments import MaskDrawOptions, Model, Unpack, check_flags, sampler
+from .arguments import MaskDrawOptions, Model, Unpack, check_counts, check_flags, sampler
 from .blocks import Blocks
 from .loop import Answer, Guidance, Run, Step, single_logits
 
@@ -139,8 +139,7 @@ def sample_confidence(
     banned, deferred = (_check_ids(ids, name) for name, ids in given_ids.items())
     check_int(mask_id, "mask_id", minimum=0)
     optional = (("steps", steps, 1), ("eos_id", eos_id, 0), ("block_length", block_length, 1))
-    for name, value, least in optional:
-        check_int(least if value is None else value, name, minimum=least)
+    check_counts([count for count in optional if count[1] is not None])
     open_ended, origin = threshold is not None or factor is not None, rule == "origin"
     field = _FIELDS[rule]  # None for origin and random
     bounded = threshold is None or rule == "entropy" or 0.0 <= threshold <= 1.0

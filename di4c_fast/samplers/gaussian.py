@@ -69,11 +69,11 @@ def sample_gaussian(
     if not isinstance(process, GaussianProcess):
         raise TypeError(f"process must be a GaussianProcess, got {describe(process)}")
     check_choice(last, "last", ("argmax", "draw"))
-    if teacher is not None:
-        check_callable(teacher, "teacher")
     if teacher_steps > steps:
         raise ValueError(f"teacher_steps must be at most steps = {steps}, got {teacher_steps}")
-    if teacher_steps and teacher is None:
+    if teacher is not None:
+        check_callable(teacher, "teacher")
+    elif teacher_steps:
         raise ValueError(f"teacher_steps = {teacher_steps} needs a teacher, got None")
     for wrong, reason in (
         (latent_dim < 1, f"latent_dim >= 1, got {latent_dim}"),

@@ -184,8 +184,6 @@ class Run:
             latent = rearrange(drawn, "(s b) l -> s b l", **size).to(self.device)
         return latent
 
-    # What a rule asks
-
     def sequence_keys(self, device: torch.device | str = "cpu") -> Tensor:
         """(B,) the numbers of the sequences."""
         return torch.arange(self.batch, device=device) + self.first_sequence
@@ -213,8 +211,6 @@ class Run:
         keys = self.keys if step.rows is None else self.keys[step.rows]
         return rng.uniform(self.seed, RULE + step.number, keys, count, dtype=dtype)
 
-    # The loop
-
     def loop(self, steps: Iterator[Step]) -> Tensor:
         """Take the steps, one after another; at each of them `tokens` are as they then are."""
         self._settle()
@@ -223,10 +219,8 @@ class Run:
                 if step.rows is None or step.rows.numel():
                     # Kept until the next: memory that is freed here comes back as fresh pages.
                     answer = self._ask(step)
-                    if step.fill is None:
-                        self.tokens = self.put(step, answer.draw.token)
-                    else:
-                        self.tokens = step.fill(step, answer)
+                    token = answer.draw.token
+                    self.tokens = step.fill(step, answer) if step.fill else self.put(step, token)
                 self._settle()
                 if self.callback is not None:
                     self.callback(step.number + 1, self.calls, self.tokens)
