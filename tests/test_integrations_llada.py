@@ -260,12 +260,13 @@ def test_modules_of_others_are_refused(wrong: Wrong):
             "attention_mask must have shape (B, P) = (2, 6), got (2, 3)",
         ),
         ({"nonsense": 1}, TypeError, "nonsense"),
+        ({"model": None}, TypeError, "model must be callable, got NoneType None"),
     ]
 )
 def test_what_is_wrong_is_named(wrong: Wrong):
     arguments = {
-        "prompt": prompt_of(), "steps": 4, "gen_length": 8, "block_length": 4, "mask_id": MASK,
-        **wrong.what,
+        "model": FakeLLaDA(0), "prompt": prompt_of(), "mask_id": MASK,
+        "steps": 4, "gen_length": 8, "block_length": 4, **wrong.what,
     }  # fmt: skip
     with wrong.raises():
-        llada.generate(FakeLLaDA(0), **arguments)
+        llada.generate(**arguments)

@@ -239,14 +239,14 @@ def test_another_sampler_than_the_confidence_sampler_is_named():
 
 @wrong(
     [
-        ({"sm_temp": 0}, ValueError, "sm_temp must be positive, got 0"),
+        ({"sm_temp": 0}, ValueError, "sm_temp must be in (0, inf), got 0"),
         ({"labels": LABELS[:2]}, ValueError, "labels must have shape (nb_sample,) = (3,)"),
         ({"labels": [0, 1, 2]}, TypeError, "labels must be a Tensor"),
         ({"init_code": LABELS}, ValueError, "init_code must have shape (nb_sample, 4, 4)"),
         ({"init_code": 3}, TypeError, "init_code must be a Tensor"),
         ({"sched_mode": "cubic"}, ValueError, "schedule must be one of"),
         ({"r_temp": -1}, ValueError, "gumbel_temperature must be finite and at least 0"),
-        ({}, ValueError, "mask_value must not be negative: random tokens in place of masks"),
+        ({}, ValueError, "args.mask_value must be at least 0, got -1"),
     ]
 )
 def test_wrong_arguments_of_a_sample_are_named(wrong: Wrong):

@@ -272,7 +272,7 @@ def test_latents_are_checked():
         ({"n_samples": -1}, ValueError, "n_samples must be at least 0, got -1"),
         ({"seq_len": 0}, ValueError, "seq_len must be at least 1, got 0"),
         ({"project_fn": 3}, TypeError, "project_fn must be callable, got int 3"),
-        ({"project_fn": lambda x: x[:1]}, ValueError, "project_fn must return ...(3, 4)"),
+        ({"project_fn": lambda x: x[:1]}, ValueError, "project_fn must have shape ...(3, 4)"),
     ]
 )
 def test_wrong_arguments_are_named(wrong: Wrong):

@@ -129,7 +129,7 @@ one, x = torch.zeros(3, 1), torch.zeros(3, 4, 8)
         (lambda: LatentEmbedding(0), ValueError, "width must be at least 1, got 0"),
         (lambda: LatentEmbedding(8, frequencies=7), ValueError, "frequencies must be even, got 7"),
         (lambda: LatentEmbedding(8, scale=math.inf), ValueError, "scale must be finite, got inf"),
-        (lambda: LatentEmbedding(8)(x[:, :2, 0]), ValueError, "(R, L) with L = 1, got (3, 2)"),
+        (lambda: LatentEmbedding(8)(x[:, :2, 0]), ValueError, "(R, L) = (3, 1), got (3, 2)"),
         (lambda: LatentEmbedding(8)(one.long()), TypeError, "latent must be floating point"),
         (
             lambda: LatentToken(8)(x[..., :6], one),
@@ -139,7 +139,7 @@ one, x = torch.zeros(3, 1), torch.zeros(3, 4, 8)
         (
             lambda: LatentToken(8)(x, one[:2]),
             ValueError,
-            "latent must have shape (R, L) with R = 3",
+            "latent must have shape (R, L) = (3, 1), got (2, 1)",
         ),
         (
             lambda: LatentToken(8, dim=5).strip(x),

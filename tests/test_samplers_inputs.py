@@ -21,6 +21,12 @@ LATENT = torch.zeros(2, 1)
 ids = lambda *values: torch.tensor(values)  # noqa: E731
 tokens = lambda *shape: torch.zeros(*shape, dtype=torch.int64)  # noqa: E731
 
+
+def once(x):
+    """An id that is none at the start, and none of it later."""
+    return torch.where(x.eq(MASK).all(), ids(11, *[MASK] * 4), x.clamp(max=MASK))
+
+
 # Of every sampler that takes the arguments; the model is not called.
 SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"shape": (2,)}, T, "shape must be (B, D), got tuple (2,)"),
@@ -70,6 +76,7 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": 1, "generator": torch.Generator()}, V, "seed and generator exclude each other"),
     ({"generator": 1}, T, "generator must be a torch.Generator or None"),
     ({"first_sequence": -1}, V, "first_sequence must be at least 0, got -1"),
+    ({"first_sequence": 2**62}, V, "first_sequence must be at most ..., got 4611686018427387904"),
     ({"device": "nowhere"}, V, "device must be one that torch can use here, got 'nowhere': ..."),
     ({"device": 3.5}, V, "device must be one that torch can use here, got 3.5"),
     ({"device": "meta"}, V, "device must be one that torch can use here, got 'meta': ..."),
@@ -79,7 +86,7 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"context": {"a": torch.zeros(3)}}, V, "context['a'] must have B = 2"),
     ({"context": [torch.zeros(2)]}, T, "context must be a mapping of tensors"),
     ({"project_fn": 3}, T, "project_fn must be callable"),
-    ({"project_fn": lambda x: x[:, :2]}, V, "must return tokens of shape (B, D) = (2, 5), got"),
+    ({"project_fn": lambda x: x[:, :2]}, V, "project_fn must have shape (B, D) = (2, 5), got"),
     ({"project_fn": lambda x: x.float()}, T, "output of project_fn must have dtype"),
     ({"project_fn": lambda x: x - 20}, V, "output of project_fn must hold token ids ... got -10"),
     ({"project_fn": lambda x: x + 1, "vocab_size": 11}, V, "token ids in [0, 11), got 11"),
@@ -94,6 +101,7 @@ BY_MODEL: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"vocab_size": 12}, V, "model must return logits over V = 12 classes, got shape"),
     ({"prompt": ids(0, 12)}, V, "prompt must hold ids in [0, 11), ... got 12"),
     ({"project_fn": lambda x: torch.where(x == MASK, x, 11)}, V, "token ids in [0, 11), got"),
+    ({"project_fn": once}, V, "output of project_fn must hold token ids in [0, 11), got 11"),
     ({"model": lambda x, t: torch.zeros(2, 5)}, V, "model must return logits of shape"),
     ({"model": lambda x, t: torch.zeros(1, 4, 11)}, V, "shape (R, D, V) ... got (1, 4, 11)"),
     ({"model": lambda x, t: x}, T, "the output of model must be floating point"),
@@ -189,6 +197,7 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
         ({"steps": 3, "block_length": 3}, V, "multiple of the number of blocks, 2, got 3"),
         ({"block_length": 0}, V, "block_length must be at least 1, got 0"),
         ({"block_length": 2.5}, T, "block_length must be an int"),
+        ({"block_length": 6}, V, "block_length must be at most D = 5, got 6"),
         ({"rule": "confidence"}, V, "rule must be one of 'low_confidence', 'random'"),
         ({"schedule": "cosine"}, V, "schedule must be one of 'even', 'ancestral'"),
         ({"threshold": "a", "steps": None}, T, "threshold must be a number"),
@@ -252,8 +261,8 @@ def test_wrong_arguments_are_named_before_any_work(wrong: Wrong):
 @wrong(
     [
         (lambda: analytic.log_linear_noise(0.0), V, "eps must be in (0, 1), got 0.0"),
-        (lambda: analytic.geometric_noise(0.0, 1.0), V, "0 < sigma_min < sigma_max"),
-        (lambda: analytic.geometric_noise(2.0, 1.0), V, "0 < sigma_min < sigma_max"),
+        (lambda: analytic.geometric_noise(0.0, 1.0), V, "sigma_min must be in (0, 1.0), got 0.0"),
+        (lambda: analytic.geometric_noise(2.0, 1.0), V, "sigma_min must be in (0, 1.0), got 2.0"),
         (lambda: uniform.log_linear_signal(1.0), V, "eps must be in (0, 1), got 1.0"),
         (lambda: uniform.cosine_signal(1.0), V, "eps must be in (0, 1), got 1.0"),
     ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import check_shape, without_autocast
 from ..heads import Head
-from ..models.call import Wrapper, evaluation_mode
+from ..models.call import Wrapper
 from ..models.latent import sinusoid
 from ..models.linear_output import gives_linear_logits, head_of, output_layer, plain_linear
 
@@ -28,16 +28,14 @@ class Denoiser(Wrapper):
     """A network of these repositories as a module (tokens, t[, latent]) → head.
 
     Equivalent PyTorch: `network(tokens, sigma)` at the noise level of t, the λ of a student
-    replaced where one is given. Where the logits are the last linear layer's and nothing else,
-    which is tried once on two positions, the result is `LinearHead(hidden, weight, bias)`;
-    compiled, sharded, quantised or otherwise different networks give all their logits.
+    replaced where one (R, latent_dim) is given. Where the logits are the last linear layer's and
+    nothing else, which is tried once on two positions, the result is
+    `LinearHead(hidden, weight, bias)`; compiled, sharded, quantised or otherwise different networks
+    give all their logits.
 
     Args:
         network: called as network(tokens (R, D) int64, sigma (R,) float32).
         noise_level: sigma (R,) of times (R,).
-
-    Raises:
-        ValueError (when called): a latent of another shape than (R, latent_dim).
     """
 
     def __init__(self, network: Any, noise_level: Callable[[Tensor], Tensor]):
@@ -77,9 +75,8 @@ class Denoiser(Wrapper):
             return False
         if latent is None and self.latent_dim:  # no random numbers for a trial
             latent = sigma.new_full((len(tokens), 1), 0.5)
-        with evaluation_mode(self.model):
-            call = functools.partial(self._call, tokens, sigma, latent)
-            return gives_linear_logits(layer, call, tokens, extra=1)
+        call = functools.partial(self._call, tokens, sigma, latent)
+        return gives_linear_logits(self.model, layer, call, tokens, extra=1)
 
     def _last_layer(self) -> nn.Linear | None:
         if self.compiled:
@@ -118,8 +115,8 @@ class Denoiser(Wrapper):
 class Loop:
     """What stands in for a model's own sampling: its denoiser is made anew with its network."""
 
-    def __init__(self, model: Any, as_model: Callable[[Any], Denoiser]):
-        self.model, self._as_model = model, as_model
+    def __init__(self, model: Any, as_model: Callable[[Any], Denoiser], original: Any = None):
+        self.model, self._as_model, self.original = model, as_model, original
         self._denoiser: Denoiser | None = None
 
     @property

@@ -54,11 +54,7 @@ class Handle:
 
 
 def check_attributes(owner: Any, argument: str, names: Sequence[str]) -> None:
-    """`owner`, passed as `argument`, has all the attributes.
-
-    Raises:
-        TypeError: with what was expected and what is missing.
-    """
+    """`owner`, passed as `argument`, has all the attributes; a TypeError names those it lacks."""
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
         raise TypeError(

@@ -8,8 +8,8 @@
 Only the loop behind `diffusion_generate` is replaced: configuration, lengths and warnings are
 the model's own. Beside what `di4c_fast.integrations` says of all drop-ins:
 
-* the output layer runs for the masked positions alone, a few rows at a time, if it is a plain
-  linear layer; `alg="origin"` computes only the positions whose turn it is;
+* the output layer runs for the masked positions alone, `alg="origin"` computes only those whose
+  turn it is;
 * the history has an entry for a step that fills nothing, too;
 * confidences are computed in fp32; `confidence_dtype=torch.bfloat16` gives those of a model in
   bfloat16, many of which tie, at the price of sorting whole rows;
@@ -23,6 +23,7 @@ the hooks are promised all logits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from ..checks import check_choice, describe
 from ..heads import Head
+from ..models.call import check_callable
 from ..models.linear_output import call_for_head
 from ..samplers.confidence import sample_confidence
 from ._handle import Handle
@@ -51,17 +53,15 @@ class DreamOutput:
 
 
 def denoiser(model: Any) -> Callable[..., Head]:
-    """Dream's model as a callable (tokens, t, attention_mask, tok_idx) for `di4c_fast.samplers`.
+    """Dream's model as a callable (tokens, t, attention_mask, tok_idx), which ignores t.
 
     Its logits belong to the next position: use it with `sample_confidence(..., shift=True)`.
 
     Args:
         model: `DreamModel`, or any callable (tokens, attention_mask, tok_idx) that returns an
             object with logits (R, D, V).
-
-    Returns:
-        A callable that gives a head, see `di4c_fast.models.linear_output.head_of`. It ignores t.
     """
+    check_callable(model, "model")
 
     def call(
         tokens: Tensor,
@@ -80,73 +80,67 @@ def accelerate(model: Any, **options: Any) -> Handle:
     Args:
         model: `DreamModel` (any with its `_sample` method) of Dream or of Fast-dLLM.
         options: keywords of `sample_confidence` for every call: confidence_dtype, seed, ...
-            exclude_mask=True never draws the mask, and so waits for the device at no step. False,
-            the default, as Dream, which then leaves masks in the answer; a trained model gives it
-            no probability. `origin` never draws it.
-
-    Raises:
-        TypeError: `model` has no method `_sample`.
-        TypeError, ValueError (when generating): unknown `alg`, and what `sample_confidence` raises.
+            exclude_mask is False unless it is given, as in Dream, but for `origin`; True waits
+            for the device at no step.
     """
     if not callable(getattr(model, "_sample", None)):
         raise TypeError(f"model must have Dream's method _sample, got {describe(model)}")
-    return Handle(model, "_sample", _Loop(model, options))
+    return Handle(model, "_sample", functools.partial(_sample, model, model._sample, options))
 
 
-class _Loop:
-    """Dream's `_sample` with its arguments."""
-
-    def __init__(self, model: Any, options: dict[str, Any]):
-        self._model, self._original, self._options = model, model._sample, options
-
-    @torch.no_grad()
-    def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None, generation_config: Any, **more: Any
-    ) -> Any:
-        if not all(_does_nothing(more.get(hook)) for hook in HOOKS):
-            own = {"attention_mask": attention_mask, "generation_config": generation_config}
-            return self._original(input_ids, **own, **more)
-        config, options = generation_config, {"exclude_mask": False, **self._options}
-        check_choice(config.alg, "alg", ALGORITHMS)
-        if config.alg == "origin":
-            options["exclude_mask"] = True
-        by_threshold = config.alg == "confidence_threshold"
-        changes: dict[int, Tensor] = {}
-        start: list[Tensor] = []
-        tokens = sample_confidence(
-            denoiser(self._model),
-            (input_ids.shape[0], config.max_length),
-            mask_id=int(config.mask_token_id),
-            steps=config.steps,
-            rule="maskgit_plus" if by_threshold else config.alg,
-            schedule="even" if by_threshold else "ancestral",
-            t_min=config.eps,
-            threshold=more.get("threshold", 0.9) if by_threshold else None,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=None if config.top_p is None or config.top_p >= 1 else config.top_p,
-            confidence_temperature=0.0 if by_threshold else config.alg_temp or 0.0,
-            shift=True,
-            prompt=input_ids,
-            context=_attention(attention_mask, config.max_length),
-            callback=lambda step, total, state: changes.update({step: state}),
-            history=start,
-            **options,
-        )
-        if not config.return_dict_in_generate:
-            return tokens
-        history = None
-        if config.output_history:
-            last = max(changes, default=0) if by_threshold else config.steps
-            history, state = [], start[0]
-            for step in range(1, max(last, 1) + 1):
-                state = changes.get(step, state)
-                history.append(state)
-        return self._output_class()(sequences=tokens, history=history)
-
-    def _output_class(self) -> Any:
-        names = getattr(getattr(self._original, "__func__", None), "__globals__", {})
-        return names.get("DreamModelOutput", DreamOutput)
+@torch.no_grad()
+def _sample(
+    model: Any,
+    original: Callable[..., Any],
+    options: dict[str, Any],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    generation_config: Any,
+    **more: Any,
+) -> Any:
+    """Dream's `_sample` with its arguments, behind the first three."""
+    config = generation_config
+    if not all(_does_nothing(more.get(hook)) for hook in HOOKS):
+        own = {"attention_mask": attention_mask, "generation_config": config}
+        return original(input_ids, **own, **more)
+    options = {"exclude_mask": False, **options}
+    check_choice(config.alg, "alg", ALGORITHMS)
+    if config.alg == "origin":
+        options["exclude_mask"] = True
+    by_threshold = config.alg == "confidence_threshold"
+    changes: dict[int, Tensor] = {}
+    start: list[Tensor] = []
+    tokens = sample_confidence(
+        denoiser(model),
+        (input_ids.shape[0], config.max_length),
+        mask_id=int(config.mask_token_id),
+        steps=config.steps,
+        rule="maskgit_plus" if by_threshold else config.alg,
+        schedule="even" if by_threshold else "ancestral",
+        t_min=config.eps,
+        threshold=more.get("threshold", 0.9) if by_threshold else None,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=None if config.top_p is None or config.top_p >= 1 else config.top_p,
+        confidence_temperature=0.0 if by_threshold else config.alg_temp or 0.0,
+        shift=True,
+        prompt=input_ids,
+        context=_attention(attention_mask, config.max_length),
+        callback=lambda step, total, state: changes.update({step: state}),
+        history=start,
+        **options,
+    )
+    if not config.return_dict_in_generate:
+        return tokens
+    history = None
+    if config.output_history:
+        last = max(changes, default=0) if by_threshold else config.steps
+        history, state = [], start[0]
+        for step in range(1, max(last, 1) + 1):
+            state = changes.get(step, state)
+            history.append(state)
+    names = getattr(getattr(original, "__func__", None), "__globals__", {})
+    return names.get("DreamModelOutput", DreamOutput)(sequences=tokens, history=history)
 
 
 def _does_nothing(hook: Any) -> bool:

@@ -3,14 +3,13 @@
     from di4c_fast.integrations.llada import generate      # in place of LLaDA's
     out = generate(model, input_ids, attention_mask, steps=128, gen_length=128, block_length=32)
 
-    with di4c_fast.integrations.llada.accelerate(module):  # or handle = ...; handle.remove()
-        module.generate(model, input_ids, ...)              # a repository's own module and calls
+    with di4c_fast.integrations.llada.accelerate(module):
+        module.generate(model, input_ids, ...)             # a repository's own module and calls
 
 Beside what `di4c_fast.integrations` says of all drop-ins:
 
-* the output layer runs for the masked positions of the current block alone, a few rows at a
-  time, if it is a plain linear layer (`model.get_output_embeddings()`); sequences without masked
-  positions in the block are left out of the call;
+* the output layer runs for the masked positions of the current block alone; sequences without any
+  are left out of the call;
 * confidences are computed in fp32. `confidence_dtype=torch.bfloat16` gives those of LLaDA in
   bfloat16, many of which tie, `torch.float64` those of Fast-dLLM, both at the price of whole rows;
 * equal confidences keep the lowest position; masks inside the prompt are filled with the first
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int64, check_rank, check_shape, check_tensor, describe
 from ..heads import Head
+from ..models.call import check_callable
 from ..models.linear_output import call_for_head
 from ..samplers.arguments import check_counts
 from ..samplers.confidence import sample_confidence
@@ -44,19 +44,16 @@ REMASKING = ("low_confidence", "random")
 
 
 def denoiser(model: Any) -> Callable[..., Head]:
-    """LLaDA's model as a callable (tokens, t, attention_mask=None) for `di4c_fast.samplers`.
+    """LLaDA's model as a callable (tokens, t, attention_mask=None), which ignores t.
 
     Args:
         model: `LLaDAModelLM`, or any callable (tokens, attention_mask=...) that returns an object
             with logits (R, D, V); also without `attention_mask` if none is given.
-
-    Returns:
-        A callable that gives a head, see `di4c_fast.models.linear_output.head_of`. It ignores t.
     """
-    config = getattr(model, "config", None)
-    scale = 1.0
-    if getattr(config, "scale_logits", False):
-        scale = 1.0 / math.sqrt(config.d_model)  # type: ignore[union-attr]
+    check_callable(model, "model")
+    config: Any = getattr(model, "config", None)
+    scaled = getattr(config, "scale_logits", False)
+    scale = 1.0 / math.sqrt(config.d_model) if scaled else 1.0
 
     def call(tokens: Tensor, t: Tensor, attention_mask: Tensor | None = None) -> Head:
         arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
@@ -84,36 +81,28 @@ def generate(
     """LLaDA's `generate`: the prompt (B, P) with `gen_length` tokens behind it.
 
     Args:
-        model, prompt, attention_mask, steps, gen_length, block_length, temperature, cfg_scale,
-            remasking, mask_id, logits_eos_inf, confidence_eos_eot_inf: as in LLaDA. With
-            `confidence_eos_eot_inf` and a temperature, only EoT is deferred, as there.
+        model ... confidence_eos_eot_inf: as in LLaDA. With `confidence_eos_eot_inf` and a
+            temperature, only EoT is deferred, as there.
         options: more of `sample_confidence`: confidence_dtype, eos_id, threshold, factor, seed,
             generator, callback, history ... With a threshold or factor, `steps` is not used.
-            exclude_mask=True never draws the mask, and so waits for the device at no step. False,
-            the default, as LLaDA, which then leaves masks in the answer; a trained model gives it
-            no probability.
+            exclude_mask is False unless it is given, as in LLaDA; True waits for the device at no
+            step.
 
     Returns:
-        (B, P + gen_length) int64.
-
-    Raises:
-        TypeError, ValueError: as `sample_confidence`; `block_length` that does not divide
-            `gen_length`, `steps` that are no multiple of the number of blocks.
+        (B, P + gen_length) int64. `gen_length` must be a multiple of `block_length`, and `steps`
+        of the number of blocks.
     """
     deferred: tuple[int, ...] = ()
     if confidence_eos_eot_inf and remasking == "low_confidence":
         # At a temperature the repository changes a copy of the logits for EOS, without effect.
         deferred = (EOS_ID, EOT_ID) if temperature == 0 else (EOT_ID,)
-    device = getattr(model, "device", None)
+    options |= {"rule": remasking, "mask_id": mask_id, "temperature": temperature}
     return _generate(
+        model,
         denoiser(model),
         prompt,
         attention_mask,
-        (steps, gen_length, block_length),
-        device,
-        rule=remasking,
-        mask_id=mask_id,
-        temperature=temperature,
+        {"steps": steps, "gen_length": gen_length, "block_length": block_length},
         guidance_scale=cfg_scale,
         banned_ids=(EOS_ID,) if logits_eos_inf else (),
         deferred_ids=deferred,
@@ -149,35 +138,30 @@ def generate_fast_dllm(
         calls += 1
         return given(tokens, t)
 
-    sizes, device = (steps, gen_length, block_length), getattr(model, "device", None)
-    options |= {"threshold": threshold, "factor": factor, "temperature": temperature}
-    tokens = _generate(
-        counted, prompt, None, sizes, device, rule=remasking, mask_id=mask_id, **options
-    )
-    return tokens, calls
+    sizes = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
+    options |= {"rule": remasking, "mask_id": mask_id, "temperature": temperature}
+    options |= {"threshold": threshold, "factor": factor}
+    return _generate(model, counted, prompt, None, sizes, **options), calls
 
 
 def _generate(
+    model: Any,
     call: Callable[..., Head],
     prompt: Tensor,
     attention_mask: Tensor | None,
-    sizes: tuple[int, int, int],
-    device: torch.device | None,
+    sizes: dict[str, int],
     **options: Any,
 ) -> Tensor:
     check_int64(prompt, "prompt")
     check_rank(prompt, "prompt", exactly=2)
     check_choice(options["rule"], "remasking", REMASKING)
-    names = ("steps", "gen_length", "block_length")
-    check_counts([(name, size, 1) for name, size in zip(names, sizes, strict=True)])
-    steps, gen_length, block_length = sizes
+    check_counts([(name, size, 1) for name, size in sizes.items()])
+    steps, gen_length, block_length = sizes.values()
     if gen_length % block_length:
         raise ValueError(
             f"gen_length must be a multiple of block_length, {block_length}, got {gen_length}"
         )
-    blocks = gen_length // block_length
-    if steps % blocks:
-        raise ValueError(f"steps must be a multiple of the number of blocks, {blocks}, got {steps}")
+    device = getattr(model, "device", None)
     prompt = prompt.to(prompt.device if device is None else device)
     context = {}
     if attention_mask is not None:
@@ -206,9 +190,6 @@ def accelerate(module: Any, **options: Any) -> Handle:
             and no `attention_mask` is Fast-dLLM's. Names that were imported out of the module
             before stay as they were.
         options: keywords for every call: exclude_mask, confidence_dtype, seed, eos_id, ...
-
-    Raises:
-        TypeError: no such function, or one whose arguments are those of neither repository.
     """
     found = getattr(module, "generate", None)
     if not callable(found):

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,10 +42,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..checks import check_bool, check_number, check_shape, check_tensor
+from ..checks import check_bool, check_int, check_shape, check_tensor, check_within
 from ..models.call import Wrapper
 from ..processes.reveal import check_schedule, reveal_counts
-from ..samplers.maskgit import sample_maskgit
+from ..samplers.maskgit import RANDOMIZE, sample_maskgit
 from ._handle import Handle, check_attributes
 
 __all__ = ["ConfidenceSampler", "Handle", "accelerate_di4c", "accelerate_valeoai", "as_model"]
@@ -81,15 +82,12 @@ class _Denoiser(Wrapper):
 def as_model(trainer: Any) -> _Denoiser:
     """MaskGIT's network as a module (tokens (R, D), t[, latent (R, 1)], labels=, drop=) → logits.
 
-    For `sample_maskgit` and `Distiller`, with the context labels (B,) int64 and drop (B,) bool,
-    where True leaves the label out. t is not used. All logits: (R, D, codes + 1), from an embedding
-    that serves as output layer, with a bias per position; `LinearHead` takes one (D, V).
+    The context is labels (B,) int64 and drop (B,) bool, where True leaves the label out. t is not
+    used. All logits: (R, D, codes + 1), from an embedding that serves as output layer, with a bias
+    per position; `LinearHead` takes one (D, V).
 
     Args:
         trainer: a `MaskGIT` of the fork or of the first version.
-
-    Raises:
-        TypeError: `trainer` lacks an attribute.
     """
     check_attributes(trainer, "trainer", _ViT)
     return _Denoiser(trainer.vit, trainer.patch_size, amp=True)
@@ -99,18 +97,17 @@ def accelerate_di4c(trainer: Any, *, exclude_mask: bool = True) -> Handle:
     """Replace `trainer.sample` of the authors' MaskGIT fork by `di4c_fast.samplers`.
 
     Args:
-        trainer: a `MaskGIT` of `Trainer/vit.py`, teacher or student (`args.is_student`), whose
-            attributes are read at every call.
+        trainer: a `MaskGIT` of `Trainer/vit.py`, teacher or student (`args.is_student`).
         exclude_mask: see the module's head.
 
     Raises:
-        TypeError: `trainer` lacks one of the attributes.
         ValueError (when sampling): `sm_temp` not positive, `args.mask_value` negative (random
-            tokens in place of masks), and what `sample_maskgit` raises.
+            tokens in place of masks).
     """
     check_attributes(trainer, "trainer", (*_ViT, "latent_dim", "sample"))
     check_bool(exclude_mask, "exclude_mask")
-    return Handle(trainer, "sample", _ViTSampler(trainer, "di4c", exclude_mask))
+    sample = functools.partial(_vit_sample, trainer, "di4c", exclude_mask)
+    return Handle(trainer, "sample", sample)
 
 
 def accelerate_valeoai(trainer: Any, *, exclude_mask: bool = True) -> Handle:
@@ -122,14 +119,13 @@ def accelerate_valeoai(trainer: Any, *, exclude_mask: bool = True) -> Handle:
             the first version has its `sample` replaced.
         exclude_mask: see the module's head.
 
-    Raises:
-        TypeError: `trainer` lacks an attribute, or its sampler is not the confidence sampler.
-        ValueError (when sampling): as in `accelerate_di4c`.
+    Raises: as `accelerate_di4c`; a TypeError where the sampler is not the confidence sampler.
     """
     check_bool(exclude_mask, "exclude_mask")
     if getattr(trainer, "sampler", None) is None:
         check_attributes(trainer, "trainer", (*_ViT, "sample"))
-        return Handle(trainer, "sample", _ViTSampler(trainer, "valeoai_v1", exclude_mask))
+        sample = functools.partial(_vit_sample, trainer, "valeoai_v1", exclude_mask)
+        return Handle(trainer, "sample", sample)
     check_attributes(trainer, "trainer", ("vit", "ae", "input_size", "args", "sampler"))
     check_attributes(trainer.sampler, "trainer.sampler, a ConfidenceSampler,", _SETTINGS)
     settings = {name: getattr(trainer.sampler, name) for name in _SETTINGS}
@@ -175,63 +171,49 @@ class ConfidenceSampler:
             trainer,
             args.codebook_size,
             (nb_sample, init_code, labels),
-            self.sm_temp,
-            self.randomize,
-            guidance=self.w,
-            gumbel_temperature=self.r_temp,
+            self,
             steps=self.step,
             schedule=self.sched_mode,
             schedule_style="valeoai",
             resample=True,
-            exclude_mask=self.exclude_mask,
         )
         return images.clamp(-1, 1), codes, masks
 
 
-class _ViTSampler:
+@torch.no_grad()
+def _vit_sample(
+    trainer: Any,
+    style: str,
+    exclude_mask: bool,
+    init_code: Tensor | None = None,
+    nb_sample: int = 50,
+    labels: Tensor | None = None,
+    sm_temp: float = 1,
+    w: float = 3,
+    randomize: str = "linear",
+    r_temp: float = 4.5,
+    sched_mode: str | Sequence[int] = "arccos",
+    step: int = 12,
+    teacher: Any = None,
+) -> Result:
     """`sample` of the first version and of the fork, in which λ and a teacher came in."""
-
-    def __init__(self, trainer: Any, style: str, exclude_mask: bool):
-        self._trainer, self._style, self._exclude_mask = trainer, style, exclude_mask
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        init_code: Tensor | None = None,
-        nb_sample: int = 50,
-        labels: Tensor | None = None,
-        sm_temp: float = 1,
-        w: float = 3,
-        randomize: str = "linear",
-        r_temp: float = 4.5,
-        sched_mode: str | Sequence[int] = "arccos",
-        step: int = 12,
-        teacher: Any = None,
-    ) -> Result:
-        trainer = self._trainer
-        student = bool(getattr(trainer.args, "is_student", False))
-        model = as_model(trainer)
-        if isinstance(sched_mode, str):
-            check_schedule(sched_mode, step, self._style)
-            counts = reveal_counts(step, model.side**2, sched_mode, self._style)
-        else:
-            counts = [int(count) for count in sched_mode]
-        other = None if teacher is None else _Denoiser(teacher.vit, model.side, amp=True)
-        return _sample(
-            model,
-            trainer,
-            trainer.codebook_size,
-            (nb_sample, init_code, labels),
-            sm_temp,
-            randomize,
-            guidance=w,
-            guidance_model=other,
-            gumbel_temperature=r_temp,
-            steps=len(counts),
-            schedule=counts,
-            latent_dim=trainer.latent_dim if student else 0,
-            exclude_mask=self._exclude_mask,
-        )
+    model = as_model(trainer)
+    if isinstance(sched_mode, str):
+        check_schedule(sched_mode, step, style)
+        counts = reveal_counts(step, model.side**2, sched_mode, style)
+    else:
+        counts = [int(count) for count in sched_mode]
+    return _sample(
+        model,
+        trainer,
+        trainer.codebook_size,
+        (nb_sample, init_code, labels),
+        ConfidenceSampler(sm_temp, w, randomize, r_temp, exclude_mask=exclude_mask),
+        guidance_model=None if teacher is None else _Denoiser(teacher.vit, model.side, amp=True),
+        steps=len(counts),
+        schedule=counts,
+        latent_dim=trainer.latent_dim if getattr(trainer.args, "is_student", False) else 0,
+    )
 
 
 def _sample(
@@ -239,21 +221,14 @@ def _sample(
     trainer: Any,
     codebook_size: int,
     given: tuple[int, Tensor | None, Tensor | None],
-    sm_temp: float,
-    randomize: str,
+    settings: ConfidenceSampler,
     **arguments: Any,
 ) -> Result:
     """Tokens by `sample_maskgit`, in the shapes of the repositories, and their images."""
     batch, init_code, labels = given
     mask_value, side = trainer.args.mask_value, model.side
-    check_number(sm_temp, "sm_temp")
-    if sm_temp <= 0:
-        raise ValueError(f"sm_temp must be positive, got {sm_temp}")
-    if mask_value < 0:
-        raise ValueError(
-            f"args.mask_value must not be negative: random tokens in place of masks are not "
-            f"supported, got {mask_value}"
-        )
+    check_within(settings.sm_temp, "sm_temp", "(0, inf)")
+    check_int(mask_value, "args.mask_value", minimum=0)
     if labels is None:
         classes = getattr(model.model, "module", model.model).nclass
         labels = torch.randint(classes, (batch,), device=trainer.args.device)
@@ -279,8 +254,11 @@ def _sample(
         prompt=prompt,
         context={"labels": labels, "drop": keep},
         unconditional={"labels": labels, "drop": ~keep},
-        randomize=randomize if randomize in ("linear", "warm_up", "random") else "none",  # type: ignore[arg-type]
-        temperature=1.0 / sm_temp,
+        guidance=settings.w,
+        randomize=settings.randomize if settings.randomize in RANDOMIZE else "none",  # type: ignore[arg-type]
+        gumbel_temperature=settings.r_temp,
+        temperature=1.0 / settings.sm_temp,
+        exclude_mask=settings.exclude_mask,
         history=history,
         device=labels.device,
         **arguments,

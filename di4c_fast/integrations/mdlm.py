@@ -14,9 +14,8 @@ replacing anything, and with everything that `sample_masked` offers (prompts, on
 
 Beside what `di4c_fast.integrations` says of all drop-ins: the settings come out of `model.config`,
 the noise levels of a network with `time_conditioning` and the final argmax
-(`sampling.noise_removal`) are the repository's; of a batch only the sequences that unmask
-something go through the network (all of them if compiled); `ddpm_cache` gives the law of `ddpm`,
-as there, and needs no cache.
+(`sampling.noise_removal`) are the repository's; `ddpm_cache` gives the law of `ddpm`, as there,
+and needs no cache.
 
 The repository's own loop runs where positions cannot be chosen before the network has been
 asked, or are not distributed so: parameterisations other than "subs", the predictor "analytic",
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..samplers.arguments import check_counts
+from ..checks import check_int
 from ..samplers.masked import sample_masked
 from ._dit import Denoiser, Loop
 from ._handle import Handle, check_attributes
@@ -42,21 +41,13 @@ _SAMPLER = (*_MODEL, "sampler", "device", "_sample")
 
 
 def as_model(model: Any) -> Denoiser:
-    """MDLM's denoiser as a module (tokens (R, D), t (R,)) for the samplers and for distillation.
+    """MDLM's denoiser as a module (tokens (R, D), t (R,)).
 
     Logits are the network's at the noise level of t; `mask_id=model.mask_index` makes the
-    distributions those of the "subs" parameterisation. In the mode of the network.
+    distributions those of the "subs" parameterisation.
 
     Args:
-        model: a `Diffusion` with `parameterization` "subs".
-
-    Returns:
-        A module that gives `LinearHead(hidden, weight, bias)` of the network's last layer where
-        it can.
-
-    Raises:
-        TypeError: `model` lacks an attribute.
-        ValueError: another parameterisation.
+        model: a `Diffusion` with `parameterization` "subs"; a ValueError for another.
     """
     check_attributes(model, "model", _MODEL)
     if model.parameterization != "subs":
@@ -69,33 +60,26 @@ def as_model(model: Any) -> Denoiser:
 
 
 def accelerate_mdlm(model: Any) -> Handle:
-    """Replace the sampling loop of an MDLM model by `sample_masked`.
-
-    Args:
-        model: a `Diffusion`. Its attributes are read at every call.
-
-    Raises:
-        TypeError: `model` lacks an attribute.
-        ValueError, TypeError (when sampling): what `sample_masked` raises.
-    """
+    """Replace the sampling loop of an MDLM model, a `Diffusion`, by `sample_masked`."""
     check_attributes(model, "model", _SAMPLER)
-    return Handle(model, "_sample", _Sampler(model))
+    return Handle(model, "_sample", _Sampler(model, as_model, model._sample))
 
 
 class _Sampler(Loop):
     """`_sample` with its arguments."""
 
-    def __init__(self, model: Any):
-        super().__init__(model, as_model)
-        self._original = model._sample
-
     @torch.no_grad()
     def __call__(self, num_steps: int | None = None, eps: float = 1e-5) -> Tensor:
         model = self.model
-        if not _takes(model):
-            return self._original(num_steps=num_steps, eps=eps)
+        ours = (  # positions unmask at rates of the times alone, linearly
+            model.parameterization == "subs"
+            and model.sampler in ("ddpm", "ddpm_cache")
+            and model.config.noise.type == "loglinear"
+        )
+        if not ours:
+            return self.original(num_steps=num_steps, eps=eps)
         steps = model.config.sampling.steps if num_steps is None else num_steps
-        check_counts([("num_steps", steps, 1)])
+        check_int(steps, "num_steps", minimum=1)
         history: list[Tensor] | None = None if model.config.sampling.noise_removal else []
         tokens = sample_masked(
             self.denoiser.forward,  # no module: the mode stays as it is
@@ -108,12 +92,3 @@ class _Sampler(Loop):
             device=model.device,
         )
         return tokens if history is None else history[steps]  # before the argmax
-
-
-def _takes(model: Any) -> bool:
-    """Whether positions unmask at rates of the times alone, linearly."""
-    return (
-        model.parameterization == "subs"
-        and model.sampler in ("ddpm", "ddpm_cache")
-        and model.config.noise.type == "loglinear"
-    )

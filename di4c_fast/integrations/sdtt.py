@@ -19,8 +19,7 @@ for training:
 
 Beside what `di4c_fast.integrations` says of all drop-ins: times, noise levels, fixed tokens and
 projections, an argmax at the end if masks remain and a fresh λ per call and sequence for students
-of Di4C are the repositories'; of a batch only the sequences that unmask something go through the
-network (all of them if compiled).
+of Di4C are the repositories'.
 
 As there, the mode of the network stays as it is in `model.sample`: without `model.eval()` dropout
 is at work. `sampler="analytic"` has the law of "ancestral" for these models, at noise level 0.
@@ -28,6 +27,7 @@ is at work. `sampler="analytic"` has the law of "ancestral" for these models, at
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,21 +51,13 @@ _SAMPLER = (*_MODEL, "config", "sampling_eps", "tokenizer", "device", "sample")
 def as_model(model: Any, network: Any = None) -> Denoiser:
     """SDTT's denoiser as a module (tokens (R, D), t (R,)[, latent (R, 1)]).
 
-    For `di4c_fast.samplers`, with `mask_id=model.mask_index` and `latent_dim=latent_dim(model)`,
-    and for `Distiller`. A student of Di4C that gets no latent draws λ itself. In the mode of the
-    network.
+    Samplers take it with `mask_id=model.mask_index` and `latent_dim=latent_dim(model)`. A student
+    of Di4C that gets no latent draws λ itself.
 
     Args:
         model: a `MultiRoundSDTT` of either repository.
         network: None for `model.backbone`; or another one, such as the teacher
             `model.teacher[0]`, at the noise levels of `model`.
-
-    Returns:
-        A module that gives `LinearHead(hidden, weight, bias)` of the network's last layer where
-        it can.
-
-    Raises:
-        TypeError: `model` lacks an attribute, `network` cannot be called.
     """
     check_attributes(model, "model", _MODEL)
     network = model.backbone if network is None else network
@@ -80,23 +72,14 @@ def as_model(model: Any, network: Any = None) -> Denoiser:
 
 
 def latent_dim(model: Any) -> int:
-    """L: 1 for a student of Di4C, 0 for other models and for compiled students.
-
-    A compiled student draws its λ itself.
-    """
+    """L: 1 for a student of Di4C, 0 for others and for compiled ones, which draw λ themselves."""
     return as_model(model).latent_dim
 
 
 def accelerate_sdtt(model: Any) -> Handle:
     """Replace `model.sample` of SDTT, or of the fork, by `sample_masked`.
 
-    Args:
-        model: a `MultiRoundSDTT`. Its attributes are read at every call.
-
-    Raises:
-        TypeError: `model` lacks an attribute.
-        ValueError, TypeError (when sampling): unknown `sampler`, `cache_preds`, and what
-            `sample_masked` raises.
+    Sampling with an unknown `sampler` or with `cache_preds` raises a ValueError.
     """
     check_attributes(model, "model", _SAMPLER)
     return Handle(model, "sample", _Sampler(model, as_model))
@@ -126,21 +109,20 @@ class _Sampler(Loop):
         if cache_preds:
             raise ValueError("cache_preds must be False: the repository has no cache either")
         length = model.config.model.length if seq_len is None else seq_len
-        check_counts([("num_steps", num_steps, 1), ("n_samples", n_samples, 0)])
-        check_counts([("seq_len", length, 1)])
+        sizes = [("num_steps", num_steps, 1), ("n_samples", n_samples, 0), ("seq_len", length, 1)]
+        check_counts(sizes)
         t_min = float(model.sampling_eps)
-        conditional = sampler == "ancestral"
 
         def call(tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Head:
             sigma = denoiser.noise_level(t)
-            if not conditional:  # as there; the final argmax is the ancestral one
+            if sampler == "analytic":  # as there; the final argmax is the ancestral one
                 sigma = torch.where(t > t_min, 0.0, sigma)
             return denoiser.at(tokens, sigma, latent)
 
         ends = _ends(model, length, add_bos, add_eos)
         if project_fn is not None:
             check_callable(project_fn, "project_fn")
-            project_fn, ends = _Projection(project_fn, ends, num_steps, model.mask_index), None
+            project_fn, ends = _projection(project_fn, ends, num_steps, model.mask_index), None
         with tqdm(total=num_steps + 1, desc="sampling", disable=not verbose) as bar:
             return sample_masked(
                 call,
@@ -169,25 +151,25 @@ def _ends(model: Any, length: int, add_bos: bool, add_eos: bool) -> Tensor | Non
     return ends
 
 
-class _Projection:
+def _projection(
+    project_fn: Callable[[Tensor], Tensor], ends: Tensor | None, steps: int, mask_id: int
+) -> Callable[[Tensor], Tensor]:
     """`project_fn` as the repositories call it.
 
     At the start, where the fixed ends come behind it; after each of the S steps; and after the
     argmax only if there was something left for it to do.
     """
+    calls, done = itertools.count(), False
 
-    def __init__(self, project_fn: Any, ends: Tensor | None, steps: int, mask_id: int):
-        self._project_fn, self._ends = project_fn, ends
-        self._steps, self._mask_id = steps, mask_id
-        self._calls, self._done = 0, False
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        if self._done:
+    def project(tokens: Tensor) -> Tensor:
+        nonlocal done
+        if done:
             return tokens
-        tokens = self._project_fn(tokens)
-        if self._calls == 0 and self._ends is not None:
-            tokens = torch.where(self._ends == self._mask_id, tokens, self._ends)
-        if self._calls == self._steps:
-            self._done = not bool((tokens == self._mask_id).any())
-        self._calls += 1
+        tokens, call = project_fn(tokens), next(calls)
+        if call == 0 and ends is not None:
+            tokens = torch.where(ends == mask_id, tokens, ends)
+        if call == steps:
+            done = not bool((tokens == mask_id).any())
         return tokens
+
+    return project

@@ -36,17 +36,17 @@ import inspect
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..checks import check_choice, check_int64, check_shape, check_values, describe
+from ..checks import check_choice, check_shape, check_values, describe
 from ..draw.api import sample
 from ..heads import HeadLike, LogisticHead, as_head
 from ..models.call import Wrapper, check_callable
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import FLOOR, GaussianProcess
 from ..processes.transitions import draw_by_weights, fine_uniform
 from ..rng import draw_seed
 from ..samplers.gaussian import sample_gaussian
@@ -55,10 +55,10 @@ from ._handle import Handle, check_attributes
 __all__ = ["Handle", "accelerate_tauldr", "as_model", "process_of"]
 
 _NUMBERS = ("S", "rate_sigma", "Q_sigma", "time_base", "time_exponential")
+_IMAGE = ("net", "data_shape", "fix_logistic", "S")
 _SAMPLERS = ("TauLeaping", "PCTauLeaping")
 _LOSS = "DistilChain"
 _LAWS = {"gaussian": "target", "uniform": "uniform"}
-_FLOOR = 1e-30
 
 
 def accelerate_tauldr(*modules: ModuleType) -> Handle:
@@ -66,41 +66,34 @@ def accelerate_tauldr(*modules: ModuleType) -> Handle:
 
     Args:
         modules: `lib.sampling.sampling`, `lib.losses.losses` (of the fork), or both, in any
-            order; whatever has the classes `TauLeaping`, `PCTauLeaping` or `DistilChain`.
+            order; whatever has the classes `TauLeaping`, `PCTauLeaping` or `DistilChain`. One
+            without any of these raises a TypeError, and nothing is replaced.
 
-    Raises:
-        TypeError: no module, or one without any of these classes; nothing is then replaced.
-        ValueError, TypeError (when sampling): the model has no Gaussian rate, an unknown
-            `initial_dist`, and what `sample_gaussian` raises.
+    Sampling raises where the model has no Gaussian rate, or `initial_dist` is unknown.
     """
     if not modules:
         raise TypeError("accelerate_tauldr needs lib.sampling.sampling or lib.losses.losses")
-    found: list[tuple[Any, str, Callable[..., Any]]] = []
+    found: list[tuple[str, type]] = []
     for module in modules:
-        here = len(found)
-        for name in (*_SAMPLERS, _LOSS):
-            owner = getattr(module, name, None)
-            if isinstance(owner, type) and name == _LOSS:
-                found.append((owner, "calc_pst", _posterior_of(vars(owner)["calc_pst"])))
-            elif isinstance(owner, type):
-                found.append((owner, "sample", _sample))
-        if len(found) == here:
+        given = [(name, getattr(module, name, None)) for name in (*_SAMPLERS, _LOSS)]
+        here = [(name, owner) for name, owner in given if isinstance(owner, type)]
+        if not here:
             raise TypeError(
                 f"modules must have one of the classes {', '.join((*_SAMPLERS, _LOSS))}, "
                 f"got {describe(module)}"
             )
+        found += here
     handle = Handle()
-    for replaced in found:
-        handle.replace(*replaced)
+    for name, owner in found:
+        if name == _LOSS:
+            handle.replace(owner, "calc_pst", _posterior_of(vars(owner)["calc_pst"]))
+        else:
+            handle.replace(owner, "sample", _sample)
     return handle
 
 
 def process_of(network: Any, *, t_min: float = 0.01) -> GaussianProcess:
-    """The process of a model with `GaussianTargetRate`.
-
-    Raises:
-        TypeError: the model has another rate.
-    """
+    """The process of a model with `GaussianTargetRate`."""
     check_attributes(network, "network, with a Gaussian rate,", _NUMBERS)
     return GaussianProcess(
         int(network.S),
@@ -117,26 +110,21 @@ def as_model(network: Any) -> Wrapper:
 
     An image model, with `net` giving location and scale of a truncated logistic per pixel,
     becomes a `LogisticHead`, so that its 256 bins need not exist; others give their logits.
-
-    In the mode of the network: `network.eval()` also puts its averaged weights in place.
+    `network.eval()` also puts its averaged weights in place.
     """
     check_callable(network, "network")
-    image = all(hasattr(network, name) for name in ("net", "data_shape", "fix_logistic", "S"))
-    return (_ImageModel if image else _Model)(network)
+    return _Model(network)
 
 
 class _Model(Wrapper):
     def forward(self, tokens: Tensor, t: Tensor, *latent: Tensor) -> HeadLike:
-        return self.model(tokens, t, *latent)
-
-
-class _ImageModel(Wrapper):
-    def forward(self, tokens: Tensor, t: Tensor, *latent: Tensor) -> LogisticHead:
         network = self.model
+        if not all(hasattr(network, name) for name in _IMAGE):
+            return network(tokens, t, *latent)
         output = network.net(tokens.view(-1, *network.data_shape), t, *latent)
         mu, log_scale = rearrange(output, "r (two c) h w -> two r (c h w)", two=2)
-        head = functools.partial(LogisticHead, mu, log_scale, int(network.S), eps=1e-6)
-        return head(clamp="min" if network.fix_logistic else "left")
+        clamp: Literal["min", "left"] = "min" if network.fix_logistic else "left"
+        return LogisticHead(mu, log_scale, int(network.S), eps=1e-6, clamp=clamp)
 
 
 def _latent_dim(network: Any) -> int:
@@ -222,13 +210,12 @@ def _draw_posterior(
     if sample_zero:
         return x_0
     x_0 = x_0.long().view(batch, positions)
-    check_int64(x_0, "x_0")
     check_values((ss >= 0) & (ss <= ts), "ss must hold times with 0 <= ss <= ts", ss)
     transitions = process.transitions
     example = torch.arange(batch, device=x_t.device).unsqueeze(-1) * classes
     to_s = transitions.batched(0.0, ss).float().flatten(0, 1)
     from_s = transitions.batched(ss, ts, columns=True).float().flatten(0, 1)
-    weights = (to_s[example + x_0] + _FLOOR).mul_(from_s[example + x_t]).flatten(0, 1)
+    weights = (to_s[example + x_0] + FLOOR).mul_(from_s[example + x_t]).flatten(0, 1)
     keys = torch.arange(batch * positions, device=x_t.device)
     uniforms = fine_uniform(draw_seed(None, x_t.device), 0, keys, 1)
     x_s = draw_by_weights(weights, uniforms).view(batch, positions)

@@ -1,4 +1,7 @@
-"""Models: how they are called, latents, students made from teachers."""
+"""Models: how they are called, latents, students made from teachers.
+
+Wrong arguments raise a TypeError or ValueError that names them, what was expected and what came.
+"""
 
 from .latent import LatentShift, LatentToken, draw_latents
 from .masked_lm import MaskedLM, has_linear_head

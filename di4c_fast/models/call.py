@@ -109,13 +109,8 @@ def call_model(
 @contextlib.contextmanager
 def evaluation_mode(*models: Any) -> Iterator[None]:
     """Every `nn.Module` among the models in eval mode; each submodule's own mode comes back."""
-    training = [
-        module
-        for model in models
-        if isinstance(model, nn.Module)
-        for module in model.modules()
-        if module.training
-    ]
+    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:

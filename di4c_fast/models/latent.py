@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
-from ..checks import check_floating, check_int, check_number, check_rank
+from ..checks import check_floating, check_int, check_number, check_rank, check_shape
 from ..rng import generator_uniform
 
 __all__ = ["LatentEmbedding", "LatentShift", "LatentToken", "draw_latents", "sinusoid"]
@@ -109,10 +109,7 @@ class LatentEmbedding(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         check_floating(latent, "latent")
-        if latent.ndim != 2 or latent.shape[1] != self.dim:
-            raise ValueError(
-                f"latent must have shape (R, L) with L = {self.dim}, got {tuple(latent.shape)}"
-            )
+        check_shape(latent, "latent", "R, L", (*latent.shape[:1], self.dim))
         features = sinusoid(latent.float() * self.scale, self.frequencies)
         hidden = self.hidden(features.to(self.hidden.weight.dtype))
         if self.offset is not None:
@@ -136,16 +133,11 @@ class _Conditioning(nn.Module):
     def _vectors(self, x: Tensor, latent: Tensor, shapes: dict[int, str]) -> Tensor:
         """(R, L, C) for an `x` whose shape is one of those, by rank."""
         check_floating(x, "x")
-        check_floating(latent, "latent")
-        width, rows = self.embedding.width, len(x) if x.ndim else 0
+        width = self.embedding.width
         if x.ndim not in shapes or x.shape[-1] != width:
             known = " or ".join(shapes.values())
             raise ValueError(f"x must have shape {known} with C = {width}, got {tuple(x.shape)}")
-        if latent.ndim != 2 or len(latent) != rows:
-            raise ValueError(
-                f"latent must have shape (R, L) with R = {rows}, the rows of x, "
-                f"got {tuple(latent.shape)}"
-            )
+        check_latent(latent, len(x), self.dim)
         return self.embedding(latent)
 
 
@@ -213,6 +205,12 @@ class LatentShift(_Conditioning):
         vectors = self._vectors(x, latent, {3: "(R, D, C)", 2: "(R, C)"})
         shift = reduce(vectors, "r l c -> r 1 c" if x.ndim == 3 else "r l c -> r c", "sum")
         return x + shift.to(x.dtype)
+
+
+def check_latent(latent: Any, rows: int, dim: int) -> None:
+    """λ (R, L) of the rows."""
+    check_floating(latent, "latent")
+    check_shape(latent, "latent", "R, L", (rows, dim))
 
 
 def _check_even(value: int, name: str) -> None:

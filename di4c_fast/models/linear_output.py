@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..heads import Head, LinearHead, TensorHead
+from .call import evaluation_mode
 
 __all__ = ["call_for_head", "gives_linear_logits", "head_of", "output_layer", "plain_linear"]
 
@@ -85,14 +86,14 @@ def head_of(
 
 
 def gives_linear_logits(
-    layer: nn.Linear, call: Callable[[], Tensor], tokens: Tensor, *, extra: int = 0
+    model: nn.Module, layer: nn.Linear, call: Callable[[], Tensor], tokens: Tensor, extra: int = 0
 ) -> bool:
     """Whether the logits of `call()` are the layer's, bit for bit, with nothing done to them.
 
-    Tried by two calls, one of them without rows for the layer: scaled and capped logits, and models
-    that need the rows afterwards, are told apart.
+    Tried by two calls in eval mode, one of them without rows for the layer: scaled and capped
+    logits, and models that need the rows afterwards, are told apart.
     """
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(model):
         with _inputs_of(layer, rows=True) as inputs:
             logits = call()
         if len(inputs) != 1:

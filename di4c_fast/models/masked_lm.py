@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import describe
 from ..heads import Head, TensorHead
-from .call import Wrapper, check_module, evaluation_mode
+from .call import Wrapper, check_module
 from .linear_output import call_for_head, gives_linear_logits, output_layer
 
 __all__ = ["MaskedLM", "has_linear_head"]
@@ -36,10 +36,8 @@ class MaskedLM(Wrapper):
             `logits` (R, D, V), such as `BertForMaskedLM`. Held, not copied; weights, state
             dictionary (below "model.") and modes are its own.
         linear_head: whether the logits come from `model.get_output_embeddings()` alone; None asks
-            `has_linear_head`, which calls the model once. False always gives all logits.
-
-    Raises:
-        TypeError, ValueError: `model` is no module; `linear_head=True` without a linear layer.
+            `has_linear_head`, which calls the model once. False always gives all logits. True
+            needs a model whose output layer is plain.
     """
 
     def __init__(self, model: nn.Module, *, linear_head: bool | None = None):
@@ -77,5 +75,4 @@ def has_linear_head(model: nn.Module) -> bool:
     if layer is None or layer.weight.is_meta:
         return layer is not None
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=layer.weight.device)
-    with evaluation_mode(model):
-        return gives_linear_logits(layer, lambda: model(tokens).logits, tokens)
+    return gives_linear_logits(model, layer, lambda: model(tokens).logits, tokens)

@@ -6,13 +6,8 @@
 A student is an `nn.Module` called as student(tokens, t, latent, **context). Its weights are the
 model's, below "model." in the state dictionary, and those of the conditioning, below "latent.".
 
-With its zero-initialised projection (the default) `with_latent_shift` returns the model's logits
-bit for bit for every λ until the first optimiser step, and learns from there. A token of
-`with_latent_token`, even the zero vector it starts as, is one more key that attention spreads
-over: the student starts near the teacher, not at it.
-
-Source: the student architectures of Di4C (arXiv 2410.08709): an extra token for masked language
-and VQ images, an addition to the time embedding for pixels.
+With its zero-initialised projection (the default) a student of `with_latent_shift` starts exactly
+at the teacher, one of `with_latent_token` near it: see `LatentShift` and `LatentToken`.
 """
 
 from __future__ import annotations
@@ -23,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_bool, check_floating, check_shape, check_tensor, describe
+from ..checks import check_bool, check_tensor, describe
 from ..heads import Head
 from .call import Wrapper, check_module
-from .latent import LatentShift, LatentToken
+from .latent import LatentShift, LatentToken, check_latent
 from .linear_output import head_of, output_layer
 from .masked_lm import MaskedLM, has_linear_head
 
@@ -46,6 +41,7 @@ def with_latent_shift(
 ) -> ShiftedModel:
     """A student that adds an embedding of λ to the output of one of the model's submodules.
 
+    It is on the model's device and in its mode.
     The submodule may be a time embedding, (R, C), or anything that returns (R, D, C), such as
     a token embedding. Works for every model that is called as model(tokens, t, **context),
     `MaskedLM` included.
@@ -62,12 +58,6 @@ def with_latent_shift(
         copy: work on a deep copy, so that training the student leaves the teacher alone. If no
             parameter of the model asks for a gradient (a frozen teacher), all of the copy's do.
             False shares the model as it is.
-
-    Returns:
-        `ShiftedModel`, on the model's device and in its mode.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
     """
     check_module(model)
     if not isinstance(module, str):
@@ -82,8 +72,8 @@ def with_latent_shift(
         raise ValueError(f"width is needed: that of {module!r}, a {kind}, cannot be read off it")
     options: dict[str, Any] = {"zero_init": zero_init, "frequencies": frequencies, "scale": scale}
     latent = LatentShift(found, latent_dim, **options)
-    model = _student_of(model, copy)
-    return ShiftedModel(model, module, _beside(model, latent))
+    model, latent = _student_of(model, latent, copy)
+    return ShiftedModel(model, module, latent)
 
 
 class ShiftedModel(Wrapper):
@@ -95,7 +85,7 @@ class ShiftedModel(Wrapper):
 
     def forward(self, tokens: Tensor, t: Tensor, latent: Tensor, **context: Any) -> Any:
         """(R, D) int64, (R,), (R, L) and the model's context to what the model returns."""
-        _check_latent(latent, tokens, self.latent.dim)
+        check_latent(latent, len(tokens), self.latent.dim)
         calls = 0
 
         def shift(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -148,9 +138,6 @@ def with_latent_token(
     Returns:
         `TokenModel`, which returns `LinearHead(hidden, weight, bias)` where the model's output
         layer is plain, else all logits; on the model's device and in its mode.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
     """
     if isinstance(model, MaskedLM):
         linear_head = model.linear_head if linear_head is None else linear_head
@@ -173,8 +160,8 @@ def with_latent_token(
     latent = LatentToken(width, latent_dim, **options)
     if linear_head is None:
         linear_head = has_linear_head(model)
-    model = _student_of(model, copy)
-    return TokenModel(model, _beside(model, latent), linear_head, mask_key)
+    model, latent = _student_of(model, latent, copy)
+    return TokenModel(model, latent, linear_head, mask_key)
 
 
 class TokenModel(Wrapper):
@@ -194,7 +181,7 @@ class TokenModel(Wrapper):
         the extra tokens. Without position_ids the model numbers the positions from 0 (RoBERTa:
         from its first), pad tokens included.
         """
-        _check_latent(latent, tokens, self.latent.dim)
+        check_latent(latent, len(tokens), self.latent.dim)
         length, extra = tokens.shape[1], self.latent.dim
         limit = _position_limit(self.model)
         if limit is not None and length + extra > limit:
@@ -232,26 +219,16 @@ class TokenModel(Wrapper):
         return f"linear_head={self.linear_head}, mask_key={self.mask_key}"
 
 
-def _check_latent(latent: Any, tokens: Tensor, dim: int) -> None:
-    check_floating(latent, "latent")
-    check_shape(latent, "latent", "R, L", (tokens.shape[0], dim))
-
-
-def _student_of(model: nn.Module, copy: bool) -> nn.Module:
+def _student_of(model: nn.Module, latent: Any, copy: bool) -> tuple[nn.Module, Any]:
+    """The model or a copy of it, and the conditioning on its device."""
     check_bool(copy, "copy")
-    if not copy:
-        return model
-    model = copies.deepcopy(model)
-    if not any(p.requires_grad for p in model.parameters()):
-        for p in model.parameters():
-            p.requires_grad_(p.is_floating_point())
-    return model
-
-
-def _beside(model: nn.Module, latent: Any) -> Any:
-    """The conditioning, on the device of the model."""
+    if copy:
+        model = copies.deepcopy(model)
+        if not any(p.requires_grad for p in model.parameters()):
+            for p in model.parameters():
+                p.requires_grad_(p.is_floating_point())
     parameter = next(model.parameters(), None)
-    return latent if parameter is None else latent.to(parameter.device)
+    return model, latent if parameter is None else latent.to(parameter.device)
 
 
 def _width_of(module: Any) -> int | None:

@@ -1,4 +1,8 @@
-"""Noise processes: q(x_t | x_0), one teacher step, training times."""
+"""Noise processes: q(x_t | x_0), one teacher step, training times.
+
+Wrong arguments, also of the processes' own fields, raise a TypeError or ValueError that names them,
+what was expected and what came.
+"""
 
 from .base import Process
 from .gaussian import GaussianProcess

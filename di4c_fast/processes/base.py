@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from ..checks import (
 )
 from ..heads import Head, HeadLike, as_head
 from ..rng import check_generator, generator_uniform
+
+Source: TypeAlias = torch.Generator | None
 
 
 @runtime_checkable
@@ -62,18 +64,13 @@ class Process(Protocol):
         *,
         low_t: float = 0.0,
         low_t_probability: float = 0.0,
-        generator: torch.Generator | None = None,
+        generator: Source = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Training times (B,), float32; below `low_t` with probability `low_t_probability`."""
 
     def corrupt(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        *,
-        valid: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, x0: Tensor, t: Tensor, *, valid: Tensor | None = None, generator: Source = None
     ) -> Tensor:
         """x_t ~ q(. | x_0), (B, D) int64.
 
@@ -84,9 +81,7 @@ class Process(Protocol):
                 and may hold anything.
         """
 
-    def step_time(
-        self, t: Tensor, step: float, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def step_time(self, t: Tensor, step: float, *, generator: Source = None) -> Tensor:
         """The time u < t (B,) at which one teacher step of about `step` in (0, 1] from t ends.
 
         float32, or float64 for float64 t.
@@ -101,7 +96,7 @@ class Process(Protocol):
         draws: int,
         *,
         valid: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source = None,
     ) -> Tensor:
         """K draws of x_u | x_t, (B, K, D) int64 without a graph, all from one teacher pass.
 
@@ -127,11 +122,11 @@ class TeacherStep:
     components: int  # M
     draws: int  # K
     valid: Tensor | None  # (B, D) bool
-    generator: torch.Generator | None
+    generator: Source
 
 
 class CheckedProcess(Process, abc.ABC):
-    """The arguments of a process, checked; what makes it are the methods at the end."""
+    """The arguments of a process, checked; a process adds `corrupt` and the methods at the end."""
 
     first_time = 0.0  # training times lie between it and 1,
     t_min: float  # and are at least this
@@ -143,7 +138,7 @@ class CheckedProcess(Process, abc.ABC):
         low_t: float = 0.0,
         low_t_probability: float = 0.0,
         stratified: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Source = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Training times (B,), float32 in (0, 1], uniform both below and above `low_t`.
@@ -169,20 +164,7 @@ class CheckedProcess(Process, abc.ABC):
         above = cut + (1.0 - cut) * (v - p) / (1.0 - p) if p < 1.0 else v
         return self.quantised(torch.where(v < p, below, above)).clamp(max(first, self.t_min), 1.0)
 
-    def corrupt(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        *,
-        valid: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        check_rows(x0, "x0", t, valid, generator)
-        return self.noised(x0, t, valid, generator)
-
-    def step_time(
-        self, t: Tensor, step: float, *, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def step_time(self, t: Tensor, step: float, *, generator: Source = None) -> Tensor:
         check_within(step, "step", "(0, 1]")
         check_generator(generator)
         check_times(t, t.shape[0] if isinstance(t, Tensor) and t.ndim else -1, t)
@@ -202,7 +184,7 @@ class CheckedProcess(Process, abc.ABC):
         draws: int,
         *,
         valid: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source = None,
     ) -> Tensor:
         check_rows(xt, "xt", t, valid, generator)
         check_tensor(u, "u")
@@ -230,13 +212,7 @@ class CheckedProcess(Process, abc.ABC):
         """Refuse a teacher of V = `classes`."""
 
     @abc.abstractmethod
-    def noised(
-        self, x0: Tensor, t: Tensor, valid: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
-        """See `corrupt`."""
-
-    @abc.abstractmethod
-    def earlier(self, t: Tensor, step: float, generator: torch.Generator | None) -> Tensor:
+    def earlier(self, t: Tensor, step: float, generator: Source) -> Tensor:
         """See `step_time`; what is not below t is moved there."""
 
     @abc.abstractmethod

@@ -29,8 +29,7 @@ from ..checks import (
     check_within,
     without_autocast,
 )
-from ..rng import generator_uniform
-from .base import CheckedProcess, TeacherStep
+from .base import CheckedProcess, Source, TeacherStep, check_rows
 from .transitions import GaussianTransitions, draw_by_weights, draw_from_cdf, fine_uniform
 
 __all__ = ["GaussianProcess"]
@@ -41,7 +40,7 @@ _PIECE = {"cpu": 2**18, "other": 2**22}
 # A piece reads whole transition matrices, so that it should not hold fewer positions.
 _FEWEST_POSITIONS = 32
 # Decides where no x_0 of any weight can lead to x_t: x_u then follows q(x_t | x_u) alone.
-_FLOOR = 1e-30
+FLOOR = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +57,6 @@ class GaussianProcess(CheckedProcess):
         min_step: shortest step of the teacher, see `step_time`.
         eps: added to q(x_t | x_0) before dividing by it; an x_0 that is less likely to have led to
             x_t does not count.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
     """
 
     num_classes: int
@@ -74,12 +70,9 @@ class GaussianProcess(CheckedProcess):
     eps: float = 1e-9
 
     def __post_init__(self) -> None:
-        for name in ("t_min", "min_step", "eps"):
-            check_within(getattr(self, name), name, "(0, 1)")
-        if self.first_time >= 1.0:
-            raise ValueError(
-                f"t_min + min_step must be below 1, got {self.t_min} + {self.min_step}"
-            )
+        check_within(self.t_min, "t_min", "(0, 1)")
+        check_within(self.min_step, "min_step", f"(0, {1.0 - self.t_min})")
+        check_within(self.eps, "eps", "(0, 1)")
         for name in ("rate_sigma", "target_sigma", "time_base", "time_exponential"):
             check_number(getattr(self, name), name)
         check_int(self.num_classes, "num_classes")
@@ -103,20 +96,17 @@ class GaussianProcess(CheckedProcess):
 
     def check_classes(self, classes: int) -> None:
         if classes != self.num_classes:
-            raise ValueError(
-                f"teacher_head must have shape (B, D, V) or (B, M, D, V) with V = num_classes = "
-                f"{self.num_classes}, got V = {classes}"
-            )
+            wanted = f"V = num_classes = {self.num_classes}"
+            raise ValueError(f"teacher_head must have {wanted}, got V = {classes}")
 
-    def noised(
-        self, x0: Tensor, t: Tensor, valid: Tensor | None, generator: torch.Generator | None
+    def corrupt(
+        self, x0: Tensor, t: Tensor, *, valid: Tensor | None = None, generator: Source = None
     ) -> Tensor:
         """x_t ~ q(. | x_0), exactly; x0 in [0, V)."""
+        check_rows(x0, "x0", t, valid, generator)
         tokens = x0 if valid is None else x0.masked_fill(~valid, 0)
         check_token_range(tokens, "x0", self.num_classes)
         seed = rng.draw_seed(generator, x0.device)
-        if x0.numel() == 0:
-            return x0.clone()
         cdf = rearrange(self.transitions.batched(0.0, t).cumsum(-1), "b v w -> (b v) w")
         keys = torch.arange(x0.numel(), device=x0.device)
         u = fine_uniform(seed, 0, keys, 1).view(x0.shape)
@@ -124,7 +114,7 @@ class GaussianProcess(CheckedProcess):
         xt = draw_from_cdf(cdf, example * self.num_classes + tokens, u)
         return xt if valid is None else torch.where(valid, xt, x0)
 
-    def earlier(self, t: Tensor, step: float, generator: torch.Generator | None) -> Tensor:
+    def earlier(self, t: Tensor, step: float, generator: Source) -> Tensor:
         """u = t - length with a log-uniform length between `min_step` and `step`.
 
         Lengths are cut off at t - t_min, so that u >= t_min; t must be greater than t_min. The
@@ -132,7 +122,9 @@ class GaussianProcess(CheckedProcess):
         """
         check_values(t > self.t_min, f"t must be greater than t_min = {self.t_min}", t)
         shortest, longest = sorted((self.min_step, step))
-        v = generator_uniform(t.shape, generator=generator, device=t.device, dtype=torch.float64)
+        v = rng.generator_uniform(
+            t.shape, generator=generator, device=t.device, dtype=torch.float64
+        )
         high = (t.double() - self.t_min).clamp(max=longest)
         low = high.clamp(max=shortest)
         u = t.double() - low * (high / low) ** v
@@ -158,9 +150,7 @@ class GaussianProcess(CheckedProcess):
         dtype = torch.promote_types(head.dtype, torch.float32)
         to_u = self.transitions.batched(0.0, step.u).to(dtype)
         into_t, from_u = (
-            rearrange(
-                self.transitions.batched(s, step.t, columns=True).to(dtype), "b v w -> (b v) w"
-            )
+            self.transitions.batched(s, step.t, columns=True).to(dtype).flatten(0, 1)
             for s in (0.0, step.u)
         )
         used = min(components, draws)
@@ -177,7 +167,7 @@ class GaussianProcess(CheckedProcess):
                 at = example * classes + xt[:, first:last]
                 weights = logits.softmax(-1) / (into_t[at] + self.eps).unsqueeze(1)
                 weights = torch.bmm(weights.flatten(1, 2), to_u).view(logits.shape)
-                weights = (weights + _FLOOR) * from_u[at].unsqueeze(1)
+                weights = (weights + FLOOR) * from_u[at].unsqueeze(1)
                 total = weights.sum(-1)
                 message = "teacher_head must hold numbers: row of logits with NaN"
                 check_values(total.isfinite() & (total > 0), message)
@@ -220,17 +210,15 @@ class GaussianProcess(CheckedProcess):
             check_same_device(value, name, x0, "x0")
         check_token_range(x0, "x0", self.num_classes)
         check_token_range(xt, "xt", self.num_classes)
-        check_number(t, "t")
-        check_number(s, "s")
-        if not 0.0 <= s < t <= 1.0:
-            raise ValueError(f"times must be 0 <= s < t <= 1, got s = {s} and t = {t}")
+        check_within(t, "t", "(0, 1]")
+        check_within(s, "s", f"[0, {float(t)})")
         options: dict[str, Any] = {"device": x0.device, "dtype": torch.float32}
         to_s = self.transitions.between(0.0, s, **options)
         from_s = self.transitions.between(s, t, columns=True, **options)
         v = fine_uniform(seed, step, row_keys.flatten(), 1)
         x0, xt, shape = x0.flatten(), xt.flatten(), x0.shape
         parts = [
-            draw_by_weights((to_s[x0[i:j]] + _FLOOR).mul_(from_s[xt[i:j]]), v[i:j])
+            draw_by_weights((to_s[x0[i:j]] + FLOOR).mul_(from_s[xt[i:j]]), v[i:j])
             for i, j in _pieces(x0.numel(), self.num_classes, x0.device)
         ]
         return torch.cat(parts).view(shape) if parts else x0.clone().view(shape)
@@ -245,9 +233,8 @@ class GaussianProcess(CheckedProcess):
         """
         check_choice(law, "law", INITIAL_LAWS)
         target = self.transitions.target if law == "target" else torch.ones(self.num_classes)
-        cdf = target.to(torch.float64).cumsum(0).unsqueeze(0).to(row_keys.device)
-        v = fine_uniform(seed, step, row_keys.flatten(), 1).view(row_keys.shape)
-        return draw_from_cdf(cdf, torch.zeros_like(row_keys), v)
+        v = fine_uniform(seed, step, row_keys.flatten(), 1)[:, 0]
+        return draw_by_weights(target.to(row_keys.device), v).view(row_keys.shape)
 
 
 def _pieces(count: int, width: int, device: torch.device, fewest: int = 1) -> list[tuple[int, int]]:

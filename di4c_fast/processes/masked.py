@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checks import check_int, check_values, check_within
 from ..draw.api import sample
 from ..rng import draw_seed, generator_uniform
-from .base import CheckedProcess, TeacherStep
+from .base import CheckedProcess, Source, TeacherStep, check_rows
 
 __all__ = ["MaskedProcess", "MaskingProcess"]
 
@@ -37,12 +37,13 @@ class MaskingProcess(CheckedProcess):
     def share(self, t: Tensor) -> Tensor:
         """The share of masked positions at the times t (B,)."""
 
-    def noised(
-        self, x0: Tensor, t: Tensor, valid: Tensor | None, generator: torch.Generator | None
+    def corrupt(
+        self, x0: Tensor, t: Tensor, *, valid: Tensor | None = None, generator: Source = None
     ) -> Tensor:
-        clean = x0 != self.mask_id
-        where = torch.ones_like(clean) if valid is None else valid
-        check_values(clean | ~where, f"x0 must not hold mask_id = {self.mask_id}")
+        check_rows(x0, "x0", t, valid, generator)
+        where = torch.ones_like(x0, dtype=torch.bool) if valid is None else valid
+        check_values((x0 >= 0) | ~where, "x0 must hold ids of at least 0", x0)
+        check_values((x0 != self.mask_id) | ~where, f"x0 must not hold mask_id = {self.mask_id}")
         u = generator_uniform(x0.shape, generator=generator, device=x0.device)
         return x0.masked_fill((u < self.share(t).unsqueeze(-1)) & where, self.mask_id)
 
@@ -68,9 +69,6 @@ class MaskedProcess(MaskingProcess):
         levels: quantise training times once, upwards, to multiples of 1/levels; None for
             continuous times. The paper's code uses 1024, and then masks with probability
             t + (1 - t)/1024; here masks follow the t that models and weights are given.
-
-    Raises:
-        TypeError, ValueError: `mask_id` negative or no int, `t_min` outside (0, 1), `levels` < 1.
     """
 
     mask_id: int
@@ -95,7 +93,7 @@ class MaskedProcess(MaskingProcess):
     def share(self, t: Tensor) -> Tensor:
         return t
 
-    def earlier(self, t: Tensor, step: float, generator: torch.Generator | None) -> Tensor:
+    def earlier(self, t: Tensor, step: float, generator: Source) -> Tensor:
         """u = t - min(step, t / 2), so that a step never leaves (0, 1]; not random."""
         return t - torch.clamp(t / 2, max=step)
 

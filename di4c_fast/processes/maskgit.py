@@ -2,8 +2,8 @@
 
 The time is t = 1 - r with r the ratio of the schedule. At r every position is masked with
 probability `masked_share(r)`, independently; the arccos schedule, arccos(r)·2/π, is that of
-the paper's experiment. A teacher step draws a token at every masked position and reveals the
-positions of highest confidence, so many that the share of the later ratio stays masked.
+the paper's experiment. A teacher step reveals so many positions that the share of the later ratio
+stays masked.
 
 Source: MaskGIT (arXiv 2202.04200) and the VQ image experiment of Di4C (arXiv 2410.08709).
 """
@@ -11,6 +11,7 @@ Source: MaskGIT (arXiv 2202.04200) and the VQ image experiment of Di4C (arXiv 24
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -20,7 +21,7 @@ from ..checks import check_bool, check_choice, check_int, check_number, check_wi
 from ..draw.api import sample
 from ..heads import TensorHead
 from ..rng import draw_seed
-from .base import TeacherStep
+from .base import Source, TeacherStep
 from .masked import MaskingProcess
 from .reveal import SCHEDULES, gumbel, masked_share, most_confident
 
@@ -36,9 +37,8 @@ class MaskGITProcess(MaskingProcess):
     """The process of MaskGIT; the defaults are those of the paper's VQ image experiment.
 
     All positions and all V columns count in the loss (`loss_mask_id` is None), as in the paper. Its
-    training is `DistillConfig(components=32, teacher_step=0.05, low_t=0.05, low_t_probability=0.05,
-    component_weight=20)` with `exclude_mask=False` here, its r is 1 - t, and its tied embedding is
-    `LinearHead(hidden, weight, bias)`, whose bias may have a row for each position.
+    training, with `exclude_mask=False` here, stands in `di4c_fast.integrations.maskgit`. Its r is
+    1 - t.
 
     Args:
         mask_id: id of the mask token (the paper: 1024, the class after the codes).
@@ -53,9 +53,6 @@ class MaskGITProcess(MaskingProcess):
         exclude_mask: never draw the mask token. False is the authors' behaviour: a position that
             draws it counts as revealed. Needed for a teacher without a column for the mask.
         t_min: smallest training time.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
     """
 
     mask_id: int
@@ -80,7 +77,7 @@ class MaskGITProcess(MaskingProcess):
     def share(self, t: Tensor) -> Tensor:
         return masked_share(1.0 - t, self.schedule)
 
-    def earlier(self, t: Tensor, step: float, generator: torch.Generator | None) -> Tensor:
+    def earlier(self, t: Tensor, step: float, generator: Source) -> Tensor:
         """u = max(0, t - step), the authors' min(1, r + step); not random."""
         return (t - step).clamp(min=0.0)
 
@@ -111,46 +108,34 @@ class MaskGITProcess(MaskingProcess):
         if self.teacher_steps is not None:
             ratio = ratio * (self.teacher_steps / (self.teacher_steps - 1))
         factor = self.gumbel_temperature * (1.0 - ratio).clamp(min=0.0)
-        size = {"b": batch, "k": draws}
         keys = torch.arange(batch * draws, device=xt.device)
-        noise = rearrange(gumbel(seed, 0, keys, positions), "(b k) d -> b k d", **size)
+        noise = rearrange(gumbel(seed, 0, keys, positions), "(b k) d -> b k d", k=draws)
         confidence = torch.full_like(noise, -torch.inf)
         confidence[b, :, d] = log_prob + (factor.view(-1, 1, 1) * noise)[b, :, d]
-        rows = repeat(counts, "b -> (b k)", k=draws)
-        reveal = most_confident(rearrange(confidence, "b k d -> (b k) d"), rows)
         xu = repeat(xt, "b d -> b k d", k=draws)
         drawn = xu.clone()
         drawn[b, :, d] = tokens
-        return torch.where(rearrange(reveal, "(b k) d -> b k d", **size), drawn, xu)
+        return torch.where(most_confident(confidence, counts.unsqueeze(-1)), drawn, xu)
 
     def _draw(self, step: TeacherStep, b: Tensor, d: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         """K tokens and their log-probabilities (fp64) at each position d of example b: (R, K)."""
-        head, components, draws, positions = (
-            step.head,
-            step.components,
-            step.draws,
-            step.xt.shape[1],
-        )
+        components, draws, positions = step.components, step.draws, step.xt.shape[1]
         tokens = b.new_empty((b.numel(), draws))
         log_prob = torch.empty(tokens.shape, dtype=torch.float64, device=b.device)
         k = torch.arange(draws, device=b.device)
         keys = (b.unsqueeze(-1) * draws + k) * positions + d.unsqueeze(-1)
-        limit = max(_PIECE // head.shape[-1], 1)
+        mask_id = self.mask_id if self.exclude_mask else None
+        options: dict[str, Any] = {"temperature": self.temperature, "mask_id": mask_id}
+        options |= {"seed": seed, "want": ("log_prob",)}
+        limit = max(_PIECE // step.head.shape[-1], 1)
         for start in range(0, b.numel(), limit):
             piece = slice(start, start + limit)
             for m in range(min(components, draws)):
                 rows = (b[piece] * components + m) * positions + d[piece]
                 mine = slice(m, None, components)
                 some = keys[piece, mine]
-                logits = repeat(head.take(rows).logits(), "r v -> r k v", k=some.shape[1])
-                draw = sample(
-                    TensorHead(logits),
-                    temperature=self.temperature,
-                    mask_id=self.mask_id if self.exclude_mask else None,
-                    seed=seed,
-                    row_keys=some,
-                    want=("log_prob",),
-                )
+                logits = repeat(step.head.take(rows).logits(), "r v -> r k v", k=some.shape[1])
+                draw = sample(TensorHead(logits), row_keys=some, **options)
                 assert draw.log_prob is not None
                 tokens[piece, mine] = draw.token
                 log_prob[piece, mine] = draw.log_prob.double()

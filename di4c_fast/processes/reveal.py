@@ -86,12 +86,8 @@ def reveal_counts(
         ratio = torch.linspace(0, 1, steps + 1, dtype=torch.float32)
         left = (masked_share(ratio, schedule) * positions).round().int().tolist()
         wanted = [max(before - after, 1) for before, after in itertools.pairwise(left)]
-    counts = []
-    remaining = positions
-    for count in wanted[:-1]:
-        counts.append(min(count, remaining))
-        remaining -= counts[-1]
-    return [*counts, remaining]
+    totals = [min(total, positions) for total in itertools.accumulate(wanted[:-1])]
+    return [after - before for before, after in itertools.pairwise([0, *totals, positions])]
 
 
 def check_schedule(schedule: Any, steps: int, style: Any) -> None:
@@ -120,11 +116,11 @@ def most_confident(confidence: Tensor, counts: Tensor) -> Tensor:
     """Which positions have the `counts` highest confidences of their row; of equals the first.
 
     Args:
-        confidence: (R, D).
-        counts: (R,) int64 in [0, D].
+        confidence: (..., D).
+        counts: int64 in [0, D], broadcast against (...).
 
     Returns:
-        (R, D) bool with exactly counts[r] True in row r. No host sync.
+        (..., D) bool with exactly counts[r] True in row r. No host sync.
 
     >>> most_confident(torch.tensor([[0.5, 0.9, 0.5, 0.5]]), torch.tensor([3]))
     tensor([[ True,  True,  True, False]])

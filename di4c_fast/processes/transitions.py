@@ -22,19 +22,17 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_int, check_number, without_autocast
+from ..checks import check_int, check_within, without_autocast
 
 __all__ = ["GaussianTransitions", "draw_by_weights", "draw_from_cdf", "fine_uniform"]
 
-_CACHE_BYTES = 2**26
+_CACHE_BYTES = 2**27  # of float64 matrices between two numbers
 _NOISE = 1e-14  # entries below it, times the condition of the eigenvectors, are rounding errors
 _WIDEST = 12.0  # V / target_sigma: beyond it the eigenvectors lose more than 4 digits
 
@@ -51,9 +49,6 @@ class GaussianTransitions:
         target: (V,) float64, p.
 
     Use `GaussianTransitions.of(...)` to share the cache between equal processes.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
     def __init__(
@@ -65,20 +60,10 @@ class GaussianTransitions:
         time_exponential: float = 100.0,
     ):
         check_int(num_classes, "num_classes", minimum=2)
-        for name, value, bound in (
-            ("rate_sigma", rate_sigma, 0.0),
-            ("target_sigma", target_sigma, 0.0),
-            ("time_base", time_base, 0.0),
-            ("time_exponential", time_exponential, 1.0),
-        ):
-            check_number(value, name)
-            if value <= bound:
-                raise ValueError(f"{name} must be greater than {bound:g}, got {value}")
-        if target_sigma * _WIDEST < num_classes:
-            raise ValueError(
-                f"target_sigma must be at least num_classes / {_WIDEST:g} = "
-                f"{num_classes / _WIDEST:g}, got {target_sigma}"
-            )
+        check_within(rate_sigma, "rate_sigma", "(0, inf)")
+        check_within(target_sigma, "target_sigma", f"[{num_classes / _WIDEST}, inf)")
+        check_within(time_base, "time_base", "(0, inf)")
+        check_within(time_exponential, "time_exponential", "(1, inf)")
         self.num_classes = num_classes
         self.time_base = float(time_base)
         self.time_exponential = float(time_exponential)
@@ -102,9 +87,8 @@ class GaussianTransitions:
         parts = (values.clamp_max(0.0), vectors / root.unsqueeze(1), vectors.T * root)
         self._eigen: dict[torch.device, tuple[Tensor, ...]] = {torch.device("cpu"): parts}
         self._noise = _NOISE * float(root.max() / root.min())
-        self._cache: OrderedDict[tuple, Tensor] = OrderedDict()
-        self._cached_bytes = 0
-        self._lock = threading.Lock()
+        matrices = max(_CACHE_BYTES // (num_classes**2 * 8), 1)
+        self._cached = functools.lru_cache(matrices)(self._between)
 
     @classmethod
     @functools.lru_cache(maxsize=16)
@@ -152,27 +136,20 @@ class GaussianTransitions:
     ) -> Tensor:
         """Q(s → t), (V, V), from the cache where these exact numbers have been asked for.
 
-        The cache keeps the matrices used last, 64 MiB in all. Do not write into the result.
+        The cache keeps the matrices used last, 64 MiB of them in float32. Do not write into the
+        result.
         """
-        device = torch.device(device)
-        key = (float(s), float(t), columns, device, dtype)
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
+        return self._cached(float(s), float(t), columns, torch.device(device), dtype)
+
+    def _between(
+        self, s: float, t: float, columns: bool, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         # A tensor made in inference mode could not be used outside of it later. Filled in by a
         # kernel: a copy from the host could wait for the device.
         with torch.inference_mode(False):
             work = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-            time = torch.full((1,), float(t), dtype=torch.float64, device=work)
-            matrix = self.batched(float(s), time, columns=columns)[0].to(dtype).to(device)
-        with self._lock:
-            if key not in self._cache:
-                self._cache[key] = matrix
-                self._cached_bytes += matrix.nbytes
-            while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
-                self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return matrix
+            time = torch.full((1,), t, dtype=torch.float64, device=work)
+            return self.batched(s, time, columns=columns)[0].to(dtype).to(device)
 
     def _eigen_on(self, device: torch.device) -> tuple[Tensor, ...]:
         if device not in self._eigen:

@@ -1,11 +1,9 @@
 """Analytic sampling of score-entropy models (SEDD) with an absorbing state.
 
-A model of this kind returns the logarithms of the concrete scores s_v = p_t(v)/p_t(mask). With
-a = exp(σ_t − σ_u) − 1 and S = Σ_v s_v, a masked position takes the token v in the step from t to
-u with probability a·s_v, and stays masked with probability 1 − a·S; where a·S exceeds 1 it never
-stays. Both follow from one pass over the row: logsumexp gives S, one draw from softmax(log s)
-the token, and one uniform number decides. How probable it is to stay depends on the scores, so
-positions cannot be chosen before the model has been asked, as `sample_masked` does.
+A model of this kind returns the logarithms of the concrete scores s_v = p_t(v)/p_t(mask), and one
+pass over a row gives a step: logsumexp gives their sum, one draw from softmax(log s) the token, and
+one uniform number decides whether the position moves. How probable that is depends on the scores,
+so positions cannot be chosen before the model has been asked, as `sample_masked` does.
 
 Source: the analytic predictor and the denoiser of SEDD (arXiv 2310.16834).
 """

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack as Unpack
 
-from ..checks import (
-    check_bool,
-    check_int,
-    check_int64,
-    check_same_device,
-    describe,
-)
+from ..checks import check_bool, check_int, check_int64, check_same_device, describe
 from ..heads import HeadLike
 from ..models.call import Context
 from ..rng import check_generator

@@ -7,13 +7,14 @@ can know in advance is worked out there once; the loop then runs without waiting
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .loop import Run, moved
-from .masked import plan_unmask_steps, rows_by_step
+from .masked import plan_unmask_steps
 from .schedules import time_grid
 
 
@@ -26,7 +27,10 @@ class Fill:
     size: int  # how many there are in all sequences
     sequences: Tensor  # int64, those with any
     counts: Tensor | None = None  # (B,) int64, how many to fill; None: all, or as a rule decides
-    rows: Tensor | None = None  # int64, b*D + d, where they are known in advance
+
+
+# Of a fill, worked out on the host: number, limit, (B,) active positions, (B,) counts.
+OnHost: TypeAlias = tuple[int, int, Tensor, Tensor]
 
 
 class Blocks:
@@ -56,6 +60,11 @@ class Blocks:
         self.block_length = block_length or max(own, 1)
         self.blocks = max(1, -(-own // self.block_length))
         self.steps = 0 if steps is None else steps // self.blocks  # of one block
+        self.turns: Tensor | None = None  # (B, D) int64, the step of each position, of `origin`
+        if self.block_length > run.positions:
+            raise ValueError(
+                f"block_length must be at most D = {run.positions}, got {block_length}"
+            )
         if steps is not None and capped and self.blocks > 1:
             raise ValueError(
                 f"steps caps a threshold in a single block only, got {self.blocks} blocks"
@@ -86,58 +95,45 @@ class Blocks:
         done = min(done, self.steps)
         return total // self.steps * done + (total % self.steps).clamp(max=done)
 
+    def _block_of(self, position: Tensor) -> Tensor:
+        return (position - self.prompt_length).clamp(min=0) // self.block_length
+
     # The fills of a run, by what is known of them
 
-    def known(self) -> Iterator[Fill]:
-        """Their number of rows follows from the number of masked positions at the start."""
+    def known(self, *, origin: bool = False) -> Iterator[Fill]:
+        """Their number of rows follows from what is masked at the start.
 
-        def of_block(masked: Tensor, block: int) -> Iterator[Fill]:
-            begin, end = self.bounds(block)
-            initial = active = masked[:, begin:end].sum(1)
-            for index in range(self.steps):
-                counts = self.counts(initial, active, index)
-                if bool(counts.any()):
-                    yield _counted(block * self.steps + index, end, active, counts)
-                active = active - counts
-
-        return self._block_by_block(of_block)
-
-    def planned(self) -> Iterator[Fill]:
-        """The random order of Dream's `origin`: each position's step is drawn in advance.
-
-        A position unmasks at step k of its block with probability t_k − t_(k+1), what remains at
-        the last step.
-        """
-        run, times = self.run, time_grid(self.steps, self.t_min)
-        shape = (run.batch, run.positions)
-        plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
-        plan, place = plan.clamp(max=self.steps - 1), torch.arange(run.positions)
-
-        def of_block(masked: Tensor, block: int) -> Iterator[Fill]:
-            begin, end = self.bounds(block)
-            chosen = torch.where(masked & (place >= begin) & (place < end), plan, -1)
-            by_step = zip(*rows_by_step(chosen, self.steps, plan.device), strict=True)
-            for index, (rows, sequences) in enumerate(by_step):
-                if rows.numel():
-                    number = block * self.steps + index
-                    yield Fill(number, end, rows.numel(), sequences, rows=rows)
-
-        return self._block_by_block(of_block)
-
-    def _block_by_block(self, of_block: Callable[[Tensor, int], Iterator[Fill]]) -> Iterator[Fill]:
-        """The fills of all blocks, made on the host of what is masked (B, D) at the start.
-
+        With `origin` the order is Dream's random one, each position's step drawn in advance: it
+        unmasks at step k of its block with probability t_k − t_(k+1), what remains at the last.
         One host sync at the start; with `eos_id` one more per block, to learn which sequences
         ended.
         """
-        masked, fills = self.run.masked().cpu(), list[Fill]()
+        masked, fills = self.run.masked().cpu(), list[OnHost]()
+        turns = self._draw_turns() if origin else torch.empty(0)
         for block in range(self.blocks):
+            begin, end = self.bounds(block)
             if block and self.eos_id is not None:
-                masked[self._end_sequences(self.bounds(block)[0]).cpu()] = False
-            fills += of_block(masked, block)
+                masked[self._end_sequences(begin).cpu()] = False
+            initial = active = masked[:, begin:end].sum(1)
+            for number in range(block * self.steps, (block + 1) * self.steps):
+                if origin:
+                    counts = active = (masked & (turns == number)).sum(1)
+                else:
+                    counts = self.counts(initial, active, number % self.steps)
+                fills.append((number, end, active, counts))
+                active = active - counts
             if self.eos_id is not None or block == self.blocks - 1:
-                yield from _moved(fills, self.run.device)
+                yield from self._moved(fills)
                 fills = []
+
+    def _draw_turns(self) -> Tensor:
+        run, times = self.run, time_grid(self.steps, self.t_min)
+        shape = (run.batch, run.positions)
+        plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
+        block = self._block_of(torch.arange(run.positions))
+        turns = plan.clamp(max=self.steps - 1) + self.steps * block
+        self.turns = turns.to(run.device)
+        return turns
 
     def counted(self) -> Iterator[Fill]:
         """Of a model that may draw the mask: one host sync per step counts what is masked."""
@@ -151,9 +147,7 @@ class Blocks:
                 active, inside = torch.stack([masked.sum(1), masked[:, begin:].sum(1)]).cpu()
                 initial = inside if initial is None else initial
                 counts = self.counts(initial, active, index)
-                if bool(counts.any()):
-                    fill = _counted(block * self.steps + index, end, active, counts)
-                    yield from _moved([fill], self.run.device)
+                yield from self._moved([(block * self.steps + index, end, active, counts)])
 
     def open(self) -> Iterator[Fill]:
         """Until nothing is masked, each sequence in the block of its first masked position.
@@ -168,8 +162,7 @@ class Blocks:
         for number in range(self.run.positions):
             masked = self.run.masked()
             first = masked.int().argmax(1, keepdim=True)
-            block = (first - self.prompt_length).clamp(min=0) // self.block_length
-            begin = self.prompt_length + block * self.block_length
+            begin = self.prompt_length + self._block_of(first) * self.block_length
             if self.eos_id is not None and number:
                 masked = masked & ~self._end_sequences(begin).unsqueeze(1)
             limit = begin + self.block_length
@@ -199,16 +192,10 @@ class Blocks:
         run.tokens = torch.where(ended.unsqueeze(1) & run.masked(), end, run.tokens)
         return ended
 
-
-def _counted(number: int, end: int, active: Tensor, counts: Tensor) -> Fill:
-    return Fill(number, end, int(active.sum()), active.nonzero()[:, 0], counts)
-
-
-def _moved(fills: list[Fill], device: torch.device) -> Iterator[Fill]:
-    """The fills with all their tensors on the device, moved in one go."""
-    pairs = [(fill.sequences, fill.counts if fill.rows is None else fill.rows) for fill in fills]
-    each = iter(moved([t for pair in pairs for t in pair if t is not None], device))
-    for fill in fills:
-        sequences, other = next(each), next(each)
-        counts, rows = (other, None) if fill.rows is None else (None, other)
-        yield Fill(fill.number, fill.limit, fill.size, sequences, counts, rows)
+    def _moved(self, fills: list[OnHost]) -> Iterator[Fill]:
+        """Those that fill anything, with all their tensors on the device, moved in one go."""
+        fills = [fill for fill in fills if bool(fill[3].any())]
+        tensors = [t for _, _, active, counts in fills for t in (active.nonzero()[:, 0], counts)]
+        each = iter(moved(tensors, self.run.device))
+        for number, limit, active, _ in fills:
+            yield Fill(number, limit, int(active.sum()), next(each), next(each))

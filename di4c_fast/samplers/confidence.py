@@ -1,9 +1,8 @@
 """Confidence sampling of masked diffusion language models: the rules of LLaDA, Dream, Fast-dLLM.
 
-At every step the denoiser is asked for all masked positions of the current block, a token is
-drawn at each, and only the positions with the highest confidence keep theirs. Nothing else goes
-through the head: neither the prompt, nor filled positions, nor what lies behind the block. A row of
-logits is read once, for the token and its confidence together.
+Only the masked positions of the current block go through the head: neither the prompt, nor filled
+positions, nor what lies behind the block. A row of logits is read once, for the token and its
+confidence together.
 
 Sources: LLaDA (arXiv 2502.09992), Dream 7B (arXiv 2508.15487), Fast-dLLM (arXiv 2505.22618).
 """
@@ -20,7 +19,7 @@ from .. import rng
 from ..checks import check_choice, check_int, check_number, check_within, describe
 from ..draw.api import sample
 from ..heads import Head
-from .arguments import MaskDrawOptions, Model, Unpack, check_flags, sampler
+from .arguments import MaskDrawOptions, Model, Unpack, check_counts, check_flags, sampler
 from .blocks import Blocks
 from .loop import Answer, Guidance, Run, Step, single_logits
 
@@ -136,14 +135,11 @@ def sample_confidence(
     check_number(0.0 if threshold is None else threshold, "threshold")
     check_number(0.0 if factor is None else factor, "factor", minimum=0.0)
     check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only)
-    banned, deferred = (
-        _check_ids(banned_ids, "banned_ids"),
-        _check_ids(deferred_ids, "deferred_ids"),
-    )
+    given_ids = {"banned_ids": banned_ids, "deferred_ids": deferred_ids}
+    banned, deferred = (_check_ids(ids, name) for name, ids in given_ids.items())
     check_int(mask_id, "mask_id", minimum=0)
     optional = (("steps", steps, 1), ("eos_id", eos_id, 0), ("block_length", block_length, 1))
-    for name, value, least in optional:
-        check_int(least if value is None else value, name, minimum=least)
+    check_counts([count for count in optional if count[1] is not None])
     open_ended, origin = threshold is not None or factor is not None, rule == "origin"
     field = _FIELDS[rule]  # None for origin and random
     bounded = threshold is None or rule == "entropy" or 0.0 <= threshold <= 1.0
@@ -152,10 +148,7 @@ def sample_confidence(
         (threshold is not None and factor is not None, "threshold and factor exclude each other"),
         (not bounded, f"threshold must be in [0, 1] with rule={rule!r}, got {threshold}"),
         (open_ended and field is None, f"{name} needs confidences, got rule={rule!r}"),
-        (
-            origin and confidence_temperature,
-            "confidence_temperature needs a rule but origin",
-        ),
+        (origin and confidence_temperature, "confidence_temperature needs a rule but origin"),
         (origin and not exclude_mask, "exclude_mask=False needs a rule with counts, got origin"),
         (deferred and rule != late, f"deferred_ids needs rule={late!r}, got {rule!r}"),
         (steps and factor is not None, f"steps must be None with a factor, got {steps}"),
@@ -189,10 +182,8 @@ def sample_confidence(
     blocks = Blocks(run, prompt, block_length, steps, schedule, t_min, eos_id, capped)
     if open_ended:
         fills = blocks.open()
-    elif origin:
-        fills = blocks.planned()
     else:
-        fills = blocks.known() if exclude_mask else blocks.counted()
+        fills = blocks.known(origin=origin) if exclude_mask else blocks.counted()
     given, place = ~run.masked(), torch.arange(run.positions, device=run.device)
     active, counts = given, None  # of the step
 
@@ -200,7 +191,9 @@ def sample_confidence(
         nonlocal active, counts
         for fill in fills:
             active, counts = run.masked() & (place < fill.limit), fill.counts
-            rows = run.rows_of(active, fill.size) if fill.rows is None else fill.rows
+            if blocks.turns is not None:
+                active = active & (blocks.turns == fill.number)
+            rows = run.rows_of(active, fill.size)
             guidance = None
             if guidance_scale:
                 without = torch.where(given, mask_id, run.tokens)
@@ -220,23 +213,18 @@ def sample_confidence(
         if confidence_temperature:
             noise = rng.exponential(run.uniform(step, 4, torch.float32)[:, 1]).log().neg()
             ranking = confidence.float() / confidence_temperature + noise
-        order = spread(step, ranking).argsort(dim=1, descending=True, stable=True)
+        ranked = run.put(step, ranking, fill=-torch.inf)
+        order = ranked.argsort(dim=1, descending=True, stable=True)
         passes = torch.ones_like(active)
         if open_ended:
             bound: Any = threshold if factor is None else 1.0 - factor / (place + 2).double()
-            passes = spread(step, confidence).gather(1, order) >= bound
+            passes = run.put(step, confidence, fill=-torch.inf).gather(1, order) >= bound
             passes[:, 0] = True
             passes = passes if factor is None else passes.int().cumprod(1).bool()
         if counts is not None:
             passes &= place < counts.unsqueeze(1)
         chosen = torch.zeros_like(active).scatter_(1, order, passes) & active
         return torch.where(chosen, run.put(step, answer.draw.token), run.tokens)
-
-    def spread(step: Step, values: Tensor) -> Tensor:
-        """(R,) as (B, D), −∞ where no row is."""
-        assert step.rows is not None
-        full = torch.full_like(run.tokens, -torch.inf, dtype=values.dtype).flatten()
-        return full.index_copy(0, step.rows, values).view_as(run.tokens)
 
     return run.loop(filling())
 

@@ -2,8 +2,7 @@
 
 Each step draws x_0 from the denoiser at x_t (given λ for a mixture student) and x_s from
 q(x_s | x_t, x_0) ∝ q(x_s | x_0) q(x_t | x_s), exactly, with matrices that are cached per pair of
-times. That is the law of the step whatever its length: no tau-leaping, no corrector steps. The
-last call gives the sample: the argmax, the best argmax of several λ, or a draw.
+times. That is the law of the step whatever its length: no tau-leaping, no corrector steps.
 
 Source: the pixel experiment of Di4C (arXiv 2410.08709) on the models of tauLDR
 (arXiv 2205.14987).
@@ -70,11 +69,11 @@ def sample_gaussian(
     if not isinstance(process, GaussianProcess):
         raise TypeError(f"process must be a GaussianProcess, got {describe(process)}")
     check_choice(last, "last", ("argmax", "draw"))
-    if teacher is not None:
-        check_callable(teacher, "teacher")
     if teacher_steps > steps:
         raise ValueError(f"teacher_steps must be at most steps = {steps}, got {teacher_steps}")
-    if teacher_steps and teacher is None:
+    if teacher is not None:
+        check_callable(teacher, "teacher")
+    elif teacher_steps:
         raise ValueError(f"teacher_steps = {teacher_steps} needs a teacher, got None")
     for wrong, reason in (
         (latent_dim < 1, f"latent_dim >= 1, got {latent_dim}"),

@@ -42,6 +42,7 @@ from .arguments import Model, check_size, device_of, fill_prompt, seed_of
 # Step numbers of the counter-based generator. λ and tokens of step k have k (in two streams),
 # what a rule draws besides has RULE + k, and what is drawn before the first step has START.
 RULE, START = 2**30, 2**32 - 1
+PROJECTED = "the output of project_fn"
 _ROWS_BYTES = 64 << 20  # of logits at a time, where the head does not say
 
 
@@ -132,6 +133,9 @@ class Run:
         self.device = device_of(given["device"], (given["prompt"], start), model)
         self.seed = seed_of(given["seed"], given["generator"])
         self.first_sequence = check_int(given["first_sequence"], "first_sequence", minimum=0)
+        last = 2**63 // self.positions - self.batch  # positions of all sequences have numbers
+        if self.first_sequence > last:
+            raise ValueError(f"first_sequence must be at most {last}, got {self.first_sequence}")
         rows = torch.arange(self.batch * self.positions, device=self.device)
         self.keys = rows + self.first_sequence * self.positions
         self.vocab_size: int | None = given["vocab_size"]
@@ -142,11 +146,7 @@ class Run:
         if callable(start):
             self.tokens = start(self)
         elif start is not None:
-            assert self.vocab_size is not None
-            check_int64(start, start_name)
-            check_shape(start, start_name, "B, D", self.tokens.shape)
-            check_same_device(start, start_name, self.tokens, "the samples")
-            check_token_range(start, start_name, self.vocab_size)
+            self._check_tokens(start, start_name)
             self.tokens.copy_(start)
         self.ids["prompt"] = fill_prompt(self.tokens, given["prompt"], self.mask_id)
         if self.vocab_size is not None:
@@ -184,8 +184,6 @@ class Run:
             latent = rearrange(drawn, "(s b) l -> s b l", **size).to(self.device)
         return latent
 
-    # What a rule asks
-
     def sequence_keys(self, device: torch.device | str = "cpu") -> Tensor:
         """(B,) the numbers of the sequences."""
         return torch.arange(self.batch, device=device) + self.first_sequence
@@ -200,37 +198,30 @@ class Run:
             return wanted.flatten().nonzero()[:, 0]
         return first_true(wanted.flatten(), count)
 
-    def put(self, step: Step, values: Tensor) -> Tensor:
-        """The tokens with `values` in the rows of the step."""
+    def put(self, step: Step, values: Tensor, fill: float | None = None) -> Tensor:
+        """(B, D) with `values` in the rows of the step; elsewhere the tokens, or `fill`."""
         if step.rows is None:
             return values
         # Not in place: the model may have kept the tensor it was given.
-        return self.tokens.flatten().index_copy(0, step.rows, values).view_as(self.tokens)
+        rest = self.tokens if fill is None else values.new_full(self.tokens.shape, fill)
+        return rest.flatten().index_copy(0, step.rows, values).view_as(self.tokens)
 
     def uniform(self, step: Step, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """(R, count) numbers of the rule's own for the rows of the step."""
         keys = self.keys if step.rows is None else self.keys[step.rows]
         return rng.uniform(self.seed, RULE + step.number, keys, count, dtype=dtype)
 
-    # The loop
-
     def loop(self, steps: Iterator[Step]) -> Tensor:
         """Take the steps, one after another; at each of them `tokens` are as they then are."""
-        self._project()
-        if self.history is not None:
-            self.history.append(self.tokens)
+        self._settle()
         with evaluation_mode(self.model, self.other):
             for step in steps:
                 if step.rows is None or step.rows.numel():
                     # Kept until the next: memory that is freed here comes back as fresh pages.
                     answer = self._ask(step)
-                    if step.fill is None:
-                        self.tokens = self.put(step, answer.draw.token)
-                    else:
-                        self.tokens = step.fill(step, answer)
-                self._project()
-                if self.history is not None:
-                    self.history.append(self.tokens)
+                    token = answer.draw.token
+                    self.tokens = step.fill(step, answer) if step.fill else self.put(step, token)
+                self._settle()
                 if self.callback is not None:
                     self.callback(step.number + 1, self.calls, self.tokens)
         return self.tokens
@@ -306,6 +297,9 @@ class Run:
             # What could not be checked before; later calls must have as many classes.
             self.vocab_size = head.shape[-1]
             self._check_ids(self.vocab_size, "V of model")
+            if self.project_fn is not None:
+                known = self.tokens.masked_fill(self.masked(), 0)
+                check_token_range(known, PROJECTED, self.vocab_size)
         return head
 
     def _check_ids(self, size: int, name: str) -> None:
@@ -315,21 +309,22 @@ class Run:
                     f"{argument} must hold ids in [0, {size}), as {name} = {size}, got {value}"
                 )
 
-    def _project(self) -> None:
-        if self.project_fn is None:
-            return
-        # A copy, since many projections write into their argument.
-        projected, name = self.project_fn(self.tokens.clone()), "the output of project_fn"
-        check_int64(projected, name)
-        if projected.shape != self.tokens.shape:
-            raise ValueError(
-                f"project_fn must return tokens of shape (B, D) = {tuple(self.tokens.shape)}, "
-                f"got {tuple(projected.shape)}"
-            )
-        check_same_device(projected, name, self.tokens, "its input")
+    def _check_tokens(self, tokens: Any, name: str) -> None:
+        check_int64(tokens, name)
+        check_shape(tokens, name, "B, D", self.tokens.shape)
+        check_same_device(tokens, name, self.tokens, "the samples")
         bound = torch.iinfo(torch.int64).max if self.vocab_size is None else self.vocab_size
-        check_token_range(projected, name, bound)
-        self.tokens = projected
+        check_token_range(tokens, name, bound)
+
+    def _settle(self) -> None:
+        """Project the tokens, and write them down."""
+        if self.project_fn is not None:
+            # A copy, since many projections write into their argument.
+            projected = self.project_fn(self.tokens.clone())
+            self._check_tokens(projected, PROJECTED)
+            self.tokens = projected
+        if self.history is not None:
+            self.history.append(self.tokens)
 
 
 def first_true(wanted: Tensor, count: int) -> Tensor:

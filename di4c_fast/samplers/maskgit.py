@@ -20,13 +20,7 @@ from torch import Tensor
 from .. import rng
 from ..checks import check_choice, check_number
 from ..models.call import Context, check_callable, check_context
-from ..processes.reveal import (
-    NOISE,
-    check_schedule,
-    gumbel,
-    most_confident,
-    reveal_counts,
-)
+from ..processes.reveal import NOISE, check_schedule, gumbel, most_confident, reveal_counts
 from .arguments import MaskDrawOptions, Model, Unpack, check_counts, check_flags, sampler
 from .loop import Answer, Guidance, Run, Step, moved
 
@@ -141,8 +135,6 @@ def sample_maskgit(
     table = [reveal_counts(steps, int(m), schedule, schedule_style) for m in unique.tolist()]
     counts = torch.tensor(table, dtype=torch.int64).view(-1, steps)[index].T  # (S, B), revealed
     fractions = [step / max(steps - 1, 1) for step in range(steps)]
-    weights = [guidance * (1.0 if guidance_schedule == "constant" else x) for x in fractions]
-    factors = [gumbel_temperature * (1.0 - fraction) for fraction in fractions]
     totals = counts.cumsum(0)
     masked = totals[-1]
     left = masked - totals + counts  # before each step
@@ -157,7 +149,8 @@ def sample_maskgit(
     waiting = unknown = run.masked()  # not yet revealed; outside the prompt
 
     def rule() -> Iterator[Step]:
-        for i, weight in enumerate(weights):
+        for i, fraction in enumerate(fractions):
+            weight = guidance * (1.0 if guidance_schedule == "constant" else fraction)
             given = Guidance(weight, run.tokens, without) if weight else None
             rows = run.rows_of((unknown if resample else waiting) & flags[i], sizes[i])
             time, want = 1.0 - i / steps, ("log_prob",)
@@ -184,12 +177,11 @@ def sample_maskgit(
         i, keys = step.number, run.sequence_keys(run.device)
         if randomize == "random" or (randomize == "warm_up" and i < _WARM_UP_STEPS):
             return rng.uniform(run.seed, NOISE + i, keys, run.positions, dtype=torch.float64)
-        noise = torch.zeros(run.tokens.shape, dtype=torch.float64, device=run.device)
-        if randomize == "linear":
-            noise = gumbel(run.seed, i, keys, run.positions) * factors[i]
         assert answer.draw.log_prob is not None
-        assert step.rows is not None
-        log_prob = answer.draw.log_prob.double()
-        return noise.flatten().index_add(0, step.rows, log_prob).view_as(noise)
+        sure = run.put(step, answer.draw.log_prob.double(), fill=0.0)
+        if randomize == "linear":
+            noise = gumbel(run.seed, i, keys, run.positions)
+            sure += noise * (gumbel_temperature * (1.0 - fractions[i]))
+        return sure
 
     return run.loop(rule())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_choice, check_int, check_number, check_within, describe
+from ..checks import check_choice, check_int, check_within, describe
 from ..models.call import check_callable
 
 Noise = Callable[[float], float]
@@ -32,13 +32,8 @@ def geometric_noise(sigma_min: float = 1e-3, sigma_max: float = 1.0) -> Noise:
     >>> round(geometric_noise(0.01, 1.0)(0.5), 4)
     0.1
     """
-    check_number(sigma_min, "sigma_min")
-    check_number(sigma_max, "sigma_max")
-    if not 0.0 < sigma_min < sigma_max:
-        raise ValueError(
-            f"sigma_min and sigma_max must be 0 < sigma_min < sigma_max, got {sigma_min} "
-            f"and {sigma_max}"
-        )
+    check_within(sigma_max, "sigma_max", "(0, inf)")
+    check_within(sigma_min, "sigma_min", f"(0, {float(sigma_max)})")
     return lambda t: sigma_min ** (1.0 - t) * sigma_max**t
 
 

@@ -50,8 +50,7 @@ def sample_uniform_state(
         q = a*V*p*x + (a/b - a)*x + (b - a)*p + (1 - a/b)*(1 - b)/V
         torch.multinomial(q, 1)
 
-    without the tensors p and q, and without noise for every token. Times are
-    linspace(1, t_min, steps + 1); the start is uniform over the vocabulary.
+    Times are linspace(1, t_min, steps + 1); the start is uniform over the vocabulary.
 
     Args: those of all samplers, see `di4c_fast.samplers`, and
 
