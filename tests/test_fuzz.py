@@ -42,11 +42,11 @@ def test_wrong_sums_over_classes_are_noticed(field, monkeypatch):
 def plant_in_forward(monkeypatch, field):
     real = passes.forward
 
-    def forward(z, t, u, visit, mixture, statistics):
-        real(z, t, u, visit, mixture, statistics)
-        values = getattr(statistics, field)
+    def forward(chunk):
+        real(chunk)
+        values = getattr(chunk.statistics, field)
         if values.dtype == torch.float32:
-            values[visit.part] *= WRONG
+            values[chunk.visit.part] *= WRONG
 
     monkeypatch.setattr(passes, "forward", forward)
 
@@ -55,11 +55,11 @@ def plant_in_forward(monkeypatch, field):
 def test_wrong_gradients_are_noticed(field, monkeypatch):
     real = passes.backward
 
-    def backward(z, t, u, visit, mixture, statistics, factors, gradient):
+    def backward(chunk, factors, gradient):
         value = getattr(factors, field)
         if value.dtype == torch.float32:
             factors = dataclasses.replace(factors, **{field: WRONG * value})
-        real(z, t, u, visit, mixture, statistics, factors, gradient)
+        real(chunk, factors, gradient)
 
     monkeypatch.setattr(passes, "backward", backward)
     assert_notices("loss")

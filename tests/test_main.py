@@ -36,9 +36,9 @@ def test_report_names_versions_devices_and_working_backends(capsys):
 
 
 def test_a_backend_that_computes_something_else_fails_the_check(monkeypatch, capsys):
-    def broken(z, t, u, visit, mixture, statistics):
-        passes.forward(z, t, u, visit, mixture, statistics)
-        statistics.teacher_kl.mul_(1.01)
+    def broken(chunk):
+        passes.forward(chunk)
+        chunk.statistics.teacher_kl.mul_(1.01)
 
     register(monkeypatch, forward=broken)
     assert command.main([]) == 1

@@ -240,15 +240,16 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
     needs = shape.marginals or shape.component
     u = consistency if shape.marginals else None
     t = teacher if needs else None
-    triton.forward(student, t, u, visit, mixture, statistics)
+    chunk = base.Chunk(student, t, u, visit, mixture, statistics)
+    triton.forward(chunk)
     factors = base.Factors(each, _meta(total), each, statistics.log_prob)
     for rows_kept in (True,) if usual else (True, False):
-        known = statistics
+        again = chunk._replace(t=None, u=None)
         if not rows_kept:
             none = _meta(0, row)
             known = dataclasses.replace(statistics, q=none, q_teacher=none)
-        others = (None, None) if rows_kept else (t, u)
-        triton.backward(student, *others, visit, mixture, known, factors, student)
+            again = chunk._replace(statistics=known)
+        triton.backward(again, factors, student)
     if shape.logistic:
         gradient = student.of_visit(visit)
         mu = _meta(total, components)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..heads import Head
 from ..memory import empty, empty_strided
-from ..passes.base import DrawOptions, Factors, Operand, RowSums, Statistics, Visit, padded
+from ..passes.base import Chunk, DrawOptions, Factors, Operand, RowSums, Statistics, Visit, padded
 from .joint import Joint, Places, joint_terms
 from .plan import Plan, make_plan, order_positions, visits
 from .problem import Problem, Values, weighted
@@ -212,7 +212,7 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
         t = None if teacher is None else teacher.load(visit)
         z = student.load(visit, statistics.kept(saved.logits, visit))
         u = u if problem.marginal or mixture.seed is not None else None
-        passes.forward(z, t, u, visit, mixture, statistics)
+        passes.forward(Chunk(z, t, u, visit, mixture, statistics))
     return _values(problem, saved, passes), saved
 
 
@@ -414,14 +414,14 @@ def _student_gradients(
             z = student.load(visit)
         else:
             z = Operand.of_chunk(kept[..., :vocabulary])
+        chunk = Chunk(z, t, u, visit, mixture, statistics)
         if target is not None:
-            passes.backward(z, t, u, visit, mixture, statistics, factors, target)
+            passes.backward(chunk, factors, target)
             continue
         if scratch is None or scratch.shape[0] < visit.slots:
             scratch = student.new_chunk(visit.slots)
         part = scratch[: visit.slots, :, :vocabulary]
-        out = Operand.of_chunk(part)
-        passes.backward(z, t, u, visit, mixture, statistics, factors, out)
+        passes.backward(chunk, factors, Operand.of_chunk(part))
         student.head.add_gradient(sums, student.rows(visit), part, passes)
     if target is not None and not sums:
         return [target.logits]

@@ -7,10 +7,10 @@ of the operand at hand. The *work dtype* is fp32, or fp64 for fp64 logits.
 A backend is a module of this package with these functions, all on one chunk of positions and all
 components at once. The driver calls them; nothing else does.
 
-    forward(z, t, u, visit, mixture, statistics)
+    forward(chunk)
         Fill the statistics of the visited slots: the sums of every row, the log-probabilities of
         the targets and, as far as `mixture` asks, R_n, the divergences and the rows of q.
-    backward(z, t, u, visit, mixture, statistics, factors, gradient)
+    backward(chunk, factors, gradient)
         Write dL/dz of the visited slots (the equation stands at `Factors`).
     clear(gradient, visit)
         Write zeros as dL/dz of the visited slots, faster than indexing does; optional.
@@ -24,8 +24,7 @@ components at once. The driver calls them; nothing else does.
         The bins of `LogisticHead` and the way back through them, where the passes do not compute
         bins from an operand's two numbers themselves.
 
-z, t and u are the `Operand` of student, teacher and consistency logits; t and u are None where
-the pass does not need them. Logits are computed with in the work dtype whatever their own.
+Logits are computed with in the work dtype whatever their own.
 
 The rules that all passes share. A row without any class (all -inf) has total 0 and probability 0
 everywhere; NaN and +inf give NaN, never something finite. A position that the student leaves
@@ -36,6 +35,7 @@ has no gradient. Column `mask_id` is excluded everywhere and gets gradient 0.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -206,6 +206,17 @@ class Statistics:
         """The visited slots of `q` or `q_teacher`; None where they are not kept."""
         part = rows[visit.part]
         return part if visit.slots and part.shape[0] == visit.slots else None
+
+
+class Chunk(NamedTuple):
+    """What `forward` and `backward` are given of a chunk of positions."""
+
+    z: Operand  # of the student
+    t: Operand | None  # of the teacher, and
+    u: Operand | None  # of the consistency logits: None where the pass does not need them
+    visit: Visit
+    mixture: Mixture
+    statistics: Statistics
 
 
 @dataclasses.dataclass(frozen=True)

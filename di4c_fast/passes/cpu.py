@@ -18,16 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu.build import BuildError, find_library
-from .base import (
-    Drawn,
-    DrawOptions,
-    Factors,
-    Mixture,
-    Operand,
-    RowSums,
-    Statistics,
-    Visit,
-)
+from .base import Chunk, Drawn, DrawOptions, Factors, Operand, RowSums, Visit
 
 WRITES_ZEROS = False  # `backward` visits active slots only
 READS_BINS = True  # operands may be the two numbers of bins
@@ -65,32 +56,14 @@ def temporary_bytes(components: int, row_bytes: int) -> int:
     return 0
 
 
-def forward(
-    z: Operand,
-    t: Operand | None,
-    u: Operand | None,
-    visit: Visit,
-    mixture: Mixture,
-    statistics: Statistics,
-) -> None:
+def forward(chunk: Chunk) -> None:
     """See `base`."""
-    words = _Words().mixture_pass(z, t, u, None, visit, mixture, statistics, None)
-    _run("di4c_forward", words, visit)
+    _run("di4c_forward", _Words().mixture_pass(chunk), chunk.visit)
 
 
-def backward(
-    z: Operand,
-    t: Operand | None,
-    u: Operand | None,
-    visit: Visit,
-    mixture: Mixture,
-    statistics: Statistics,
-    factors: Factors,
-    gradient: Operand,
-) -> None:
+def backward(chunk: Chunk, factors: Factors, gradient: Operand) -> None:
     """See `base`."""
-    words = _Words().mixture_pass(z, t, u, gradient, visit, mixture, statistics, factors)
-    _run("di4c_backward", words, visit)
+    _run("di4c_backward", _Words().mixture_pass(chunk, factors, gradient), chunk.visit)
 
 
 def clear(gradient: Operand, visit: Visit) -> None:
@@ -201,20 +174,12 @@ class _Words:
         return self.numbers(rows.data_ptr(), rows.shape[0], rows.stride(0))
 
     def mixture_pass(
-        self,
-        z: Operand,
-        t: Operand | None,
-        u: Operand | None,
-        gradient: Operand | None,
-        visit: Visit,
-        mixture: Mixture,
-        statistics: Statistics,
-        factors: Factors | None,
+        self, chunk: Chunk, factors: Factors | None = None, gradient: Operand | None = None
     ) -> _Words:
+        z, t, u, visit, m, s = chunk
         for operand in (z, t, u, gradient):
             self.operand(operand)
         self.visit(visit)
-        m, s = mixture, statistics
         self.numbers(z.vocabulary, -1 if m.mask_id is None else m.mask_id)
         self.pointers(m.xu, dtype=torch.int64)
         self.pointers(m.log_weights, m.teacher_weight, m.consistency_weight)

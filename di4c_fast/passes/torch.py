@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Factors, Mixture, Operand, RowSums, Statistics, Visit
+from .base import Chunk, Factors, Operand, RowSums, Visit
 from .torch_draw import draw
 
 __all__ = ["backward", "chunk_bytes", "draw", "forward", "temporary_bytes", "unavailable"]
@@ -33,15 +33,9 @@ def temporary_bytes(components: int, row_bytes: int) -> int:
     return 2 * components * row_bytes
 
 
-def forward(
-    z: Operand,
-    t: Operand | None,
-    u: Operand | None,
-    visit: Visit,
-    mixture: Mixture,
-    statistics: Statistics,
-) -> None:
+def forward(chunk: Chunk) -> None:
     """See `base`."""
+    z, t, _, visit, mixture, statistics = chunk
     b, d = visit.split(z.logits.device)
     part, index = visit.part, statistics.tokens[b, :, d]  # [P, J]
     log_prob = _load(z, visit, mixture.mask_id, statistics.mass.dtype)
@@ -53,7 +47,7 @@ def forward(
     if t is None:
         return
     alive = (total != 0).any(-1, keepdim=True)
-    q_teacher, q_consistency, q = _distributions(t, u, visit, mixture, statistics, alive)
+    q_teacher, q_consistency, q = _distributions(chunk, alive)
     if mixture.component:
         divergence = _divergence(q_teacher.unsqueeze(1), log_prob)
         statistics.divergence[part] = divergence
@@ -69,17 +63,9 @@ def forward(
             kept[:, : z.vocabulary] = values
 
 
-def backward(
-    z: Operand,
-    t: Operand | None,
-    u: Operand | None,
-    visit: Visit,
-    mixture: Mixture,
-    statistics: Statistics,
-    factors: Factors,
-    gradient: Operand,
-) -> None:
+def backward(chunk: Chunk, factors: Factors, gradient: Operand) -> None:
     """See `base`."""
+    z, t, _, visit, mixture, statistics = chunk
     b, d = visit.split(z.logits.device)
     part, index = visit.part, statistics.tokens[b, :, d]
     sums, dtype = statistics.student, factors.kappa.dtype
@@ -94,7 +80,7 @@ def backward(
     )
     if t is not None:
         alive = (sums.total[part] != 0).any(-1, keepdim=True)
-        q_teacher, _, q = _distributions(t, u, visit, mixture, statistics, alive, known=True)
+        q_teacher, _, q = _distributions(chunk, alive, known=True)
     if mixture.marginal:
         assert q is not None
         _, responsibility = _responsibility(log_prob, mixture.log_weights[b])
@@ -173,20 +159,16 @@ def _softmax_mean(
 
 
 def _distributions(
-    t: Operand,
-    u: Operand | None,
-    visit: Visit,
-    mixture: Mixture,
-    statistics: Statistics,
-    alive: Tensor,
-    known: bool = False,
+    chunk: Chunk, alive: Tensor, known: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """q_T, q_u and their weighted sum q: (P, V), zero where the student allows no class.
 
     `known`: the sums of both heads' rows are there, as they are in `backward`.
     """
-    (b, d), mask_id = visit.split(t.logits.device), mixture.mask_id
+    _, t, u, visit, mixture, statistics = chunk
+    assert t is not None
     assert statistics.teacher is not None
+    (b, d), mask_id = visit.split(t.logits.device), mixture.mask_id
     q_teacher = _softmax_mean(t, visit, mask_id, statistics.teacher, known)
     q_teacher = torch.where(alive, q_teacher, 0.0)
     q = q_teacher * mixture.teacher_weight[b].unsqueeze(-1)

@@ -11,7 +11,7 @@ from ..kernels.triton.mixture_backward import mixture_backward
 from ..kernels.triton.mixture_forward import mixture_forward
 from ..kernels.triton.row_statistics import row_statistics
 from ..kernels.triton.target_gradient import target_gradient
-from .base import Factors, Mixture, Operand, Statistics, Visit, padded
+from .base import Chunk, Factors, Operand, Visit, padded
 from .triton_draw import draw
 
 __all__ = [
@@ -37,15 +37,9 @@ def temporary_bytes(components: int, row_bytes: int) -> int:
     return 0
 
 
-def forward(
-    z: Operand,
-    t: Operand | None,
-    u: Operand | None,
-    visit: Visit,
-    mixture: Mixture,
-    statistics: Statistics,
-) -> None:
+def forward(chunk: Chunk) -> None:
     """See `base`."""
+    z, t, u, visit, mixture, statistics = chunk
     mask_id = mixture.mask_id
     student = statistics.student
     tokens, log_prob = statistics.tokens, statistics.log_prob
@@ -78,35 +72,21 @@ def forward(
     )
 
 
-def backward(
-    z: Operand,
-    t: Operand | None,
-    u: Operand | None,
-    visit: Visit,
-    mixture: Mixture,
-    statistics: Statistics,
-    factors: Factors,
-    gradient: Operand,
-) -> None:
+def backward(chunk: Chunk, factors: Factors, gradient: Operand) -> None:
     """See `base`."""
+    z, t, _, visit, mixture, statistics = chunk
     q, q_teacher = (statistics.kept(rows, visit) for rows in (statistics.q, statistics.q_teacher))
     if t is not None:
-        q, q_teacher = _distributions(z, t, u, visit, mixture, statistics)
+        q, q_teacher = _distributions(chunk)
     q = q if mixture.marginal else None
     q_teacher = q_teacher if mixture.component else None
     mixture_backward(z, visit, mixture, statistics, factors, gradient, q=q, q_teacher=q_teacher)
     target_gradient(visit, mixture, statistics, factors, gradient, q=q, q_teacher=q_teacher)
 
 
-def _distributions(
-    z: Operand,
-    t: Operand,
-    u: Operand | None,
-    visit: Visit,
-    mixture: Mixture,
-    statistics: Statistics,
-) -> tuple[Tensor | None, Tensor | None]:
+def _distributions(chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
     """Rows of q and of q_T once more, for slots that they were not kept for."""
+    z, t, u, visit, mixture, statistics = chunk
     q = q_teacher = None
     alive = statistics.student.total
     mask_id = mixture.mask_id
