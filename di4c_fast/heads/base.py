@@ -212,6 +212,13 @@ class BuiltInHead(Head):
                     "read what is behind it; subclass di4c_fast.Head"
                 )
 
+    def replaced(self, **attributes: Any) -> Any:
+        """A copy with other attributes; faster than `copy.copy`, of which a loss made 17."""
+        head = object.__new__(type(self))
+        for name, value in {**vars(self), **attributes}.items():
+            setattr(head, name, value)
+        return head
+
     @abc.abstractmethod
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Head:
         """The head with every tensor that belongs to the rows changed."""

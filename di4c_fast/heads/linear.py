@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -112,23 +111,17 @@ class LinearHead(BuiltInHead):
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> LinearHead:
         hidden, weight, bias, *taken = tensors
-        assert hidden is not None
-        assert weight is not None
-        head = copy.copy(self)
-        head.hidden, head.weight, head.bias = hidden, weight, bias
-        head._positions = taken[0] if taken else None
-        return head
+        positions = taken[0] if taken else None
+        return self.replaced(hidden=hidden, weight=weight, bias=bias, _positions=positions)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> LinearHead:
-        head = copy.copy(self)
-        head.hidden = change(self.hidden)
+        every = self._positions
         if self.positional:
             leading = self.hidden.shape[:-1]
-            every = self._positions
             if every is None:
                 every = torch.arange(leading[-1], device=self.device).expand(leading)
-            head._positions = change(every)
-        return head
+            every = change(every)
+        return self.replaced(hidden=change(self.hidden), _positions=every)
 
     @property
     def prepared_dtype(self) -> torch.dtype:
@@ -137,10 +130,8 @@ class LinearHead(BuiltInHead):
 
     def prepared(self, *, widen: bool = True) -> LinearHead:
         work = self.prepared_dtype if widen else self.dtype
-        head = copy.copy(self)
-        head.hidden, head.weight = self.hidden.to(work), self.weight.to(work)
-        head.bias = None if self.bias is None else self.bias.to(work)
-        return head
+        bias = None if self.bias is None else self.bias.to(work)
+        return self.replaced(hidden=self.hidden.to(work), weight=self.weight.to(work), bias=bias)
 
     def load(self, rows: Tensor, out: Tensor, passes: Any = None) -> None:
         hidden = take_leading(self.hidden, rows, self.hidden.shape[:-1]).flatten(0, -2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, final
 
@@ -144,11 +143,7 @@ class LogisticHead(BuiltInHead):
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> LogisticHead:
         mu, log_scale = tensors
-        assert mu is not None
-        assert log_scale is not None
-        head = copy.copy(self)
-        head.mu, head.log_scale = mu, log_scale
-        return head
+        return self.replaced(mu=mu, log_scale=log_scale)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> LogisticHead:
         return self.with_tensors([change(self.mu), change(self.log_scale)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -55,10 +54,7 @@ class TensorHead(BuiltInHead):
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> TensorHead:
         (logits,) = tensors
-        assert logits is not None
-        head = copy.copy(self)
-        head._logits = logits
-        return head
+        return self.replaced(_logits=logits)
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> TensorHead:
         return self.with_tensors([change(self._logits)])

@@ -23,8 +23,19 @@ from torch import Tensor
 
 from ..heads import Head
 from ..memory import empty, empty_strided
-from ..passes.base import Chunk, DrawOptions, Factors, Operand, RowSums, Statistics, Visit, padded
-from .joint import Joint, Places, joint_terms
+from ..passes.base import (
+    Chunk,
+    DrawOptions,
+    Factors,
+    Joint,
+    Operand,
+    Places,
+    RowSums,
+    Statistics,
+    Visit,
+    padded,
+)
+from .joint import joint_terms
 from .plan import Plan, make_plan, order_positions, visits
 from .problem import Problem, Values, weighted
 
@@ -136,8 +147,8 @@ class _Source:
 
     def __init__(self, head: Head, passes: Any):
         self.passes = passes
-        self.head = head.detach().prepared()
-        self.whole = head.detach().operand(passes)
+        detached = head.detach()
+        self.head, self.whole = detached.prepared(), detached.operand(passes)
         self.components = head.shape[1] if len(head.shape) == 4 else 1
         self._buffer: Tensor | None = None
 
@@ -172,17 +183,16 @@ def _source(head: Head | None, passes: Any) -> _Source | None:
 
 
 def _sweep(
-    problem: Problem, plan: Plan, saved: Saved, passes: Any, *sources: _Source | None
+    problem: Problem, plan: Plan, places: Places, *sources: _Source | None
 ) -> tuple[Iterator[Visit], bool]:
     """The chunks of a sweep over some heads, and whether they visit every slot.
 
     On a GPU the number of active positions stays there, and all slots are visited. It is read on
     the host where matrix products need their sizes, and by passes that visit active slots only.
     """
-    places = saved.places(problem, passes)
     positions, stop, count = problem.sizes[2], places.slots, places.count
     computed = any(source is not None and source.whole is None for source in sources)
-    capturing = saved.count.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = problem.log_weights.is_cuda and torch.cuda.is_current_stream_capturing()
     if count is not None and computed and not capturing:
         stop, count = int(count), None
     everything = stop == problem.sizes[0] * positions
@@ -203,7 +213,8 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     teacher, consistency = _source(problem.teacher, passes), None
     if statistics.consistency is not None:
         consistency = _source(problem.consistency, passes)
-    sweep, _ = _sweep(problem, plan, saved, passes, student, teacher, consistency)
+    places = saved.places(problem, passes)
+    sweep, _ = _sweep(problem, plan, places, student, teacher, consistency)
     for visit in sweep:
         u = None if consistency is None else consistency.load(visit)
         if u is not None and draws_here:
@@ -213,7 +224,7 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
         z = student.load(visit, statistics.kept(saved.logits, visit))
         u = u if problem.marginal or mixture.seed is not None else None
         passes.forward(Chunk(z, t, u, visit, mixture, statistics))
-    return _values(problem, saved, passes), saved
+    return _values(problem, saved, places, passes), saved
 
 
 def _draw_targets(
@@ -238,35 +249,25 @@ def _draw_targets(
     tokens[:, tokens.shape[1] - u.components :][b, :, d] = token
 
 
-def _values(problem: Problem, saved: Saved, passes: Any) -> Values:
+def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Values:
     """The values from the statistics of all positions; what is joint goes into `saved`."""
-    places, statistics, dtype = saved.places(problem, passes), saved.statistics, problem.dtype
-    part = slice(0, places.slots)
+    statistics, dtype, part = saved.statistics, problem.dtype, slice(0, places.slots)
     alive = places.alive(statistics.student.total[part])
     log_prob, log_weights = statistics.log_prob[part], problem.log_weights
-    if hasattr(passes, "joint"):
-        where = (places.rows, problem.sizes[2], problem.correlation)
-        value, *found = passes.joint(log_prob, alive, log_weights, *where)
-        joint = Joint(*found)
-    else:
-        value, joint = joint_terms(log_prob, alive, log_weights, places, problem.correlation)
-    saved.joint.difference[part] = joint.difference
-    saved.joint.weights.copy_(joint.weights)
-    saved.joint.counted.copy_(joint.counted)
-
-    def total(values: Tensor) -> Tensor:
-        return places.sum(torch.where(alive, values[part], 0.0)).to(dtype)
+    joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[part])
+    terms = passes.joint if hasattr(passes, "joint") else joint_terms
+    value = terms(log_prob, alive, log_weights, places, problem.correlation, joint)
 
     zeros = problem.log_weights.new_zeros(problem.sizes[0])  # an op returns no tensor twice
     marginal, teacher_kl, consistency_kl, component = (zeros.clone() for _ in range(4))
     if problem.marginal:
         assert problem.teacher_weight is not None
-        teacher_kl = total(statistics.teacher_kl)
+        assert problem.consistency_weight is not None
+        both = torch.stack((statistics.teacher_kl[part], statistics.consistency_kl[part]), dim=1)
+        both = places.sum(torch.where(alive.unsqueeze(1), both, 0.0)).to(dtype)
+        teacher_kl, consistency_kl = both[:, 0].clone(), both[:, 1].clone()
         marginal = weighted(teacher_kl, problem.teacher_weight)
-        if problem.consistency is not None:
-            assert problem.consistency_weight is not None
-            consistency_kl = total(statistics.consistency_kl)
-            marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
+        marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
     if problem.component:
         sums = places.sum(_counted_divergence(problem, saved, places))
         share = problem.log_weights.exp() * sums
@@ -306,7 +307,7 @@ def backward(
     if not any(needs[:-1]):
         return [*[None] * (len(needs) - 1), log_weights]
     factors = _factors(problem, saved, places, alpha, marginal, component)
-    students = _student_gradients(problem, passes, saved, factors, needs[:-1], in_place)
+    students = _student_gradients(problem, passes, saved, places, factors, needs[:-1], in_place)
     return [*students, log_weights]
 
 
@@ -367,6 +368,7 @@ def _student_gradients(
     problem: Problem,
     passes: Any,
     saved: Saved,
+    places: Places,
     factors: Factors,
     needs: Sequence[bool],
     in_place: bool,
@@ -376,7 +378,7 @@ def _student_gradients(
     student = _Source(problem.student, passes)
     teacher = _source(problem.teacher, passes)
     consistency = _source(problem.consistency if problem.marginal else None, passes)
-    sweep, everything = _sweep(problem, plan, saved, passes, student, teacher, consistency)
+    sweep, everything = _sweep(problem, plan, places, student, teacher, consistency)
     head, vocabulary = problem.student, problem.sizes[3]
     target: Operand | None = None
     sums: list[Tensor | None] = []

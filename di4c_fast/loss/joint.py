@@ -16,57 +16,23 @@ Sums over positions are in fp64: a joint likelihood is the difference of sums of
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
+
+from ..passes.base import Joint, Places
 
 NEG_INF = float("-inf")
 
 
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where every slot lies, and which slots count."""
-
-    sizes: tuple[int, int]  # B, D
-    rows: Tensor | None  # (A,) int64 position of each slot, active ones first; None: slot s is s
-    count: Tensor | None  # () int64, how many are active; None: all slots
-    slots: int  # A
-
-    def examples(self, device: torch.device) -> Tensor:
-        """(A,) the example of every slot."""
-        index = torch.arange(self.slots, device=device) if self.rows is None else self.rows
-        return index // max(self.sizes[1], 1)
-
-    def alive(self, total: Tensor) -> Tensor:
-        """(A,) active slots at which some row has a class; total (A, N) of the row sums."""
-        some = (total != 0).any(-1)
-        if self.count is None:
-            return some
-        return some & (torch.arange(self.slots, device=total.device) < self.count)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over the positions of every example, in fp64: (A, ...) -> (B, ...)."""
-        batch, positions = self.sizes
-        if self.rows is not None:  # back into the order of positions, so that sums repeat
-            every = values.new_zeros(batch * positions, *values.shape[1:])
-            values = every.index_copy_(0, self.rows, values)
-        return values.reshape(batch, positions, *values.shape[1:]).sum(1, dtype=torch.float64)
-
-
-@dataclasses.dataclass(frozen=True)
-class Joint:
-    """What the joint terms leave for the gradient; zeros where nothing counts."""
-
-    difference: Tensor  # (A, J, N) rho - w
-    weights: Tensor  # (B, J, N) w, work dtype
-    counted: Tensor  # (B, J) at how many positions the target counts, work dtype
-
-
 def joint_terms(
-    log_prob: Tensor, alive: Tensor, log_weights: Tensor, places: Places, correlation: bool
-) -> tuple[Tensor, Joint]:
-    """cor(x_j), or the negative log-likelihood, (B, J) in fp64, and what its gradient needs.
+    log_prob: Tensor,
+    alive: Tensor,
+    log_weights: Tensor,
+    places: Places,
+    correlation: bool,
+    out: Joint,
+) -> Tensor:
+    """cor(x_j), or the negative log-likelihood, (B, J) in fp64; `out` is filled.
 
     log_prob (A, J, N), alive (A,), log_weights (B, N).
     """
@@ -94,5 +60,7 @@ def joint_terms(
     if correlation:
         difference += share.exp_()
     counted = counted & defined[b]
-    difference = torch.where(counted.unsqueeze(-1), difference, 0.0)
-    return value, Joint(difference, weights, places.sum(counted).to(dtype))
+    out.difference.copy_(torch.where(counted.unsqueeze(-1), difference, 0.0))
+    out.weights.copy_(weights)
+    out.counted.copy_(places.sum(counted))
+    return value

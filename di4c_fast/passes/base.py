@@ -16,9 +16,8 @@ components at once. The driver calls them; nothing else does.
         Write zeros as dL/dz of the visited slots, faster than indexing does; optional.
     draw(x, y, visit, keys, options)
         A token and statistics for every row of the visited slots: see `di4c_fast.draw`.
-    joint(log_prob, alive, log_weights, rows, positions, correlation)
-        The joint terms: value (B, J) in fp64 and the fields of `Joint`, see `loss.joint`, which has
-        them for passes without this function.
+    joint(log_prob, alive, log_weights, places, correlation, out)
+        The joint terms, faster than `joint_terms` of `loss.joint` has them; optional.
     logistic_logits(mu, log_scale, out, *, eps, clamp)
     logistic_gradient(mu, log_scale, gradient, *, eps, clamp)
         The bins of `LogisticHead` and the way back through them, where the passes do not compute
@@ -231,6 +230,45 @@ class Factors:
     marginal: Tensor  # (A,)
     component: Tensor  # (A, N)
     kappa: Tensor  # (A, J, N)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where every slot lies, and which slots count."""
+
+    sizes: tuple[int, int]  # B, D
+    rows: Tensor | None  # (A,) int64 position of each slot, active ones first; None: slot s is s
+    count: Tensor | None  # () int64, how many are active; None: all slots
+    slots: int  # A
+
+    def examples(self, device: torch.device) -> Tensor:
+        """(A,) the example of every slot."""
+        index = torch.arange(self.slots, device=device) if self.rows is None else self.rows
+        return index // max(self.sizes[1], 1)
+
+    def alive(self, total: Tensor) -> Tensor:
+        """(A,) active slots at which some row has a class; total (A, N) of the row sums."""
+        some = (total != 0).any(-1)
+        if self.count is None:
+            return some
+        return some & (torch.arange(self.slots, device=total.device) < self.count)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the positions of every example, in fp64: (A, ...) -> (B, ...)."""
+        batch, positions = self.sizes
+        if self.rows is not None:  # back into the order of positions, so that sums repeat
+            every = values.new_zeros(batch * positions, *values.shape[1:])
+            values = every.index_copy_(0, self.rows, values)
+        return values.reshape(batch, positions, *values.shape[1:]).sum(1, dtype=torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """What the joint terms leave for the gradient; zeros where nothing counts."""
+
+    difference: Tensor  # (A, J, N) rho - w
+    weights: Tensor  # (B, J, N) w, work dtype
+    counted: Tensor  # (B, J) at how many positions the target counts, work dtype
 
 
 @dataclasses.dataclass(frozen=True)

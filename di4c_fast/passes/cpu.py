@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu.build import BuildError, find_library
-from .base import Chunk, Drawn, DrawOptions, Factors, Operand, RowSums, Visit
+from .base import Chunk, Drawn, DrawOptions, Factors, Joint, Operand, Places, RowSums, Visit
 
 WRITES_ZEROS = False  # `backward` visits active slots only
 READS_BINS = True  # operands may be the two numbers of bins
@@ -105,22 +105,19 @@ def joint(
     log_prob: Tensor,
     alive: Tensor,
     log_weights: Tensor,
-    rows: Tensor | None,
-    positions: int,
+    places: Places,
     correlation: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `base`."""
-    targets, batch = log_prob.shape[1], log_weights.shape[0]
-    difference = torch.empty_like(log_prob)
-    weights = log_prob.new_empty(batch, *log_prob.shape[1:])
-    counted = log_prob.new_empty(batch, targets)
-    value = log_prob.new_empty(batch, targets, dtype=torch.float64)
+    out: Joint,
+) -> Tensor:
+    """See `loss.joint.joint_terms`."""
+    shape = out.counted.shape
+    value = log_prob.new_empty(shape, dtype=torch.float64)
     words = _Words().pointers(log_prob).pointers(alive, dtype=torch.bool).pointers(log_weights)
-    words.pointers(rows, dtype=torch.int64).numbers(log_prob.shape[0], positions, batch * targets)
-    words.numbers(*log_prob.shape[1:], correlation, torch.get_num_threads())
-    words.pointers(value, dtype=torch.float64).outputs(difference, weights, counted)
-    _call("di4c_joint", words)
-    return value, difference, weights, counted
+    words.pointers(places.rows, dtype=torch.int64)
+    words.numbers(places.slots, places.sizes[1], shape.numel(), *out.weights.shape[1:])
+    words.numbers(correlation, torch.get_num_threads()).pointers(value, dtype=torch.float64)
+    _call("di4c_joint", words.outputs(out.difference, out.weights, out.counted))
+    return value
 
 
 class _Words:
