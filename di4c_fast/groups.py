@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import describe
-
-_layouts: weakref.WeakKeyDictionary[Any, dict[Any, Shard]] = weakref.WeakKeyDictionary()
+from .checks import check_int, describe
 
 
 class Shard(NamedTuple):
@@ -28,13 +25,16 @@ class Shard(NamedTuple):
     start: int
     stop: int
     vocabulary: int  # V, of all ranks together
-    widest: int  # columns of the rank that has most
-    ranks: tuple[int, ...]  # of the group, in the order of their columns
-    group: str  # its name
+    group: str  # name of the process group
 
     @property
     def process_group(self) -> Any:
         return torch._C._distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
+
+    @property
+    def share(self) -> int:
+        """Columns of an even share: what ranks plan with that work in step."""
+        return -(-self.vocabulary // dist.get_world_size(self.process_group))
 
     def column(self, token: int | None) -> int | None:
         """Where a token stands among the columns of this rank; None: it is none of them."""
@@ -44,9 +44,10 @@ class Shard(NamedTuple):
     def owns(self, tokens: Tensor) -> Tensor:
         return (tokens >= self.start) & (tokens < self.stop)
 
-    def local(self, tokens: Tensor, other: int = 0) -> Tensor:
-        """The columns of tokens; `other` where they are on another rank."""
-        return torch.where(self.owns(tokens), tokens - self.start, other)
+    def local(self, tokens: Tensor) -> Tensor:
+        """The columns of tokens; one more than there are where they are on another rank."""
+        width = self.stop - self.start
+        return torch.where(self.owns(tokens), tokens - self.start, width)
 
     def sum(self, *values: Tensor) -> list[Tensor]:
         """Sums over the ranks, in one exchange; tensors of one dtype."""
@@ -68,43 +69,30 @@ class Shard(NamedTuple):
         dist.broadcast(value, group=self.process_group, group_src=0)
         return value
 
-    def sum_before(self, values: Tensor) -> Tensor:
-        """The sum over the ranks whose columns come before those of this one."""
-        rank = dist.get_rank(self.process_group)
-        return self.gather(values)[: self.ranks.index(rank)].sum(0)
+    def sum_before(self, counts: Tensor) -> Tensor:
+        """The sum over the ranks whose columns come before those of this one: int64 (R, 1)."""
+        every = self.gather(torch.cat((counts, torch.full_like(counts, self.start)), dim=1))
+        return torch.where(every[..., 1:] < self.start, every[..., :1], 0).sum(0)
 
     def gather(self, values: Tensor) -> Tensor:
-        """(R, k) of every rank, in the order of their columns: (ranks, R, k)."""
-        group = self.process_group
-        parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, values.contiguous(), group=group)
-        return torch.stack([parts[rank] for rank in self.ranks])
+        """The values of every rank, in the order of the ranks: (ranks, ...)."""
+        return _gather(values, self.process_group)
 
     def agree(self, facts: Any, device: torch.device, *tokens: Tensor | None) -> None:
-        """Check that all ranks evaluate the same: plain facts, and tensors of integers.
+        """Check that all ranks evaluate the same over columns that make up the vocabulary.
+
+        facts: plain ones; tokens: tensors of integers.
 
         Raises:
             ValueError: they do not; on every rank. On a GPU, where a look at the result would wait
                 for the device, a device-side assertion.
         """
-        text = repr(facts)
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
         sums = torch.zeros((), dtype=torch.int64, device=device)
         for tensor in tokens:
             if tensor is not None:
                 weights = torch.arange(1, tensor.numel() + 1, device=device)
                 sums = sums * 31 + (tensor.flatten() * weights).sum()
-        pair = torch.stack((torch.full_like(sums, number), sums))
-        (largest,) = self.maximum(torch.cat((pair, -pair)))
-        same = largest[:2] == -largest[2:]
-        if device.type != "cpu":
-            torch._assert_async(same.all(), "ranks of the group disagree about a call of di4c_fast")
-        elif not bool(same.all()):
-            texts = _gathered(text, self.process_group)
-            if len(set(texts)) == 1:
-                raise ValueError("tokens, row_keys or step differ between the ranks of the group")
-            listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
-            raise ValueError(f"the ranks of the group disagree: {listed}")
+        _compare(self.process_group, self[:3], repr(facts), sums)
 
     def _reduce(self, operation: Any, values: Sequence[Tensor]) -> list[Tensor]:
         flat = torch.cat([value.reshape(-1) for value in values])
@@ -126,50 +114,86 @@ def shared_errors(head: Any) -> Iterator[None]:
 
 
 def make_shard(
-    check: Callable[[], Any], width: Callable[[], int], group: Any, columns: Any
+    check: Callable[[], tuple[int, Any]],
+    tensor: Any,
+    group: Any,
+    columns: Any,
+    vocabulary: int | None,
 ) -> Shard | None:
-    """The shard of a head that holds `columns`, agreed upon by all ranks; None for a whole one.
+    """The shard of a head that holds `columns`; None for a whole one.
 
-    `check` raises for wrong tensors, and returns what has to be the same on every rank. The ranks
-    talk to each other once for every new layout.
+    `check` raises for wrong tensors, and returns how many columns there are and what has to be the
+    same on every rank. Without `vocabulary` the ranks tell each other their columns.
     """
     if columns is None:
-        if group is not None:
-            raise ValueError("group needs columns = (start, stop): those that this rank holds")
+        if group is not None or vocabulary is not None:
+            raise ValueError(
+                "group and vocabulary need columns = (start, stop): those that this rank holds"
+            )
         check()
         return None
     group = _checked_group(group)
-    facts, failure = None, None
+    device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
+    none = torch.zeros((), dtype=torch.int64, device=device)
     try:
-        facts = check()
-        _check_columns(columns, width())
+        width, facts = check()
+        start, stop = _checked_columns(columns, width, vocabulary)
     except (TypeError, ValueError) as error:
-        failure = error
-    key = (facts, None if failure else tuple(columns))
-    known = _layouts.setdefault(group, {})
-    if failure is None and key in known:
-        return known[key]
-    text = failure and f"{type(failure).__name__}: {failure}"
-    everything = _gathered((*key, text), group)
-    for rank, (_, _, problem) in enumerate(everything):
-        if problem is not None:
-            if failure is not None:
-                raise failure
-            raise ValueError(f"rank {rank} of the group: {problem}")
-    _check_layout(everything)
-    spans = [span for _, span, _ in everything]
-    order = tuple(sorted(range(len(spans)), key=lambda rank: spans[rank]))
-    widest = max(stop - start for start, stop in spans)
-    start, stop = columns
-    shard = Shard(start, stop, spans[order[-1]][1], widest, order, group.group_name)
-    known[key] = shard
-    return shard
+        _compare(group, (0, 0, 0), f"{type(error).__name__}: {error}", none)
+        raise
+    if vocabulary is None:
+        table = _compare(group, (start, stop, -1), repr(facts), none)
+        vocabulary = int(table[:, 1].max())
+    return Shard(start, stop, vocabulary, group.group_name)
 
 
-def _gathered(value: Any, group: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group=group)
-    return found
+def _gather(values: Tensor, group: Any) -> Tensor:
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+def _compare(group: Any, numbers: Sequence[int], text: str, sums: Tensor) -> Tensor:
+    """Check what the ranks say; the numbers of all: (ranks, 5).
+
+    numbers: start, stop and V, -1 where it is asked for. A rank that failed has a text alone.
+    """
+    fact = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    # Filled in by kernels: a copy from the host would wait for the device.
+    table = _gather(
+        torch.stack([*(torch.full_like(sums, n) for n in (*numbers, fact)), sums]), group
+    )
+    starts, ends = (table[:, i].sort().values for i in (0, 1))
+    follow = (starts[1:] == ends[:-1]).all() & (starts[0] == 0)
+    whole = (table[:, 2] == ends[-1]) | (table[:, 2] == -1)
+    same = (table[:, 2:] == table[0, 2:]).all() & follow & whole.all()
+    if sums.device.type != "cpu":
+        message = "the ranks of a group disagree about a sharded vocabulary or a call with it"
+        torch._assert_async(same, message)
+    elif not bool(same):
+        _refuse(group, text, table.tolist())
+    return table
+
+
+def _refuse(group: Any, text: str, table: list[list[int]]) -> None:
+    texts: list[Any] = [None] * len(table)
+    dist.all_gather_object(texts, text, group=group)
+    if len(set(texts)) > 1:
+        listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
+        raise ValueError(f"the ranks of the group disagree: {listed}")
+    spans = ", ".join(f"{tuple(row[:2])} of rank {rank}" for rank, row in enumerate(table))
+    totals = {row[2] for row in table}
+    if len(totals) > 1:
+        raise ValueError(f"the ranks of the group disagree about vocabulary: {sorted(totals)}")
+    end = 0
+    for start, stop, *_ in sorted(table):
+        if start != end:
+            problem = "overlap" if start < end else "are missing"
+            raise ValueError(f"columns of the vocabulary {problem} at {min(start, end)}: {spans}")
+        end = stop
+    if totals not in ({end}, {-1}):
+        raise ValueError(f"columns of the vocabulary are missing at {end} of {totals}: {spans}")
+    raise ValueError("tokens, row_keys or step differ between the ranks of the group")
 
 
 def _checked_group(group: Any) -> Any:
@@ -187,32 +211,21 @@ def _checked_group(group: Any) -> Any:
     return group
 
 
-def _check_columns(columns: Any, width: int) -> None:
+def _checked_columns(columns: Any, width: int, vocabulary: int | None) -> tuple[int, int]:
     """columns = (start, stop) of a head with `width` columns."""
     pair = isinstance(columns, (tuple, list)) and len(columns) == 2
     if not pair or not all(type(end) is int for end in columns):
         raise TypeError(f"columns must be a pair of ints (start, stop), got {describe(columns)}")
     start, stop = columns
-    if not 0 <= start < stop:
-        raise ValueError(f"columns must have 0 <= start < stop, got {(start, stop)}")
+    if vocabulary is not None:
+        check_int(vocabulary, "vocabulary", minimum=1)
+    if not 0 <= start < stop <= (vocabulary or stop):
+        raise ValueError(
+            f"columns must have 0 <= start < stop <= vocabulary, got {(start, stop)} of "
+            f"{vocabulary or 'any'}"
+        )
     if stop - start != width:
         raise ValueError(
             f"columns {(start, stop)} are {stop - start}, the shard of this rank has {width}"
         )
-
-
-def _check_layout(everything: Sequence[tuple[Any, Any, Any]]) -> None:
-    """All ranks agree, and their columns follow upon each other from 0 on."""
-    every = [facts for facts, _, _ in everything]
-    if any(facts != every[0] for facts in every):
-        listed = "; ".join(f"rank {rank}: {facts}" for rank, facts in enumerate(every))
-        raise ValueError(f"the shards of a head must be alike on all ranks of the group: {listed}")
-    end = 0
-    for (start, stop), rank in sorted((e[1], rank) for rank, e in enumerate(everything)):
-        if start != end:
-            kind = "overlap: column" if start < end else "are missing: column"
-            raise ValueError(
-                f"columns {kind} {min(start, end)}; rank {rank} of the group holds "
-                f"{(start, stop)}, the ones before end at {end}"
-            )
-        end = stop
+    return start, stop

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loss_cases import TERMS, make_problem, run_loss
+from loss_cases import make_problem, run_loss
 from loss_heads import ATOL, FULL, WIDTH
 from sample_cases import normal
 from torch import Tensor
@@ -116,7 +116,7 @@ def evaluate(
         call["log_weights"] = log_weights
     parts = [leaf for name, leaf in leaves.items() if name != "log_weights"]
     kinds = TensorHead if kind == "tensor" else LinearHead
-    call["student"] = kinds(*parts, columns=columns)
+    call["student"] = kinds(*parts, columns=columns, vocabulary=columns and VOCABULARY)
     generator = torch.Generator().manual_seed(5)
     value, terms = run_loss(call, return_terms=True, generator=generator, **settings)
     value.backward()
@@ -292,21 +292,25 @@ def wrong_columns_are_refused_on_every_rank() -> None:
     assert_raises("missing", shard_of, (3 * rank, 3 * rank + 2))
     assert_raises("missing", shard_of, (rank + 1, rank + 2))
     assert_raises(
-        "alike on all ranks", shard_of, (rank, rank + 1), (torch.float32, torch.float64)[rank % 2]
+        "ranks of the group disagree",
+        shard_of,
+        (rank, rank + 1),
+        (torch.float32, torch.float64)[rank % 2],
     )
     assert_raises(
-        "this rank has 3|rank 1 of the group: ValueError",
+        "this rank has 3|rank 1: ValueError",
         shard_of,
         (rank, rank + 1),
         width=3 if rank == 1 else 1,
     )
     assert_raises(
-        "pair of ints|rank 0 of the group: TypeError",
+        "pair of ints|rank 0: TypeError",
         TensorHead,
         torch.zeros(2, 1),
         columns=(rank, rank + 1) if rank else 5,
     )
-    assert_raises("group needs columns", TensorHead, torch.zeros(2, 3), group=dist.group.WORLD)
+    assert_raises("need columns", TensorHead, torch.zeros(2, 3), group=dist.group.WORLD)
+    assert_raises("<= vocabulary", TensorHead, torch.zeros(2, 3), columns=(1, 4), vocabulary=3)
     alone = dist.new_group([world - 1])
     if rank < world - 1:
         assert_raises(
@@ -330,6 +334,13 @@ def disagreements_are_errors_on_every_rank() -> None:
     assert_raises("x0 must hold token ids", run_loss, problem | heads | wrong)
     other = {"x0": (problem["x0"] + rank) % VOCABULARY}
     assert_raises("differ between the ranks", run_loss, problem | heads | other)
+    narrow = {
+        n: TensorHead(h.logits(), columns=columns, vocabulary=VOCABULARY + (rank == 0))
+        for n, h in heads.items()
+    }
+    assert_raises("disagree about vocabulary", run_loss, problem | narrow)
+    hidden = {"x0": problem["x0"][:, : 5 - rank]}
+    assert_raises("x0 must have shape", run_loss, problem | heads | hidden)
     whole = {"teacher": problem["teacher"]}
     assert_raises("teacher must", run_loss, problem | heads | whole)
     assert_raises("takes no shard", run_loss, problem | heads, backend="reference")
@@ -358,8 +369,11 @@ def work(rank: int, world: int, folder: str) -> None:
             said[name] = None
         except BaseException:
             said[name] = traceback.format_exc()
-        dist.barrier()
-    pathlib.Path(folder, str(rank)).write_bytes(pickle.dumps(said))
+        pathlib.Path(folder, str(rank)).write_bytes(pickle.dumps(said))
+        try:
+            dist.barrier()
+        except RuntimeError:  # a rank waits for one that has gone on: the case has failed
+            break
     dist.destroy_process_group()
 
 
@@ -375,4 +389,5 @@ def results(world: int) -> list[dict[str, str | None]]:
 @pytest.mark.parametrize("name", CASES)
 def test_shards(name: str, world: int) -> None:
     for rank, said in enumerate(results(world)):
+        assert name in said, f"rank {rank} did not come to it: see the first case that failed"
         assert said[name] is None, f"rank {rank}: {said[name]}"

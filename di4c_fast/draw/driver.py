@@ -76,7 +76,7 @@ def _run(request: SampleRequest, backend: str) -> list[Tensor]:
     size = _group_rows(request, sources, _COPIES if prepared and not on_cpu else 0)
     part = size
     if prepared and on_cpu:
-        part = max(1, _CHUNK_BYTES // (request.widest * request.dtype.itemsize))
+        part = max(1, _CHUNK_BYTES // (request.share * request.dtype.itemsize))
     found, look, options = [], FIRST_LOOK, request.options()
     for begin in range(0, rows, size) if rows else (0,):
         end = min(begin + size, rows)
@@ -129,7 +129,7 @@ def _group_rows(request: SampleRequest, sources: list[_Source], copies: int) -> 
     budget = request.budget_bytes or request.head.budget_bytes
     if budget is None:
         budget = BUDGET_CPU if request.head.device.type == "cpu" else BUDGET_GPU
-    bytes_per_row = request.widest * request.dtype.itemsize * copies
+    bytes_per_row = request.share * request.dtype.itemsize * copies
     return max(MIN_GROUP_ROWS, budget // bytes_per_row)
 
 
@@ -205,7 +205,8 @@ def _draw_prepared(
     moved = drawn.shift + (peak / (temperature if options.tempered else 1.0))[:, 0]
     drawn = dataclasses.replace(drawn, shift=moved)
     place = drawn.token.clamp_min(0).unsqueeze(-1)
-    place = place if shard is None else shard.local(place)
+    if shard is not None:
+        place = (place - shard.start).clamp(0, logits.shape[1] - 1)
     others = {}
     if literal is not None:
         others = literal.fields(request.want, place)

@@ -83,13 +83,14 @@ class SampleRequest:
     check: bool
     budget_bytes: int | None
 
-    def facts(self) -> tuple[Any, ...]:
+    def facts(self) -> dict[str, Any]:
         """What ranks that share the vocabulary have to agree about, beside integers of tensors."""
-        given = (self.guidance_scale, self.temperature)
-        numbers = [None if isinstance(value, Tensor) else value for value in given]
-        shape = (self.head.shape[:-1], self.head.vocabulary, len(self.heads))
-        options = (self.top_k, self.top_p, self.mask_id, self.want, self.confidence)
-        return (*shape, *numbers, *options, self.budget_bytes or self.head.budget_bytes)
+        names = ("guidance_scale", "temperature", "top_k", "top_p", "mask_id", "want")
+        facts = {name: getattr(self, name) for name in names}
+        facts = {n: "a tensor" if isinstance(v, Tensor) else v for n, v in facts.items()}
+        budget = self.budget_bytes or self.head.budget_bytes
+        shape, guided = tuple(self.head.shape[:-1]), self.unconditional is not None
+        return facts | {"shape": shape, "guided": guided, "budget_bytes": budget}
 
     @property
     def rows(self) -> int:
@@ -100,9 +101,9 @@ class SampleRequest:
         return self.head.shape[-1]
 
     @property
-    def widest(self) -> int:
+    def share(self) -> int:
         """The columns that memory is planned for: the same number on all ranks of a group."""
-        return self.vocabulary if self.head.shard is None else self.head.shard.widest
+        return self.vocabulary if self.head.shard is None else self.head.shard.share
 
     @property
     def dtype(self) -> torch.dtype:

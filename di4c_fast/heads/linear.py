@@ -34,8 +34,9 @@ class LinearHead(BuiltInHead):
             any width; the hidden states are the same on every rank. Token ids and `mask_id` of
             all functions stay those of the whole vocabulary, and every rank gets the value that
             one process with all of it gets. None: this is the whole vocabulary.
-        group: the process group, with `columns`; None for the default group. A head of a new
-            layout is built by all ranks together.
+        group: the process group, with `columns`; None for the default group.
+        vocabulary: V, with `columns`. None: the ranks tell each other their columns, so all of
+            them build the head together; on a GPU that waits for the device.
         reduce_hidden_grad: the gradient of `hidden` is added up over the ranks; False leaves to
             every rank its own part. Gradients of `weight` and `bias` are those of its columns.
 
@@ -57,16 +58,17 @@ class LinearHead(BuiltInHead):
         budget_bytes: int | None = None,
         group: Any = None,
         columns: tuple[int, int] | None = None,
+        vocabulary: int | None = None,
         reduce_hidden_grad: bool = True,
     ):
-        def check() -> tuple[Any, ...]:
+        def check() -> tuple[int, Any]:
             _check(hidden, weight, bias, budget_bytes)
             check_bool(reduce_hidden_grad, "reduce_hidden_grad")
             biased = None if bias is None else (bias.ndim, bias.dtype)
-            width = hidden.shape[-1]
-            return "linear", hidden.dtype, weight.dtype, width, biased, reduce_hidden_grad
+            kinds = (hidden.dtype, weight.dtype, weight.shape[1], biased, reduce_hidden_grad)
+            return weight.shape[0], ("linear", *kinds)
 
-        self.shard = make_shard(check, lambda: weight.shape[0], group, columns)
+        self.shard = make_shard(check, weight, group, columns, vocabulary)
         self.reduce_hidden_grad = reduce_hidden_grad
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.budget_bytes = budget_bytes

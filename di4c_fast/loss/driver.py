@@ -37,7 +37,7 @@ from ..passes.base import (
 from .joint import joint_terms
 from .plan import Plan, make_plan, order_positions
 from .problem import Problem, Values, weighted
-from .sharded import draw_targets, exchange_statistics, find_sums, local_statistics, owned_targets
+from .sharded import draw_targets, exchange_statistics, find_sums, local_statistics
 from .source import Source, source_of, sweep_over
 
 
@@ -242,8 +242,6 @@ def backward(
     factors = _factors(problem, saved, places, alpha, marginal, component)
     shard = problem.student.shard
     if shard is not None:
-        owned = owned_targets(shard, saved.statistics.tokens, places)
-        factors = dataclasses.replace(factors, kappa=torch.where(owned, factors.kappa, 0.0))
         local = local_statistics(shard, saved.statistics)
         saved = dataclasses.replace(saved, statistics=local)
     students = _student_gradients(problem, passes, saved, places, factors, needs[:-1], in_place)

@@ -82,12 +82,14 @@ class Problem:
         batch, components, positions, vocabulary = self.student.shape
         return batch, components, positions, vocabulary
 
-    def facts(self) -> tuple[Any, ...]:
+    def facts(self) -> dict[str, Any]:
         """What ranks that share the vocabulary have to agree about, beside tokens."""
-        heads = [self.student, self.teacher, self.consistency]
-        shapes = [None if head is None else tuple(head.shape[:-1]) for head in heads]
-        flags = (self.correlation, self.marginal, self.component, self.seed is None)
-        return (*shapes, self.student.vocabulary, self.tokens.shape[1], self.mask_id, *flags)
+        names = ("mask_id", "correlation", "marginal", "component")
+        facts = {name: getattr(self, name) for name in names}
+        for name in ("student", "teacher", "consistency"):
+            head = getattr(self, name)
+            facts[name] = head and tuple(head.shape[:-1])
+        return facts | {"targets": self.tokens.shape[1], "drawn": self.seed is not None}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,7 +105,7 @@ class Problem:
             if xu is not None:
                 assert self.mask_id is not None
                 hidden = -1 if mask_id is None else mask_id
-                local = shard.local(xu, other=shard.stop - shard.start)
+                local = shard.local(xu)
                 xu = torch.where(xu.eq(self.mask_id), hidden, local)
         return Mixture(
             mask_id,

@@ -57,16 +57,9 @@ def draw_targets(
 
 
 def local_statistics(shard: Shard, statistics: Statistics) -> Statistics:
-    """The same for passes over this rank's columns: tokens are columns, any where not owned."""
+    """The same for passes over this rank's columns."""
     tokens = shard.local(statistics.tokens)
     return dataclasses.replace(statistics, tokens=tokens, sums_known=True, all_known=True)
-
-
-def owned_targets(shard: Shard, tokens: Tensor, places: Places) -> Tensor:
-    """(A, J, 1) which targets are among the columns of this rank; tokens (B, J, D)."""
-    visit = Visit(0, places.slots, places.sizes[1], places.rows)
-    b, d = visit.split(tokens.device)
-    return shard.owns(tokens[b, :, d]).unsqueeze(-1)
 
 
 def find_sums(
@@ -87,7 +80,7 @@ def find_sums(
         pairs.append((consistency, statistics.consistency))
     elif consistency is not None:
         # The ranks draw together, so their chunks are the same.
-        row = consistency.components * shard.widest * problem.dtype.itemsize
+        row = consistency.components * shard.share * problem.dtype.itemsize
         together = dataclasses.replace(plan, chunk=max(1, DRAWN_BYTES // row))
         for visit in visits(together, problem.sizes[2], places.slots, places.rows, places.count):
             u = consistency.load(visit)
@@ -132,9 +125,9 @@ def _exchange_sums(shard: Shard, every: Sequence[RowSums]) -> None:
 def exchange_statistics(shard: Shard, statistics: Statistics, places: Places) -> None:
     """Log-probabilities of targets from their owners, sums over columns from all ranks."""
     part = slice(0, places.slots)
-    owned = owned_targets(shard, statistics.tokens, places)
+    b, d = Visit(0, places.slots, places.sizes[1], places.rows).split(statistics.mass.device)
     log_prob = statistics.log_prob[part]
-    log_prob.masked_fill_(~owned, 0.0)
+    log_prob.masked_fill_(~shard.owns(statistics.tokens[b, :, d]).unsqueeze(-1), 0.0)
     names = ("mass", "teacher_kl", "consistency_kl", "divergence")
     every = [log_prob, *(getattr(statistics, name) for name in names)]
     for mine, total in zip(every, shard.sum(*every), strict=True):

@@ -30,8 +30,8 @@ everywhere; NaN and +inf give NaN, never something finite. A position that the s
 without any class counts as if q were 0 there. KL terms are +inf where q > 0 = m, and such a column
 has no gradient. Column `mask_id` is excluded everywhere and gets gradient 0.
 
-Logits may be a shard of the columns of a vocabulary; tokens are then columns of it. `xu` shows no
-token where it is mask_id, -1 without such a column, and a token of another shard where it is V.
+Logits may be a shard of the columns of a vocabulary; tokens are then columns of it. V stands for a
+token of another shard, whose `log_prob` may be anything, and -1 in `xu` for the mask of another.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def forward(chunk: Chunk) -> None:
         statistics.student.total[part] = log_prob.exp().sum(-1)
     total = statistics.student.total[part]
     log_prob.sub_(_log(total).unsqueeze(-1))
-    targets = log_prob.gather(-1, index.unsqueeze(1).expand(-1, z.components, -1))
+    index = index.clamp_max(z.vocabulary - 1).unsqueeze(1).expand(-1, z.components, -1)
+    targets = log_prob.gather(-1, index)
     statistics.log_prob[part] = targets.transpose(1, 2)
     if t is None:
         return
@@ -94,8 +95,10 @@ def backward(chunk: Chunk, factors: Factors, gradient: Operand) -> None:
     if mixture.component:
         assert q_teacher is not None
         dz.addcmul_(factors.component[part].unsqueeze(-1), q_teacher.unsqueeze(1), value=-1.0)
-    index = index.unsqueeze(1).expand(-1, z.components, -1)
-    dz.scatter_add_(-1, index, factors.kappa[part].transpose(1, 2))
+    own = index < z.vocabulary
+    kappa = torch.where(own.unsqueeze(-1), factors.kappa[part], 0.0).transpose(1, 2)
+    index = index.where(own, 0).unsqueeze(1).expand(-1, z.components, -1)
+    dz.scatter_add_(-1, index, kappa)
     if mixture.mask_id is not None:
         dz[..., mixture.mask_id] = 0.0
     if gradient.strides[0]:

@@ -54,7 +54,7 @@ def draw(
     vocabulary = vocabulary if shard is None else shard.vocabulary
     size = max(1, GROUP_NUMBERS // (components * (blocks_of(vocabulary) + SAMPLE_BLOCK)))
     if shard is not None:  # what ranks do together has one size on all of them
-        size = max(1, min(size, SHARD_NUMBERS // (components * shard.widest)))
+        size = max(1, min(size, SHARD_NUMBERS // (components * shard.share)))
     groups = []
     for begin in range(0, slots, size) if slots else (0,):
         part = slice(begin, min(begin + size, slots))
@@ -241,7 +241,8 @@ def _race(
             token = shard.argmax(speed, token)[1]
         if group.cold is not None:
             token = torch.where(group.cold, group.argmax, token)
-    place = (token if shard is None else shard.local(token)).view(*logits.shape[:2], 1)
+    place = token if shard is None else (token - shard.start).clamp(0, logits.shape[2] - 1)
+    place = place.view(*logits.shape[:2], 1)
     x = logits.gather(2, place).flatten(0, 1)
     if other is not None:
         x = guide(x, other.gather(2, place).flatten(0, 1), options.guidance, work)

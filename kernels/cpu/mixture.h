@@ -117,6 +117,7 @@ struct Slot {
 
   // Log-probabilities of one column; with `whole` the exponentials of all columns are there.
   void find_log_prob(i64 x, bool whole, float* out) {
+    if (x >= V) return;  // of another shard
     if (a.z.dtype == LOGISTIC && whole) {
       bool underflow = false;
       for (i64 n = 0; n < N; ++n) {
