@@ -116,15 +116,24 @@ def shared_errors(head: Any) -> Iterator[None]:
 def make_shard(
     check: Callable[[], tuple[int, Any]],
     tensor: Any,
+    found: dict[str, Any],
     group: Any,
     columns: Any,
     vocabulary: int | None,
 ) -> Shard | None:
     """The shard of a head that holds `columns`; None for a whole one.
 
+    found: the next three, where they came with a DTensor.
+
     `check` raises for wrong tensors, and returns how many columns there are and what has to be the
     same on every rank. Without `vocabulary` the ranks tell each other their columns.
     """
+    if found:
+        if not (group is None and columns is None and vocabulary is None):
+            raise ValueError(
+                "group, columns and vocabulary must be None with a DTensor, as its own"
+            )
+        group, columns, vocabulary = found["group"], found["columns"], found["vocabulary"]
     if columns is None:
         if group is not None or vocabulary is not None:
             raise ValueError(
@@ -145,6 +154,31 @@ def make_shard(
         table = _compare(group, (start, stop, -1), repr(facts), none)
         vocabulary = int(table[:, 1].max())
     return Shard(start, stop, vocabulary, group.group_name)
+
+
+def unwrap(tensor: Any, dim: int, name: str) -> tuple[Any, dict[str, Any]]:
+    """The local part of a DTensor that is sharded along `dim`, and the `group`, `columns` and
+    `vocabulary` of a head over it; other values as they are, with nothing."""
+    if type(tensor).__name__ != "DTensor":
+        return tensor, {}
+    mesh, placements = tensor.device_mesh, tensor.placements
+    dim %= tensor.ndim
+    if mesh.ndim != 1 or not (
+        placements[0].is_shard(dim) or placements[0].is_shard(dim - tensor.ndim)
+    ):
+        raise ValueError(
+            f"{name} must be a DTensor of Shard({dim}) over a mesh of one dimension, got "
+            f"{placements} over {mesh}: call .full_tensor() or .to_local()"
+        )
+    vocabulary = tensor.shape[dim]
+    step = -(-vocabulary // mesh.size())  # shards are those of `torch.chunk`
+    start = min(mesh.get_local_rank() * step, vocabulary)
+    columns = (start, min(start + step, vocabulary))
+    return tensor.to_local(), {
+        "group": mesh.get_group(),
+        "columns": columns,
+        "vocabulary": vocabulary,
+    }
 
 
 def _gather(values: Tensor, group: Any) -> Tensor:

@@ -22,6 +22,8 @@ from loss_cases import make_problem, run_loss
 from loss_heads import ATOL, FULL, WIDTH
 from sample_cases import normal
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from di4c_fast import Draw, LinearHead, TensorHead, backends, correlation, mixture_log_prob, sample
 from di4c_fast.testing import assert_close_to_reference
@@ -277,6 +279,39 @@ def draws_of_the_default_generator_are_those_of_the_first_rank() -> None:
     token = sample(head).token
     torch.manual_seed(0)
     assert token.equal(sample(normal(50, 300)).token)
+
+
+@case()
+def dtensors_say_their_columns() -> None:
+    mesh = DeviceMesh.from_group(GROUPS[0], "cpu")
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.randint(VOCABULARY, (2, 3), generator=g)
+    hidden = torch.randn(2, 4, 3, WIDTH, generator=g, dtype=torch.float64)
+    weight, bias, teacher = (
+        torch.randn(*sizes, generator=g, dtype=torch.float64)
+        for sizes in ((VOCABULARY, WIDTH), (VOCABULARY,), (2, 3, VOCABULARY))
+    )
+    found = []
+    for sharded in (False, True):
+        leaves = [hidden.clone(), weight, bias]
+        if sharded:
+            leaves[1:] = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in leaves[1:]]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        given = distribute_tensor(teacher, mesh, [Shard(2)]) if sharded else teacher
+        value = run_loss(
+            {"student": LinearHead(*leaves), "teacher": TensorHead(given), "x0": x0},
+            component_weight=0.5,
+        )
+        value.backward()
+        gradients = [leaf.grad for leaf in leaves]
+        if sharded:
+            gradients[1:] = [gradient.full_tensor() for gradient in gradients[1:]]
+        found.append([value.detach(), *gradients])
+    for whole, ours in zip(*found, strict=True):
+        assert torch.allclose(whole, ours, **CLOSE)
+    part = distribute_tensor(weight, mesh, [Shard(0)])
+    assert_raises("as its own", LinearHead, hidden, part, group=GROUPS[0])
+    assert_raises("Shard", LinearHead, hidden, distribute_tensor(weight, mesh, [Replicate()]))
 
 
 # What is wrong ------------------------------------------------------------------------------------
