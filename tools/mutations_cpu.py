@@ -223,7 +223,7 @@ CPU = [
     ),
     _draw(
         "race with the numbers of the first block",
-        "TOKENS, chosen * BLOCK / 4,",
+        "TOKENS, first_column / 4,",
         "TOKENS, 0,",
         "torch_backend",
     ),
