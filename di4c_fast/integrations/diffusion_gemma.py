@@ -86,8 +86,9 @@ def _denoising_step(
     assert draw.argmax is not None
     assert draw.entropy is not None
     if type(sampler).__name__ == "EntropyBoundSampler":
-        sampler.accepted_token_mask = _accept(draw.entropy, sampler.entropy_bound)
-        canvas = torch.where(sampler.accepted_token_mask, draw.token, current_canvas)
+        accepted = _accept(draw.entropy, sampler.entropy_bound)
+        sampler.accepted_token_mask = accepted
+        canvas = torch.where(accepted, draw.token, current_canvas)
     else:
         canvas = sampler.accept_canvas(current_canvas, draw.token, logits, step).clone()
     canvas, argmax = sampler.renoise_canvas(canvas, step).clone(), draw.argmax
