@@ -118,8 +118,7 @@ def test_terms_are_computed_even_where_their_weight_is_zero(backend, zero):
     weights = dict.fromkeys(TERM_WEIGHTS.values(), zero)
     value, terms = run_loss(problem, return_terms=True, backend=backend, **weights)
     assert value == 0
-    for actual, term in zip(terms, expected, strict=True):
-        torch.testing.assert_close(actual, term, **TIGHT)
+    torch.testing.assert_close(terms, expected, **TIGHT)
 
 
 def test_terms_of_weight_zero_are_right_where_probabilities_underflow(backend):
@@ -143,9 +142,8 @@ def test_weights_are_numbers_or_tensors(backend, name):
         loss_and_gradients(problem | {name: weight}, backend=backend)
         for weight in (1.0, 3.0, torch.tensor([3.0, 3.0]), torch.tensor(3))
     )
-    for key, value in three.items():
-        torch.testing.assert_close(as_tensor[key], value, **TIGHT)
-        torch.testing.assert_close(as_scalar[key], value, **TIGHT)
+    torch.testing.assert_close(as_tensor, three, **TIGHT)
+    torch.testing.assert_close(as_scalar, three, **TIGHT)
     assert not torch.equal(one["loss"], three["loss"])
 
 
@@ -204,8 +202,7 @@ def test_what_stands_at_positions_that_do_not_count_does_not_matter(backend):
         other[name] = torch.where(at.unsqueeze(-1), problem[name], junk)
     other["x0"] = torch.where(counted, problem["x0"], 0)
     expected = loss_and_gradients(problem, backend=backend)
-    for name, value in loss_and_gradients(other, backend=backend).items():
-        torch.testing.assert_close(value, expected[name], **TIGHT)
+    torch.testing.assert_close(loss_and_gradients(other, backend=backend), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
