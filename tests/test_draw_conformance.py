@@ -348,27 +348,30 @@ def test_empty_batches_and_single_tokens(backend):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", STATISTICS)
 def test_only_the_wanted_fields_come_back(name, backend):
-    logits = normal(8, 300)
-    for arguments in ({"temperature": 0.5}, {"top_k": 9}, {"confidence_dtype": torch.bfloat16}):
+    logits, rounded = normal(8, 300), {"confidence_dtype": torch.bfloat16}
+    for arguments in ({}, {"temperature": 0.5}, {"temperature": 0.5, "top_k": 9}, rounded):
         alone = drawn(logits, backend, seed=1, want=name, **arguments)
         assert [n for n in STATISTICS if getattr(alone, n) is not None] == [name]
         everything = drawn(logits, backend, seed=1, want="all", **arguments)
         assert getattr(alone, name).equal(getattr(everything, name))
+        assert alone.token.equal(everything.token)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("arguments", [{}, {"top_p": 0.9}, {"temperature": 0.0}])
 def test_bad_rows_are_named_or_marked(arguments, backend):
     logits = normal(2, 3, 140)
+    expected = drawn(logits, backend, seed=0, want="all", **arguments)
     logits[1, 0, 77] = math.nan
     logits[1, 2] = -INF
     with pytest.raises(ValueError, match=r"logits must not hold NaN, got it in row \(1, 0\) at 77"):
         drawn(logits, backend, seed=0, **arguments)
     draw = drawn(logits, backend, seed=0, want="all", check=False, **arguments)
     bad = torch.tensor([[False] * 3, [True, False, True]])
-    for value in draw:
+    for value, before in zip(draw, expected, strict=True):
         marked = value.isnan() if value.is_floating_point() else value == -1
         assert marked.equal(bad)
+        assert value[~bad].equal(before[~bad])
     logits[1, 0, 77] = 0.0
     with pytest.raises(ValueError, match=r"logits allow no token in row \(1, 2\)"):
         drawn(logits, backend, seed=0, **arguments)

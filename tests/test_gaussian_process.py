@@ -208,13 +208,6 @@ def test_posterior_steps_depend_on_their_row_keys_alone(monkeypatch):
     assert torch.equal(again, whole)
 
 
-@pytest.mark.parametrize("law", ["target", "uniform"])
-def test_initial_tokens_follow_their_law(law):
-    tokens = SMALL.initial(3, 0, torch.arange(20_000), law)
-    expected = SMALL.transitions.target if law == "target" else torch.ones(V)
-    assert_draws_match(tokens, expected)
-
-
 # In a distillation step
 
 

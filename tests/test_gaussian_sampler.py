@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
+from process_cases import exact
 from sampler_cases import Denoiser, Tabular
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -20,10 +22,7 @@ PROCESS = GaussianProcess(V, rate_sigma=1.2, target_sigma=2.0, time_base=0.05, t
 ROWS = torch.tensor(list(itertools.product(range(V), repeat=D)))
 
 
-def matrix(s: float, t: float) -> Tensor:
-    """Q(s → t) from the matrix exponential."""
-    passed = PROCESS.time_base * (PROCESS.time_exponential**t - PROCESS.time_exponential**s)
-    return torch.matrix_exp(PROCESS.transitions.rate * passed)
+matrix = functools.partial(exact, PROCESS)
 
 
 class Oracle:

@@ -11,7 +11,6 @@ import math
 import pytest
 import torch
 from loss_cases import TIGHT, loss_and_gradients, make_problem, run_loss
-from torch import Tensor
 
 import di4c_fast
 
@@ -61,19 +60,6 @@ def test_order_of_positions_does_not_matter(backend):
     actual = loss_and_gradients(shuffled, backend=backend)
     torch.testing.assert_close(actual["loss"], expected["loss"], **TIGHT)
     torch.testing.assert_close(actual["student"], expected["student"][:, :, order], **TIGHT)
-
-
-def test_examples_of_a_batch_are_independent(backend):
-    problem = make_problem(4, batch=3, mask_id=1, revealed=True, padded=True, weighted=True)
-    together = run_loss(problem, reduction="none", backend=backend)
-    for b in range(3):
-        alone = {
-            name: value[b : b + 1] if isinstance(value, Tensor) else value
-            for name, value in problem.items()
-        }
-        torch.testing.assert_close(
-            run_loss(alone, reduction="none", backend=backend), together[b : b + 1], **TIGHT
-        )
 
 
 def test_student_equal_to_the_teacher_has_divergence_zero(backend):
