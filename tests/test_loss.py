@@ -12,7 +12,7 @@ import textwrap
 import pytest
 import torch
 from loss_cases import TERMS, TIGHT, loss_and_gradients, make_problem, naive_loss, run_loss
-from loss_heads import FULL
+from loss_heads import FULL, convert
 from torch import Tensor
 
 import di4c_fast
@@ -127,10 +127,7 @@ def test_terms_of_weight_zero_are_right_where_probabilities_underflow(backend):
     problem = make_problem(7, dtype=torch.float32, consistency_weight=0.0, teacher_weight=0.0)
     problem["student"][..., 0] -= 130.0
     _, terms = run_loss(problem, return_terms=True, backend=backend)
-    exact = {
-        n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for n, v in problem.items()
-    }
+    exact = {n: convert(v, torch.float64) for n, v in problem.items()}
     _, truth = run_loss(exact, return_terms=True, backend="reference")
     for ours, term in zip(terms, truth, strict=True):
         # Summands of 130 nats are rounded by 1e-5; probabilities that underflow lose half of them.

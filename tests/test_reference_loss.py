@@ -15,10 +15,10 @@ from loss_cases import (
     naive_terms,
     run_loss,
 )
+from loss_heads import BINS, HEADS, head_tensors
 from torch import Tensor
 
 import di4c_fast
-from di4c_fast import LinearHead, LogisticHead
 
 PROBLEMS = {
     "plain": {},
@@ -142,36 +142,16 @@ def test_gradients_equal_finite_differences(backend, case, excluded):
     assert torch.autograd.gradcheck(function, (student, log_weights))
 
 
-@pytest.mark.parametrize("bias_shape", [None, (4,), (3, 4)], ids=["no-bias", "V", "DV"])
-def test_linear_head_gradients_equal_finite_differences(backend, bias_shape):
-    problem = tiny(mask_id=2, revealed=True)
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 2, 3, 2, generator=g, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 2, generator=g, dtype=torch.float64, requires_grad=True)
-    inputs = [hidden, weight]
-    if bias_shape is not None:
-        inputs.append(torch.randn(bias_shape, generator=g, dtype=torch.float64).requires_grad_())
+@pytest.mark.parametrize("kind", [kind for kind in HEADS if kind != "tensor"])
+def test_head_gradients_equal_finite_differences(backend, kind):
+    masks = {} if kind.startswith("logistic") else {"mask_id": 2, "revealed": True}
+    problem = tiny(vocabulary=BINS, component_weight=0.5, **masks)
+    inputs = [t.requires_grad_() for t in head_tensors(kind, (2, 2, 3), BINS).values()]
 
     def function(*tensors: Tensor) -> Tensor:
-        return run_loss(
-            problem | {"student": LinearHead(*tensors), "component_weight": 0.5}, backend=backend
-        )
+        return run_loss(problem | {"student": HEADS[kind](*tensors)}, backend=backend)
 
     assert torch.autograd.gradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("clamp", ["left", "min"])
-def test_logistic_head_gradients_equal_finite_differences(backend, clamp):
-    problem = tiny(mask_id=None)
-    g = torch.Generator().manual_seed(0)
-    mu = (torch.rand(2, 2, 3, generator=g, dtype=torch.float64) - 0.5).requires_grad_()
-    log_scale = torch.randn(2, 2, 3, generator=g, dtype=torch.float64).requires_grad_()
-
-    def function(mu: Tensor, log_scale: Tensor) -> Tensor:
-        head = LogisticHead(mu, log_scale, 4, clamp=clamp)
-        return run_loss(problem | {"student": head, "component_weight": 0.5}, backend=backend)
-
-    assert torch.autograd.gradcheck(function, (mu, log_scale))
 
 
 @pytest.mark.parametrize("score", [di4c_fast.mixture_log_prob, di4c_fast.correlation])
