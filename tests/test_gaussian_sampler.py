@@ -42,16 +42,15 @@ class Oracle:
         return self.probabilities(float(t[0])).log()[tokens @ torch.tensor([V, 1])]
 
 
-def counts_of(tokens: Tensor) -> Tensor:
-    return torch.bincount(tokens @ torch.tensor([V, 1]), minlength=STATES)
-
-
 class Table(Tabular):
     def __init__(self, seed: int, latent: bool = False):
         super().__init__(seed, latent, size=(D, V))
 
     def probabilities(self, t: float, component: int = 0) -> Tensor:
         return (self.table[0, component].double() * (0.5 + t)).softmax(-1)
+
+
+counts_of = Table(0).counts_of
 
 
 def step_matrix(model, t: float, s: float | None, component: int = 0) -> Tensor:

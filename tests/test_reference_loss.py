@@ -20,6 +20,7 @@ from torch import Tensor
 
 import di4c_fast
 
+BOTH = {"revealed": True, "weighted": True}
 PROBLEMS = {
     "plain": {},
     "one component": {"components": 1, "draws": 1},
@@ -28,22 +29,15 @@ PROBLEMS = {
     "teacher of three components": {"teacher_components": 3},
     "component weights": {"weighted": True, "component_weight": 0.4},
     "mask": {"mask_id": 6},
-    "mask in the middle, revealed": {"mask_id": 3, "revealed": True, "weighted": True},
+    "mask in the middle, revealed": {"mask_id": 3, **BOTH},
     "mask first, padded": {"mask_id": 0, "revealed": True, "padded": True},
     "mask, all positions count": {"mask_id": 3, "xt": None},
     "padded, no mask": {"padded": True, "component_weight": 1.0},
-    "no control variate": {
-        "mask_id": 6,
-        "revealed": True,
-        "weighted": True,
-        "control_variate": False,
-        "component_weight": 0.3,
-    },
+    "no control variate": {"mask_id": 6, **BOTH, "control_variate": False, "component_weight": 0.3},
     "weights per example": {
         "batch": 3,
         "mask_id": 2,
-        "revealed": True,
-        "weighted": True,
+        **BOTH,
         "data_weight": torch.tensor([0.3, 0.0, 2.0]),
         "teacher_weight": torch.tensor([1.0, 0.5, 0.0]),
         "consistency_weight": torch.tensor([0.7, 1.0, 0.2]),
@@ -93,19 +87,12 @@ def tiny(**settings) -> dict:
 CHECKED = {
     "everything": {
         "mask_id": 1,
-        "revealed": True,
-        "weighted": True,
+        **BOTH,
         "component_weight": torch.tensor([0.5, 0.2]),
         "data_weight": torch.tensor([0.3, 1.5]),
     },
     "padded": {"padded": True, "weighted": True, "teacher_components": 2},
-    "no control variate": {
-        "mask_id": 3,
-        "revealed": True,
-        "weighted": True,
-        "control_variate": False,
-        "component_weight": 0.7,
-    },
+    "no control variate": {"mask_id": 3, **BOTH, "control_variate": False, "component_weight": 0.7},
 }
 
 
