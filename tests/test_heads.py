@@ -161,8 +161,7 @@ def test_gradients_of_taken_rows_reach_the_tensors(kind):
 
     ours = gradients(lambda head: head.take(rows).logits())
     expected = gradients(lambda head: head.logits().flatten(0, -2)[rows])
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, **TIGHT)
+    torch.testing.assert_close(ours, expected, **TIGHT)
 
 
 # The discretised logistic
@@ -265,7 +264,7 @@ WRONG = [
         TypeError,
         f"logits must be {FLOATING}, got torch.float8_e4m3fn",
     ),
-    (lambda: TensorHead(mu[0]), ValueError, "logits must have at least 1 dimensions, got shape ()"),
+    (lambda: TensorHead(mu[0]), "logits must have at least 1 dimensions, got shape ()"),
     (
         lambda: as_head("x", "teacher"),
         TypeError,
@@ -273,59 +272,41 @@ WRONG = [
     ),
     (lambda: LinearHead(integers, w), TypeError, f"hidden must be {FLOATING}, got torch.int64"),
     (lambda: LinearHead(h, None), TypeError, "weight must be a Tensor, got NoneType None"),
-    (lambda: LinearHead(mu, w), ValueError, "hidden must have at least 2 dimensions, got shape (2"),
-    (
-        lambda: LinearHead(h, w[None]),
-        ValueError,
-        f"weight must have 2 dimensions, got shape (1, {V}, {C})",
-    ),
+    (lambda: LinearHead(mu, w), "hidden must have at least 2 dimensions, got shape (2"),
+    (lambda: LinearHead(h, w[None]), f"weight must have 2 dimensions, got shape (1, {V}, {C})"),
     (
         lambda: LinearHead(h, w.T),
-        ValueError,
         f"weight must have shape (V, C) with C = {C}, the last size of hidden (2, 3, {C}), "
         f"got ({C}, {V})",
     ),
-    (
-        lambda: LinearHead(h, w.to("meta")),
-        ValueError,
-        "weight must be on the device of hidden (cpu), got meta",
-    ),
+    (lambda: LinearHead(h, w.to("meta")), "weight must be on the device of hidden (cpu), got meta"),
     (
         lambda: LinearHead(h, w, w[:, 0].to("meta")),
-        ValueError,
         "bias must be on the device of hidden (cpu), got meta",
     ),
     (
         lambda: LinearHead(h, w, torch.zeros(2, V)),
-        ValueError,
         f"bias must have shape (V,) = ({V},) or (D, V) = (3, {V}), got (2, {V})",
     ),
     (lambda: LinearHead(h, w, integers), TypeError, f"bias must be {FLOATING}, got torch.int64"),
-    (
-        lambda: LinearHead(h, w, budget_bytes=0),
-        ValueError,
-        "budget_bytes must be at least 1, got 0",
-    ),
+    (lambda: LinearHead(h, w, budget_bytes=0), "budget_bytes must be at least 1, got 0"),
     (lambda: LogisticHead(integers, mu, 4), TypeError, f"mu must be {FLOATING}, got torch.int64"),
     (lambda: LogisticHead(mu, 0.5, 4), TypeError, "log_scale must be a Tensor, got float 0.5"),
     (
         lambda: LogisticHead(mu, torch.zeros(3), 4),
-        ValueError,
         "log_scale must have the shape of mu (2,), got (3,)",
     ),
     (
         lambda: LogisticHead(h[..., 0], far, 4),
-        ValueError,
         "log_scale must be on the device of mu (cpu), got meta",
     ),
     (lambda: LogisticHead(mu, mu, 4.0), TypeError, "num_classes must be an int, got float 4.0"),
     (lambda: LogisticHead(mu, mu, True), TypeError, "num_classes must be an int, got bool True"),
-    (lambda: LogisticHead(mu, mu, 1), ValueError, "num_classes must be at least 2, got 1"),
-    (lambda: LogisticHead(mu, mu, 4, eps=-0.1), ValueError, "eps must be in [0, 1), got -0.1"),
-    (lambda: LogisticHead(mu, mu, 4, eps=math.nan), ValueError, "eps must be finite, got nan"),
+    (lambda: LogisticHead(mu, mu, 1), "num_classes must be at least 2, got 1"),
+    (lambda: LogisticHead(mu, mu, 4, eps=-0.1), "eps must be in [0, 1), got -0.1"),
+    (lambda: LogisticHead(mu, mu, 4, eps=math.nan), "eps must be finite, got nan"),
     (
         lambda: LogisticHead(mu, mu, 4, clamp="right"),
-        ValueError,
         "clamp must be one of 'left', 'min', got 'right'",
     ),
 ]

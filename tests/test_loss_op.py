@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from loss_cases import loss_and_gradients, make_problem, run_loss
-from loss_heads import CLOSE, FAST, FULL, HEADS, head_tensors
+from loss_heads import FAST, FULL, HEADS, head_tensors
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,8 +41,7 @@ def test_compiled_training_step_gives_the_same_numbers(kind, drawn, backend):
         loss = function(*leaves)
         loss.backward()
         results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -77,8 +76,7 @@ def test_traced_calls_give_the_same_bits_as_eager_ones(backend):
     expected = loss_and_gradients(problem, backend=backend)
     with FlopCounterMode(display=False):
         traced = loss_and_gradients(problem, backend=backend)
-    for name, value in traced.items():
-        assert value.equal(expected[name]), name
+    torch.testing.assert_close(traced, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -127,29 +125,6 @@ def test_gradient_in_place_of_logits_that_another_argument_shares_is_refused():
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_strides_do_not_matter(backend):
-    problem = single_problem(19)
-    expected = loss_and_gradients(problem, backend="reference")
-    padded = torch.zeros(2, 3, 5, 16)
-    padded[..., :8] = problem["student"]
-    transposed = problem["student"].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    columns = problem["student"].transpose(-1, -2).contiguous().transpose(-1, -2)
-    for student in (padded[..., :8], transposed, columns):
-        leaf = student.detach().requires_grad_()
-        value = run_loss(problem | {"student": leaf}, backend=backend)
-        value.backward()
-        torch.testing.assert_close(value.detach(), expected["loss"], **CLOSE)
-        torch.testing.assert_close(leaf.grad, expected["student"], **CLOSE)
-    row = problem["student"][:1, :1]
-    leaf = row.clone().requires_grad_()
-    value = run_loss(problem | {"student": leaf.expand(2, 3, -1, -1)}, backend=backend)
-    value.backward()
-    twin = row.clone().requires_grad_()
-    run_loss(problem | {"student": twin.expand(2, 3, -1, -1)}, backend="reference").backward()
-    torch.testing.assert_close(leaf.grad, twin.grad, **CLOSE)
-
-
-@pytest.mark.parametrize("backend", FAST)
 def test_gradient_keeps_the_padding_of_the_rows(backend):
     problem = single_problem(25)
     buffer = torch.zeros(2, 3, 5, 12)
@@ -163,8 +138,8 @@ def test_gradient_keeps_the_padding_of_the_rows(backend):
 def test_double_precision_is_computed_in_double_precision(backend):
     problem = make_problem(31, vocabulary=8, **FULL)
     expected = loss_and_gradients(problem, backend="reference")
-    for name, value in loss_and_gradients(problem, backend=backend).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-12)
+    actual = loss_and_gradients(problem, backend=backend)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -178,8 +153,7 @@ def test_same_bits_for_one_and_for_two_threads(backend):
             results.append(loss_and_gradients(problem, backend=backend))
     finally:
         torch.set_num_threads(threads)
-    for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -215,8 +189,8 @@ def test_targets_may_come_from_inference_mode(backend):
     expected = loss_and_gradients(problem, backend=backend)
     with torch.inference_mode():
         targets = {name: problem[name].clone() for name in ("teacher", "consistency", "x0")}
-    for name, value in loss_and_gradients(problem | targets, backend=backend).items():
-        assert value.equal(expected[name])
+    actual = loss_and_gradients(problem | targets, backend=backend)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counting_head import CountingHead
 from process_cases import MASK, PROCESSES, VOCAB, rng
 from scipy import stats
 from torch import Tensor
@@ -13,6 +12,7 @@ from di4c_fast.heads import LinearHead, LogisticHead
 from di4c_fast.processes import MaskedProcess, MaskGITProcess, Process, gaussian, masked, maskgit
 from di4c_fast.processes.reveal import SCHEDULES, masked_share
 from di4c_fast.testing import P_VALUE, assert_frequency
+from tools.own_head import OwnHead
 
 every = pytest.mark.parametrize("name", PROCESSES)
 with_masks = pytest.mark.parametrize("name", [name for name in PROCESSES if name != "gaussian"])
@@ -162,7 +162,7 @@ def test_nothing_comes_of_an_empty_batch(name):
 
 @with_masks
 def test_tokens_that_are_there_stay_and_cost_nothing(name):
-    xt, head = some_tokens(2, 40, seed=11), CountingHead(torch.randn(2, 40, VOCAB))
+    xt, head = some_tokens(2, 40, seed=11), OwnHead(torch.randn(2, 40, VOCAB))
     xt[:, ::2] = MASK
     xu = step(name, xt, 0.9, 0.1, head, 5)
     known = (xt != MASK).unsqueeze(1).expand_as(xu)
