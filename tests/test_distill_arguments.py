@@ -83,6 +83,12 @@ BEFORE_ANY_WORK = [
         {"process": NOISE, "latent_min": torch.rand(B, 2, 1)},
         "latent_min must have shape (B, N, L) = (4, 3, 1), got (4, 2, 1)",
     ),
+    ({"x_min": X0}, "x_min must have shape (B, N, D) = (4, 3, 5), got (4, 5)"),
+    ({"t_min": torch.ones(B, 3)}, "t_min needs a process with a component_time, got"),
+    ({"xt": X0[:2]}, "xt must have shape (B, D) = (4, 5), got (2, 5)"),
+    ({"xu": X0}, "xu must have shape (B, K, D) = (4, 2, 5), got (4, 5)"),
+    ({"consistency_x": X0.float()}, TypeError, "consistency_x must have dtype torch.int64"),
+    ({"u": torch.ones(B)}, "u must hold times with 0 <= u < t"),
     ({"process": UniformNoise(0.0)}, "component_time must be in (0, 1], got 0.0"),
     ({"process": UniformNoise(1.5)}, "component_time must be in (0, 1], got 1.5"),
     ({"process": UniformNoise("low")}, TypeError, "process.component_time must be a number, got s"),
@@ -168,6 +174,7 @@ SCHEDULERS = torch.optim.lr_scheduler
         (("accumulate", lambda s, o: 2.0), TypeError, "accumulate must be an int, got float 2.0"),
         (("skip_nonfinite", lambda s, o: 1), TypeError, "skip_nonfinite must be True or False"),
         (("generator", lambda s, o: 0), TypeError, "generator must be a torch.Generator or None"),
+        (("scaler", lambda s, o: 2.0**16), TypeError, "scaler must be a GradScaler, got float"),
     ]
 )
 def test_a_distiller_names_what_is_wrong(wrong: Wrong):
@@ -177,6 +184,15 @@ def test_a_distiller_names_what_is_wrong(wrong: Wrong):
     name, value = wrong.what
     with wrong.raises():
         Distiller(**{**given, name: value(student, optimizer)})
+
+
+def test_a_scaler_skips_by_itself():
+    student, teacher = models()
+    options = {"scaler": torch.amp.GradScaler("cpu"), "skip_nonfinite": False}
+    with pytest.raises(ValueError, match="skip_nonfinite must be True with a scaler"):
+        Distiller(
+            student, teacher, torch.optim.SGD(student.parameters()), process=PROCESS, **options
+        )
 
 
 def test_a_student_with_sparse_gradients_is_refused():

@@ -39,6 +39,7 @@ def argmax_draws(monkeypatch) -> None:
     loss = distill_module.loss
 
     def with_argmax(student, teacher, x0, *, consistency=None, xu=None, **rest):
+        rest.pop("consistency_x", None)
         chosen = None
         if consistency is not None:
             chosen = consistency.logits()[..., :MASK].argmax(-1)

@@ -20,7 +20,7 @@ from distill_support import (
     UniformNoise,
     rng,
 )
-from distiller_support import adam, adamw, break_gradient, exponential, make
+from distiller_support import BATCHES, adam, adamw, break_gradient, exponential, make, sgd
 
 from di4c_fast.loss.problem import LossTerms
 from di4c_fast.processes import MaskedProcess
@@ -331,3 +331,36 @@ def test_the_recipe_defaults_to_that_of_the_paper():
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     distiller = Distiller(student, Recorder(False), optimizer, process=PROCESS)
     assert distiller.config == DistillConfig()
+
+
+# GradScaler
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam], ids=["sgd", "adam"])
+def test_a_scaled_run_is_the_unscaled_one(optimizer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2)
+    options = {"clip_norm": 0.5, "accumulate": 2}
+    scaled, plain = make(optimizer, scaler=scaler, **options), make(optimizer, **options)
+    for batch in BATCHES[:8]:
+        ours, expected = scaled.step(batch), plain.step(batch)
+        torch.testing.assert_close(ours, expected)
+    assert_same(weights(scaled), weights(plain), rtol=1e-6, atol=1e-7)
+    assert scaler.get_scale() == 2.0**18
+    assert scaled.iterations == 4
+
+
+def test_a_scaler_leaves_steps_that_are_not_finite_out_and_halves_its_scale(recwarn):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    distiller = make(adam, exponential, scaler=scaler)
+    break_gradient(distiller)
+    before = weights(distiller)
+    metrics = distiller.step(BATCHES[0])
+    assert all(map(torch.equal, weights(distiller), before))
+    assert float(metrics["skipped"]) == 1.0
+    assert scaler.get_scale() == 4.0
+    assert not distiller.optimizer.state
+    metrics = distiller.step(BATCHES[1])
+    assert float(metrics["skipped"]) == 1.0
+    assert not any(map(torch.equal, weights(distiller), before))
+    assert distiller.iterations == 2
+    assert not recwarn.list

@@ -84,6 +84,24 @@ def test_the_count_of_skipped_steps_comes_back(tmp_path):
     assert float(run(resumed, 2, 3)[0]["skipped"]) == 2.0
 
 
+def test_the_scale_of_the_loss_comes_back(tmp_path):
+    def scaled():
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        return make_full(accumulate=1, scaler=scaler)
+
+    whole = scaled()
+    run(whole, 0, 4)
+    whole.save(tmp_path / "a")
+    resumed = scaled()
+    resumed.load(tmp_path / "a")
+    assert_same(everything(resumed), everything(whole))
+    run(whole, 4, 6)
+    run(resumed, 4, 6)
+    assert resumed.scaler.get_scale() == whole.scaler.get_scale() == 32.0
+    with pytest.raises(ValueError, match="belongs to another run: scaler"):
+        make_full(accumulate=1).load(tmp_path / "a")
+
+
 def test_saving_changes_nothing(tmp_path):
     distiller = make_full(adamw, warm_up_then_cosine)
     run(distiller, 0, 3)

@@ -83,22 +83,23 @@ def _denoising_step(
         cur_step=step,
     )
     draw = sample(logits, want=("argmax", "entropy"), backend=backend)
-    assert draw.argmax is not None
-    assert draw.entropy is not None
+    argmax, entropy = draw.argmax, draw.entropy
+    assert argmax is not None
+    assert entropy is not None
     if type(sampler).__name__ == "EntropyBoundSampler":
-        accepted = _accept(draw.entropy, sampler.entropy_bound)
+        accepted = _accept(entropy, sampler.entropy_bound)
         sampler.accepted_token_mask = accepted
         canvas = torch.where(accepted, draw.token, current_canvas)
     else:
         canvas = sampler.accept_canvas(current_canvas, draw.token, logits, step).clone()
-    canvas, argmax = sampler.renoise_canvas(canvas, step).clone(), draw.argmax
+    canvas = sampler.renoise_canvas(canvas, step).clone()
     if diffusion_stopping_criteria is not None:
         if bool(finished_denoising.any()):
             finished = finished_denoising.unsqueeze(-1)
             argmax = torch.where(finished, argmax_canvas, argmax)
             canvas = torch.where(finished, current_canvas, canvas)
             logits = torch.where(finished.unsqueeze(-1), self_conditioning_logits, logits)
-        finished_denoising |= _finished(diffusion_stopping_criteria, argmax, draw.entropy, logits)
+        finished_denoising |= _finished(diffusion_stopping_criteria, argmax, entropy, logits)
     dtype = model.model.decoder.embed_tokens.weight.dtype
     return canvas, argmax, logits.to(dtype), finished_denoising
 

@@ -1,4 +1,4 @@
-"""One Di4C distillation step, and the trainer that takes it.
+"""One Di4C distillation step.
 
 A step draws t and x_t, runs the teacher (whose pass gives the targets and all draws of x_u), the
 student at x_t and at x_u, and calls `di4c_fast.loss`.
@@ -21,6 +21,7 @@ from ..checks import (
     check_rank,
     check_same_device,
     check_shape,
+    check_values,
     check_within,
     without_autocast,
 )
@@ -36,13 +37,23 @@ from ..models.call import (
 )
 from ..processes.base import Process, check_times
 from ..rng import check_generator, generator_uniform
-from .checkpoint import identity
 from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
-from .trainer import Backward, Metrics, Trainer
 
-__all__ = ["Distiller", "distill_step"]
+__all__ = ["distill_step"]
 
 Heads = tuple[Head, Head]  # of the student and of the teacher
+_SHAPES = {
+    "latent": "B, N, L",
+    "latent_u": "B, K, L",
+    "latent_teacher": "B, M, L",
+    "latent_min": "B, N, L",
+    "u": "B,",
+    "xt": "B, D",
+    "xu": "B, K, D",
+    "consistency_x": "B, K, D",
+    "t_min": "B, N",
+    "x_min": "B, N, D",
+}
 
 
 def distill_step(
@@ -58,6 +69,12 @@ def distill_step(
     latent_teacher: Tensor | None = None,
     latent_min: Tensor | None = None,
     t: Tensor | None = None,
+    u: Tensor | None = None,
+    xt: Tensor | None = None,
+    xu: Tensor | None = None,
+    consistency_x: Tensor | None = None,
+    t_min: Tensor | None = None,
+    x_min: Tensor | None = None,
     valid: Tensor | None = None,
     context: Context | None = None,
     return_terms: bool = True,
@@ -91,6 +108,13 @@ def distill_step(
         latent_teacher: (B, M, L), λ of a Di4C teacher at x_t.
         latent_min: (B, N, L), λ of the student at x_min, for processes with a component pass.
         t: (B,) times in (0, 1]; None draws them. Times may differ within the batch.
+        u: (B,) times in [0, t); None for those of `process.step_time`.
+        xt, xu: (B, D) and (B, K, D) int64, the noisy tokens at t and the teacher's draws at u;
+            None draws them. Rows of xu of examples with t < low_t are not used.
+        consistency_x: (B, K, D) int64, draws from the student at x_u, as for `di4c_fast.loss`.
+        t_min, x_min: (B, N) in (0, 1] and (B, N, D) int64, times and tokens of the component pass,
+            for processes that have one; None draws them. The `DistillOutput` of a step, given back
+            by these names, repeats it but for `consistency_x`.
         valid: (B, D) bool; False (padding, prompt) keeps its token in x_t and x_u, carries no
             loss, and may hold mask tokens.
         context: tensors (B, ...) by keyword, repeated along the rows and given to both models
@@ -116,17 +140,23 @@ def distill_step(
             something of the wrong shape.
     """
     config = DistillConfig() if config is None else config
-    latents = {"latent": latent, "latent_u": latent_u}
-    latents |= {"latent_teacher": latent_teacher, "latent_min": latent_min}
-    step = _Step(student, teacher, x0, process, config, generator, latents, return_terms, backward)
+    given = {"latent": latent, "latent_u": latent_u, "latent_teacher": latent_teacher}
+    given |= {"latent_min": latent_min, "u": u, "xt": xt, "xu": xu, "consistency_x": consistency_x}
+    given |= {"t_min": t_min, "x_min": x_min}
+    step = _Step(student, teacher, x0, process, config, generator, given, return_terms, backward)
     context = check_context(context, len(x0), x0.device)
     t, low = step.times(t)
     some, own_pass = len(x0) > 0, process.component_time is not None
-    xt = process.corrupt(x0, t, valid=valid, generator=generator) if some else x0
-    u = process.step_time(t, config.teacher_step, generator=generator) if some else t
+    if xt is None:
+        xt = process.corrupt(x0, t, valid=valid, generator=generator) if some else x0
+    if u is None:
+        u = process.step_time(t, config.teacher_step, generator=generator) if some else t
+    else:
+        check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
     latent, latent_u = step.latent("latent"), step.latent("latent_u")
     latent_teacher = step.latent("latent_teacher") if config.teacher_components > 1 else None
-    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u)
+    at_u = u, latent_u, xu, consistency_x
+    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, *at_u)
     value, terms, xu = step.run(examples, low) if some else step.empty(latent)
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
@@ -150,6 +180,8 @@ class _Examples(NamedTuple):
     context: Context
     u: Tensor
     latent_u: Tensor
+    xu: Tensor | None = None
+    consistency_x: Tensor | None = None
 
     def select(self, index: Tensor | slice) -> _Examples:
         fields = {k: v[index] for k, v in self._asdict().items() if isinstance(v, Tensor)}
@@ -170,7 +202,7 @@ class _Step:
     process: Process
     config: DistillConfig
     generator: torch.Generator | None
-    latents: dict[str, Tensor | None]
+    given: dict[str, Tensor | None]  # what would be drawn here otherwise
     return_terms: bool
     backward: Callable[[Tensor], None] | None
 
@@ -184,33 +216,33 @@ class _Step:
         check_kind(self.config, DistillConfig, "config")
         if self.backward is not None:
             check_callable(self.backward, "backward")
-        time, given = self.process.component_time, self.latents
+        time = self.process.component_time
         if time is not None:
             check_within(time, "process.component_time", "(0, 1]")
-        for name, latent in given.items():
-            if latent is not None:
-                check_floating(latent, name)
-                check_shape(latent, name, *self.latent_shape(name))
-                check_same_device(latent, name, self.x0, "x0")
-        if given["latent_teacher"] is not None and self.config.teacher_components == 1:
-            raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
-        if given["latent_min"] is not None and time is None:
-            kind = type(self.process).__name__
-            raise ValueError(f"latent_min needs a process with a component_time, got {kind}")
+        for name, value in self.given.items():
+            if value is None:
+                continue
+            (check_int64 if _SHAPES[name].endswith("D") else check_floating)(value, name)
+            check_shape(value, name, _SHAPES[name], self.shape(name))
+            check_same_device(value, name, self.x0, "x0")
+            if name == "latent_teacher" and self.config.teacher_components == 1:
+                raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
+            if name.endswith("_min") and time is None:
+                kind = type(self.process).__name__
+                raise ValueError(f"{name} needs a process with a component_time, got {kind}")
 
-    def latent_shape(self, name: str) -> tuple[str, tuple[int, int, int]]:
-        """The shape of all latents of that name, in letters and in numbers."""
-        config = self.config
-        letter, rows = {
-            "latent_u": ("K", config.draws or config.components),
-            "latent_teacher": ("M", config.teacher_components),
-        }.get(name, ("N", config.components))
-        return f"B, {letter}, L", (len(self.x0), rows, config.latent_dim)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what is drawn under that name."""
+        config, (batch, positions) = self.config, self.x0.shape
+        rows = {"N": config.components, "K": config.draws or config.components}
+        rows |= {"M": config.teacher_components, "L": config.latent_dim}
+        sizes = {"B": batch, "D": positions, **rows}
+        return tuple(sizes[letter] for letter in _SHAPES[name].replace(",", "").split())
 
     def latent(self, name: str) -> Tensor:
         """Latents as they were given, or drawn."""
-        given = self.latents[name]
-        return self.draw(*self.latent_shape(name)[1]) if given is None else given
+        given = self.given[name]
+        return self.draw(*self.shape(name)) if given is None else given
 
     def draw(self, *shape: int) -> Tensor:
         return generator_uniform(shape, generator=self.generator, device=self.x0.device)
@@ -332,11 +364,14 @@ class _Step:
             xu = repeat(at.xt, "b d -> b k d", k=draws)
         else:
             with torch.no_grad(), evaluation_mode(self.student):
-                given: Any = {"valid": at.valid, "generator": self.generator}
-                xu = self.process.teacher_step(at.xt, at.t, at.u, teacher, draws, **given)
+                if at.xu is None:
+                    given: Any = {"valid": at.valid, "generator": self.generator}
+                    xu = self.process.teacher_step(at.xt, at.t, at.u, teacher, draws, **given)
+                else:
+                    xu = at.xu
                 there = at._replace(xt=xu, t=at.u, latent=at.latent_u)
                 head = self.call("student", there, student.shape[-1])
-            options |= {"xu": xu, "consistency": head}
+            options |= {"xu": xu, "consistency": head, "consistency_x": at.consistency_x}
         terms = "data_weight", "teacher_weight", "component_weight" if low else "consistency_weight"
         result = self.loss(at, heads, 1.0 / len(self.x0), *terms, **options)
         return (*(result if self.return_terms else (result, None)), xu)
@@ -345,14 +380,20 @@ class _Step:
         """What there is, with the component term from calls of its own."""
         config, process, latent = self.config, self.process, self.latent("latent_min")
         batch, rows, dim = latent.shape
-        t = latent.new_full((batch * rows,), process.component_time or 0.0, dtype=torch.float32)
-        if config.component_spread:
-            later = self.draw(2, len(t))
-            t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
+        t, xt = self.given["t_min"], self.given["x_min"]
+        if t is None:
+            t = latent.new_full((batch, rows), process.component_time or 0.0, dtype=torch.float32)
+            if config.component_spread:
+                later = self.draw(2, batch, rows)
+                t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
+        t = t.flatten()
+        at = at._replace(xu=None, consistency_x=None)
         at = at.select(torch.arange(batch, device=t.device).repeat_interleave(rows))
+        if xt is None:
+            xt = process.corrupt(at.x0, t, valid=at.valid, generator=self.generator)
         at = at._replace(
             t=t,
-            xt=process.corrupt(at.x0, t, valid=at.valid, generator=self.generator),
+            xt=xt.view(len(t), -1),
             latent=rearrange(latent, "b n l -> (b n) 1 l"),
             latent_teacher=self.draw(len(t), 1, dim) if config.teacher_components > 1 else None,
         )
@@ -368,93 +409,3 @@ class _Step:
             x_min=rearrange(at.xt, "(b n) d -> b n d", n=rows),
             latent_min=latent.detach(),
         )
-
-
-class Distiller(Trainer):
-    """Trains a student: one optimiser step for every `accumulate` calls of `step`.
-
-        distiller = Distiller(student, teacher, optimizer, process=process, config=config)
-        for x0 in batches:
-            metrics = distiller.step(x0)
-        distiller.save("run.safetensors")
-
-    Args:
-        student: an `nn.Module`, called as `distill_step` calls it, in the mode it is in.
-        teacher: callable, as for `distill_step`. It is not part of checkpoints. One that is no
-            `nn.Module` has no eval mode: its dropout is the caller's to switch off.
-        optimizer: over parameters of the student, all or some.
-        process, config: as for `distill_step`.
-        options: ema, scheduler, clip_norm, accumulate, skip_nonfinite, generator (source of the
-            draws of `distill_step`); these, the attributes and the errors as for `Trainer`.
-    """
-
-    format = "di4c_fast.Distiller/1"
-    role = "student"
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: Callable[..., HeadLike],
-        optimizer: torch.optim.Optimizer,
-        *,
-        process: Process,
-        config: DistillConfig | None = None,
-        **options: Any,
-    ):
-        config = DistillConfig() if config is None else config
-        check_callable(teacher, "teacher")
-        check_kind(process, Process, "process")
-        check_kind(config, DistillConfig, "config")
-        super().__init__(student, optimizer, **options)
-        self.student, self.teacher = student, teacher
-        self.process, self.config = process, config
-
-    def step(self, x0: Tensor, **options: Any) -> Metrics:
-        """Loss and gradients of one batch; the optimiser steps with every `accumulate`-th.
-
-        An empty batch counts as one whose gradient is 0: momentum and weight decay still act.
-        Errors are those of `distill_step` and of `Trainer.take`.
-
-        Args:
-            x0: (B, D) int64.
-            options: valid, context, t, latent, latent_u, latent_teacher, latent_min,
-                return_terms, as for `distill_step`. Each part of the loss goes backward as soon
-                as it exists, so that one graph is alive at a time.
-
-        Returns:
-            Detached scalars on the student's device, which nothing here waits for: "loss"; the
-            five terms of `LossTerms` by name, unweighted, each the mean over those examples of
-            the batch that it counts for (0 if none): consistency terms over t >= low_t, the
-            component term over t < low_t, where codes that average over the whole batch give
-            smaller numbers; and what `Trainer.take` adds.
-        """
-
-        def batch(backward: Backward) -> tuple[Metrics, int]:
-            output = distill_step(
-                self.student,
-                self.teacher,
-                x0,
-                process=self.process,
-                config=self.config,
-                generator=self.generator,
-                backward=backward,
-                **options,
-            )
-            return {"loss": output.loss, **self._term_means(output)}, len(x0)
-
-        return self.take(batch)
-
-    def _term_means(self, output: DistillOutput) -> Metrics:
-        if output.terms is None:
-            return {}
-        terms, batch, low = output.terms._asdict(), output.low.numel(), int(output.low.sum())
-        # Where no pass was needed, the consistency terms are 0.
-        counts = dict.fromkeys(("consistency_correlation", "consistency_marginal"), batch - low)
-        if self.process.component_time is None:
-            counts["component"] = low
-            terms["component"] = terms["component"].where(output.t < self.config.low_t, 0.0)
-        return {k: term.sum() / max(counts.get(k, batch), 1) for k, term in terms.items()}
-
-    def _identity(self) -> dict[str, Any]:
-        ours = {"config": identity(self.config), "process": identity(self.process)}
-        return ours | super()._identity()
