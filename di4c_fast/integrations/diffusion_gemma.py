@@ -95,6 +95,7 @@ def _denoising_step(
     canvas = sampler.renoise_canvas(canvas, step).clone()
     if diffusion_stopping_criteria is not None:
         if bool(finished_denoising.any()):
+            assert self_conditioning_logits is not None  # no first step begins with one that is
             finished = finished_denoising.unsqueeze(-1)
             argmax = torch.where(finished, argmax_canvas, argmax)
             canvas = torch.where(finished, current_canvas, canvas)
