@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Backend
-from ..checks import check_choice, without_autocast
+from ..checks import check_choice, check_whole, without_autocast
+from ..groups import shared_errors
 from ..heads import HeadLike
 from .problem import (
     LossTerms,
@@ -174,27 +175,28 @@ def loss(
     """
     check_choice(reduction, "reduction", REDUCTIONS)
     check_choice(backend, "backend", backends.names())
-    problem, weights = prepare_loss(
-        student,
-        teacher,
-        x0,
-        {
-            "data": data_weight,
-            "teacher": teacher_weight,
-            "consistency": consistency_weight,
-            "component": component_weight,
-        },
-        consistency=consistency,
-        consistency_x=consistency_x,
-        xt=xt,
-        xu=xu,
-        mask_id=mask_id,
-        valid=valid,
-        log_weights=log_weights,
-        control_variate=control_variate,
-        generator=generator,
-        return_terms=return_terms,
-    )
+    with shared_errors(student):
+        problem, weights = prepare_loss(
+            student,
+            teacher,
+            x0,
+            {
+                "data": data_weight,
+                "teacher": teacher_weight,
+                "consistency": consistency_weight,
+                "component": component_weight,
+            },
+            consistency=consistency,
+            consistency_x=consistency_x,
+            xt=xt,
+            xu=xu,
+            mask_id=mask_id,
+            valid=valid,
+            log_weights=log_weights,
+            control_variate=control_variate,
+            generator=generator,
+            return_terms=return_terms,
+        )
     with without_autocast(problem.student.device):
         values = _evaluate(problem, backend)
         draws = values.rows.shape[1] - 1
@@ -224,6 +226,7 @@ def _evaluate(problem: Problem, backend: Backend) -> Values:
     if backend == "reference":
         from ..reference import loss as reference
 
+        check_whole(problem.student)
         return reference.evaluate(problem)
     from .op import evaluate
 
@@ -300,7 +303,8 @@ def _token_rows(
     backend: Backend, correlation: bool, student: HeadLike, x: Tensor, *others: Any
 ) -> Tensor:
     check_choice(backend, "backend", backends.names())
-    problem, single = prepare_rows_problem(correlation, student, x, *others)
+    with shared_errors(student):
+        problem, single = prepare_rows_problem(correlation, student, x, *others)
     with without_autocast(problem.student.device):
         rows = _evaluate(problem, backend).rows
     rows = rows if correlation else 0.0 - rows

@@ -29,6 +29,9 @@ The rules that all passes share. A row without any class (all -inf) has total 0 
 everywhere; NaN and +inf give NaN, never something finite. A position that the student leaves
 without any class counts as if q were 0 there. KL terms are +inf where q > 0 = m, and such a column
 has no gradient. Column `mask_id` is excluded everywhere and gets gradient 0.
+
+Logits may be a shard of the columns of a vocabulary; tokens are then columns of it. V stands for a
+token of another shard, whose `log_prob` may be anything, and -1 in `xu` for the mask of another.
 """
 
 from __future__ import annotations
@@ -166,7 +169,7 @@ class Mixture:
     """What the passes know of a problem. All weights are in the work dtype."""
 
     mask_id: int | None
-    xu: Tensor | None  # (B, K, D) int64: one-hot in q_u where it shows a token
+    xu: Tensor | None  # (B, K, D) int64: one-hot in q_u where it shows a token; see above
     log_weights: Tensor  # (B, N), normalised
     teacher_weight: Tensor  # (B,)
     consistency_weight: Tensor  # (B,)
@@ -200,6 +203,9 @@ class Statistics:
     # `draw` has left the row sums of the consistency logits. In `backward` all sums are known, and
     # nothing of the statistics is written.
     sums_known: bool
+    # The sums of all rows are there before `forward`: those of a whole vocabulary, of which the
+    # logits are a shard. It may leave `log_prob` as it is.
+    all_known: bool = False
 
     def kept(self, rows: Tensor, visit: Visit) -> Tensor | None:
         """The visited slots of `q` or `q_teacher`; None where they are not kept."""

@@ -180,7 +180,7 @@ class _Words:
         self.numbers(z.vocabulary, -1 if m.mask_id is None else m.mask_id)
         self.pointers(m.xu, dtype=torch.int64)
         self.pointers(m.log_weights, m.teacher_weight, m.consistency_weight)
-        self.numbers(m.marginal, m.component, s.sums_known)
+        self.numbers(m.marginal, m.component, s.sums_known, s.all_known)
         self.numbers(*((0, 0) if m.seed is None else (1, int(m.seed))))
         self.pointers(s.tokens, dtype=torch.int64).numbers(s.tokens.shape[1])
         self.sums(s.student).sums(s.teacher).sums(s.consistency)

@@ -43,10 +43,12 @@ def forward(chunk: Chunk) -> None:
     mask_id = mixture.mask_id
     student = statistics.student
     tokens, log_prob = statistics.tokens, statistics.log_prob
-    row_statistics(z, visit, mask_id, student, tokens=tokens, log_prob=log_prob)
+    if not statistics.all_known:
+        row_statistics(z, visit, mask_id, student, tokens=tokens, log_prob=log_prob)
     if t is None:
         return
-    row_statistics(t, visit, mask_id, statistics.teacher)
+    if not statistics.all_known:
+        row_statistics(t, visit, mask_id, statistics.teacher)
     q, q_teacher = (statistics.kept(rows, visit) for rows in (statistics.q, statistics.q_teacher))
     several = t.components > 1
     if several:

@@ -116,7 +116,7 @@ def _row_statistics_kernel(
             inside = wanted[:, None] & (j < J)[None, :]
             where_j = (b[:, None] * J + j[None, :]) * D + d[:, None]
             tokens = tl.load(tokens_ptr + where_j, mask=inside, other=0)
-            readable = inside & (tokens != mask_id)
+            readable = inside & (tokens != mask_id) & (tokens < V)
             x = tl.load(x_ptr + offset[:, None] + tokens, mask=readable, other=float("-inf"))
             log_prob = x.to(tl.float32) - shift[:, None] - log_total[:, None]
             entry = (place[:, None] * J + j[None, :]) * C + c[:, None]

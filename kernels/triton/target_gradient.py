@@ -52,6 +52,7 @@ def _target_gradient_kernel(
     N,
     J,
     D,
+    V,
     mask_id,
     g_i,
     g_b,
@@ -76,6 +77,7 @@ def _target_gradient_kernel(
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     index = tl.arange(0, BLOCK_N).to(tl.int64)
     tokens = tl.load(tokens_ptr + (b * J + j) * D + d, mask=j < J, other=0)
+    own = (j < J) & (tokens < V)
     pull = tl.zeros([BLOCK_J], tl.float32)
     qt = pull
     peak = tl.full([BLOCK_J], LOWEST, tl.float32)
@@ -92,10 +94,10 @@ def _target_gradient_kernel(
             top = tl.maximum(peak, tl.max(weighted, axis=1))
             total = total * tl.exp2(peak - top) + tl.sum(tl.exp2(weighted - top[:, None]), axis=1)
             peak = top
-        pull = tl.load(q_ptr + slot * q_i + tokens, mask=j < J, other=0.0)
+        pull = tl.load(q_ptr + slot * q_i + tokens, mask=own, other=0.0)
         pull = pull * tl.load(marginal_ptr + place) / tl.where(total == 0.0, 1.0, total)
     if HAS_C:
-        qt = tl.load(qt_ptr + slot * qt_i + tokens, mask=j < J, other=0.0)
+        qt = tl.load(qt_ptr + slot * qt_i + tokens, mask=own, other=0.0)
 
     for n0 in range(0, N, BLOCK_N):
         n = n0 + index
@@ -121,7 +123,7 @@ def _target_gradient_kernel(
             grad += tl.where((tokens == token)[:, None], kappa[None, :], 0.0)
         offset = row_offset(slot, b, n, d, g_i, g_b, g_n, g_d, 1)
         value = grad.to(grad_ptr.dtype.element_ty)
-        keep = inside & (tokens != mask_id)[:, None]
+        keep = inside & (own & (tokens != mask_id))[:, None]
         tl.store(grad_ptr + offset[None, :] + tokens[:, None], value, mask=keep)
 
 
@@ -159,6 +161,7 @@ def target_gradient(
         components,
         targets,
         visit.positions,
+        gradient.vocabulary,
         -1 if mixture.mask_id is None else mixture.mask_id,
         *gradient.strides,
         0 if q is None else q.stride(0),
