@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import (
     check_floating,
+    check_int,
     check_int64,
     check_kind,
     check_rank,
@@ -38,6 +39,7 @@ from ..processes.base import Process, check_times
 from ..rng import check_generator, generator_uniform
 from .checkpoint import identity
 from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
+from .pieces import call_in_pieces
 from .trainer import Backward, Metrics, Trainer
 
 __all__ = ["Distiller", "distill_step"]
@@ -62,6 +64,7 @@ def distill_step(
     context: Context | None = None,
     return_terms: bool = True,
     backward: Callable[[Tensor], None] | None = None,
+    components_at_once: int | None = None,
 ) -> DistillOutput:
     """The distillation loss of one batch, ready for `output.loss.backward()`.
 
@@ -101,6 +104,11 @@ def distill_step(
             exists: lambda part: part.backward(). With a component pass there are two parts,
             and only one graph is alive at a time; the returned loss then has none. Autocast is
             off during the call.
+        components_at_once: n < N: no model is called on more than B·n rows, and the backward pass
+            keeps the activations of so many. The gradient is that of all N at once, with the
+            joint weights of all: only the tensors behind the heads (logits, or the hidden states
+            of a `LinearHead`) are kept for all N, and every piece of rows runs once more, with
+            the same dropout. For models whose rows do not depend on each other. None for N.
 
     The teacher and the x_u pass run without a graph, and in eval mode where the callable is an
     `nn.Module`; the pass at x_t runs in the mode that the student is in. Which examples need
@@ -118,7 +126,10 @@ def distill_step(
     config = DistillConfig() if config is None else config
     latents = {"latent": latent, "latent_u": latent_u}
     latents |= {"latent_teacher": latent_teacher, "latent_min": latent_min}
-    step = _Step(student, teacher, x0, process, config, generator, latents, return_terms, backward)
+    step = _Step(
+        student, teacher, x0, process, config, generator, latents, return_terms, backward,
+        components_at_once,
+    )  # fmt: skip
     context = check_context(context, len(x0), x0.device)
     t, low = step.times(t)
     some, own_pass = len(x0) > 0, process.component_time is not None
@@ -173,6 +184,7 @@ class _Step:
     latents: dict[str, Tensor | None]
     return_terms: bool
     backward: Callable[[Tensor], None] | None
+    components_at_once: int | None
 
     def __post_init__(self) -> None:
         check_callable(self.student, "student")
@@ -184,6 +196,8 @@ class _Step:
         check_kind(self.config, DistillConfig, "config")
         if self.backward is not None:
             check_callable(self.backward, "backward")
+        if self.components_at_once is not None:
+            check_int(self.components_at_once, "components_at_once", minimum=1)
         time, given = self.process.component_time, self.latents
         if time is not None:
             check_within(time, "process.component_time", "(0, 1]")
@@ -261,15 +275,21 @@ class _Step:
 
         `at.xt` is (B, D), the same for each component, or (B, N, D).
         """
-        model, tokens = getattr(self, name), at.xt
-        if at.latent is None:
-            return call_model(model, name, tokens, at.t, None, at.context, classes)
-        batch, rows, _ = at.latent.shape
-        if tokens.ndim == 2:
-            tokens = repeat(tokens, "b d -> b n d", n=rows)
-        tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, at.latent))
-        t, context = repeat(at.t, "b -> (b n)", n=rows), repeat_context(at.context, rows)
-        return call_model(model, name, tokens, t, latent, context, classes).unflatten(batch, rows)
+        tokens, t, context, latent = at.xt, at.t, at.context, at.latent
+        if latent is not None:
+            rows = latent.shape[1]
+            if tokens.ndim == 2:
+                tokens = repeat(tokens, "b d -> b n d", n=rows)
+            tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, latent))
+            t, context = repeat(t, "b -> (b n)", n=rows), repeat_context(context, rows)
+
+        def run(tokens: Tensor, t: Tensor, latent: Tensor | None, *values: Tensor) -> Head:
+            own = dict(zip(context, values, strict=True))
+            return call_model(getattr(self, name), name, tokens, t, latent, own, classes)
+
+        limit = self.components_at_once and len(self.x0) * self.components_at_once
+        head = call_in_pieces(run, (tokens, t, latent, *context.values()), limit)
+        return head if latent is None else head.unflatten(len(at.t), rows)
 
     def predict(self, at: _Examples) -> Heads:
         """The student's head at x_t, with a graph, and the teacher's, without one."""
@@ -418,8 +438,8 @@ class Distiller(Trainer):
         Args:
             x0: (B, D) int64.
             options: valid, context, t, latent, latent_u, latent_teacher, latent_min,
-                return_terms, as for `distill_step`. Each part of the loss goes backward as soon
-                as it exists, so that one graph is alive at a time.
+                return_terms, components_at_once, as for `distill_step`. Each part of the loss
+                goes backward as soon as it exists, so that one graph is alive at a time.
 
         Returns:
             Detached scalars on the student's device, which nothing here waits for: "loss"; the
