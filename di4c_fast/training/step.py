@@ -1,4 +1,4 @@
-"""One Di4C distillation step, and the trainer that takes it.
+"""One Di4C distillation step.
 
 A step draws t and x_t, runs the teacher (whose pass gives the targets and all draws of x_u), the
 student at x_t and at x_u, and calls `di4c_fast.loss`.
@@ -6,8 +6,9 @@ student at x_t and at x_u, and calls `di4c_fast.loss`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,13 +37,12 @@ from ..models.call import (
     repeat_context,
 )
 from ..processes.base import Process, check_times
-from ..rng import check_generator, generator_uniform
-from .checkpoint import identity
+from ..rng import generator_uniform
 from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
+from .draws import Source, by_example, check_source, examples_of, targets
 from .pieces import call_in_pieces
-from .trainer import Backward, Metrics, Trainer
 
-__all__ = ["Distiller", "distill_step"]
+__all__ = ["distill_step", "outside_autocast"]
 
 Heads = tuple[Head, Head]  # of the student and of the teacher
 
@@ -54,7 +54,7 @@ def distill_step(
     *,
     process: Process,
     config: DistillConfig | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latent: Tensor | None = None,
     latent_u: Tensor | None = None,
     latent_teacher: Tensor | None = None,
@@ -88,7 +88,9 @@ def distill_step(
         process: gives x_t, u and x_u.
         config: the recipe; None for the defaults.
         generator: source of every draw made here. The same state, with the same arguments left
-            for it to draw, gives the same step (dropout draws from the default generator).
+            for it to draw, gives the same step (dropout draws from the default generator). A
+            sequence holds one generator for each example, whose draws then depend on nothing else
+            in the batch; they are made example by example.
         latent, latent_u: (B, N, L) and (B, K, L), λ of the student at x_t and at x_u; None
             draws U[0, 1). The loss is differentiable with respect to `latent` if it asks for it.
         latent_teacher: (B, M, L), λ of a Di4C teacher at x_t.
@@ -133,11 +135,18 @@ def distill_step(
     context = check_context(context, len(x0), x0.device)
     t, low = step.times(t)
     some, own_pass = len(x0) > 0, process.component_time is not None
-    xt = process.corrupt(x0, t, valid=valid, generator=generator) if some else x0
-    u = process.step_time(t, config.teacher_step, generator=generator) if some else t
+    source = step.source
+    xt = step.corrupt(source, x0, t, valid) if some else x0
+    u = (
+        by_example(
+            source, lambda own, i: process.step_time(t[i], config.teacher_step, generator=own)
+        )
+        if some
+        else t
+    )
     latent, latent_u = step.latent("latent"), step.latent("latent_u")
     latent_teacher = step.latent("latent_teacher") if config.teacher_components > 1 else None
-    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u)
+    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u, source)
     value, terms, xu = step.run(examples, low) if some else step.empty(latent)
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
@@ -147,6 +156,15 @@ def distill_step(
     if own_pass and some and config.component_weight:
         output = step.component(output, examples)
     return output
+
+
+@contextlib.contextmanager
+def outside_autocast(part: Tensor) -> Iterator[None]:
+    """Where a part of the loss goes backward."""
+    # Casts that autocast made in one pass belong to the graph that is about to be freed.
+    torch.clear_autocast_cache()
+    with without_autocast(part.device):
+        yield
 
 
 class _Examples(NamedTuple):
@@ -161,11 +179,18 @@ class _Examples(NamedTuple):
     context: Context
     u: Tensor
     latent_u: Tensor
+    source: Source
 
     def select(self, index: Tensor | slice) -> _Examples:
+        """Those of an index on the CPU."""
+        source = self.source
+        if isinstance(source, tuple):
+            source = tuple(source[i] for i in torch.arange(len(source))[index].tolist())
+        if isinstance(index, Tensor):
+            index = index.to(self.x0.device, non_blocking=True)
         fields = {k: v[index] for k, v in self._asdict().items() if isinstance(v, Tensor)}
         context = {name: value[index] for name, value in self.context.items()}
-        return self._replace(**fields, context=context)
+        return self._replace(**fields, context=context, source=source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +205,7 @@ class _Step:
     x0: Tensor
     process: Process
     config: DistillConfig
-    generator: torch.Generator | None
+    generator: Any
     latents: dict[str, Tensor | None]
     return_terms: bool
     backward: Callable[[Tensor], None] | None
@@ -191,7 +216,7 @@ class _Step:
         check_callable(self.teacher, "teacher")
         check_int64(self.x0, "x0")
         check_rank(self.x0, "x0", exactly=2)
-        check_generator(self.generator)
+        check_source(self.generator, len(self.x0))
         check_kind(self.process, Process, "process")
         check_kind(self.config, DistillConfig, "config")
         if self.backward is not None:
@@ -212,6 +237,10 @@ class _Step:
             kind = type(self.process).__name__
             raise ValueError(f"latent_min needs a process with a component_time, got {kind}")
 
+    @property
+    def source(self) -> Source:
+        return check_source(self.generator, len(self.x0))
+
     def latent_shape(self, name: str) -> tuple[str, tuple[int, int, int]]:
         """The shape of all latents of that name, in letters and in numbers."""
         config = self.config
@@ -223,11 +252,36 @@ class _Step:
 
     def latent(self, name: str) -> Tensor:
         """Latents as they were given, or drawn."""
-        given = self.latents[name]
-        return self.draw(*self.latent_shape(name)[1]) if given is None else given
+        given, (_, (batch, *shape)) = self.latents[name], self.latent_shape(name)
+        return self.draw(self.source, batch, *shape) if given is None else given
 
-    def draw(self, *shape: int) -> Tensor:
-        return generator_uniform(shape, generator=self.generator, device=self.x0.device)
+    def draw(self, source: Source, count: int, *shape: int, dim: int = 0) -> Tensor:
+        """Uniform numbers of `shape` with the `count` examples as dimension `dim`."""
+
+        def own(generator: torch.Generator | None, examples: slice) -> Tensor:
+            size = len(range(count)[examples])
+            sizes = (*shape[:dim], size, *shape[dim:])
+            return generator_uniform(sizes, generator=generator, device=self.x0.device)
+
+        return by_example(source, own, dim)
+
+    def corrupt(self, source: Source, x0: Tensor, t: Tensor, valid: Tensor | None) -> Tensor:
+        def own(generator: torch.Generator | None, i: slice) -> Tensor:
+            where = None if valid is None else valid[i]
+            return self.process.corrupt(x0[i], t[i], valid=where, generator=generator)
+
+        return by_example(source, own)
+
+    def teacher_step(self, at: _Examples, teacher: Head, draws: int) -> Tensor:
+        heads = examples_of(teacher, at.source)
+
+        def own(generator: torch.Generator | None, i: slice) -> Tensor:
+            given: Any = {"valid": None if at.valid is None else at.valid[i]}
+            given["generator"] = generator
+            head = heads[i.start or 0]
+            return self.process.teacher_step(at.xt[i], at.t[i], at.u[i], head, draws, **given)
+
+        return by_example(at.source, own)
 
     def times(self, t: Tensor | None) -> tuple[Tensor, Tensor]:
         """The times (B,), and on the CPU which of them are low."""
@@ -235,12 +289,15 @@ class _Step:
         # A component pass of its own leaves no times that are low.
         low_t = config.low_t if self.process.component_time is None else 0.0
         if t is None:
-            host = self.process.sample_times(
-                len(x0),
-                low_t=low_t,
-                low_t_probability=config.low_t_probability if low_t else 0.0,
-                generator=self.generator,
-                device="cpu",
+            host = by_example(
+                self.source,
+                lambda own, i: self.process.sample_times(
+                    len(x0[i]),
+                    low_t=low_t,
+                    low_t_probability=config.low_t_probability if low_t else 0.0,
+                    generator=own,
+                    device="cpu",
+                ),
             )
             return host.to(x0.device, non_blocking=True), host < low_t
         check_kind(t, Tensor, "t")
@@ -253,9 +310,7 @@ class _Step:
         """A part's value, its graph given to the caller's `backward` if there is one."""
         if self.backward is None:
             return part
-        # Casts that autocast made in one pass belong to the graph that is about to be freed.
-        torch.clear_autocast_cache()
-        with without_autocast(part.device):
+        with outside_autocast(part):
             self.backward(part)
         return part.detach()
 
@@ -320,7 +375,7 @@ class _Step:
             at.x0,
             valid=at.valid,
             control_variate=config.control_variate,
-            generator=self.generator,
+            generator=None if isinstance(at.source, tuple) else at.source,
             backend=config.backend,
             **options,
         )
@@ -333,8 +388,9 @@ class _Step:
             value, terms, xu = self.part(at, self.predict(at), low=not high)
             return value, terms, xu if high else None
         # Those with an x_u pass first, so that both kinds are contiguous slices.
-        order = torch.argsort(low.int(), stable=True).to(at.x0.device, non_blocking=True)
-        inverse, at = torch.argsort(order), at.select(order)
+        order = torch.argsort(low.int(), stable=True)
+        inverse = torch.argsort(order).to(at.x0.device, non_blocking=True)
+        at = at.select(order)
         (student, low_student), (teacher, low_teacher) = (h.split(high) for h in self.predict(at))
         front, rest = at.select(slice(high)), at.select(slice(high, None))
         value, terms, xu = self.part(front, (student, teacher), low=False)
@@ -352,11 +408,13 @@ class _Step:
             xu = repeat(at.xt, "b d -> b k d", k=draws)
         else:
             with torch.no_grad(), evaluation_mode(self.student):
-                given: Any = {"valid": at.valid, "generator": self.generator}
-                xu = self.process.teacher_step(at.xt, at.t, at.u, teacher, draws, **given)
+                xu = self.teacher_step(at, teacher, draws)
                 there = at._replace(xt=xu, t=at.u, latent=at.latent_u)
                 head = self.call("student", there, student.shape[-1])
             options |= {"xu": xu, "consistency": head}
+            if isinstance(at.source, tuple):
+                given = self.process.loss_mask_id, at.valid, self.config.backend
+                options["consistency_x"] = targets(head, xu, at.source, *given)
         terms = "data_weight", "teacher_weight", "component_weight" if low else "consistency_weight"
         result = self.loss(at, heads, 1.0 / len(self.x0), *terms, **options)
         return (*(result if self.return_terms else (result, None)), xu)
@@ -365,16 +423,19 @@ class _Step:
         """What there is, with the component term from calls of its own."""
         config, process, latent = self.config, self.process, self.latent("latent_min")
         batch, rows, dim = latent.shape
-        t = latent.new_full((batch * rows,), process.component_time or 0.0, dtype=torch.float32)
+        at = at.select(torch.arange(batch).repeat_interleave(rows))
+        count = batch * rows
+        t = latent.new_full((count,), process.component_time or 0.0, dtype=torch.float32)
         if config.component_spread:
-            later = self.draw(2, len(t))
+            later = self.draw(at.source, count, 2, dim=1)
             t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
-        at = at.select(torch.arange(batch, device=t.device).repeat_interleave(rows))
         at = at._replace(
             t=t,
-            xt=process.corrupt(at.x0, t, valid=at.valid, generator=self.generator),
+            xt=self.corrupt(at.source, at.x0, t, at.valid),
             latent=rearrange(latent, "b n l -> (b n) 1 l"),
-            latent_teacher=self.draw(len(t), 1, dim) if config.teacher_components > 1 else None,
+            latent_teacher=(
+                self.draw(at.source, count, 1, dim) if config.teacher_components > 1 else None
+            ),
         )
         weighted = self.loss(
             at, self.predict(at), 1.0 / len(t), "component_weight", reduction="none"
@@ -388,93 +449,3 @@ class _Step:
             x_min=rearrange(at.xt, "(b n) d -> b n d", n=rows),
             latent_min=latent.detach(),
         )
-
-
-class Distiller(Trainer):
-    """Trains a student: one optimiser step for every `accumulate` calls of `step`.
-
-        distiller = Distiller(student, teacher, optimizer, process=process, config=config)
-        for x0 in batches:
-            metrics = distiller.step(x0)
-        distiller.save("run.safetensors")
-
-    Args:
-        student: an `nn.Module`, called as `distill_step` calls it, in the mode it is in.
-        teacher: callable, as for `distill_step`. It is not part of checkpoints. One that is no
-            `nn.Module` has no eval mode: its dropout is the caller's to switch off.
-        optimizer: over parameters of the student, all or some.
-        process, config: as for `distill_step`.
-        options: ema, scheduler, clip_norm, accumulate, skip_nonfinite, generator (source of the
-            draws of `distill_step`); these, the attributes and the errors as for `Trainer`.
-    """
-
-    format = "di4c_fast.Distiller/1"
-    role = "student"
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: Callable[..., HeadLike],
-        optimizer: torch.optim.Optimizer,
-        *,
-        process: Process,
-        config: DistillConfig | None = None,
-        **options: Any,
-    ):
-        config = DistillConfig() if config is None else config
-        check_callable(teacher, "teacher")
-        check_kind(process, Process, "process")
-        check_kind(config, DistillConfig, "config")
-        super().__init__(student, optimizer, **options)
-        self.student, self.teacher = student, teacher
-        self.process, self.config = process, config
-
-    def step(self, x0: Tensor, **options: Any) -> Metrics:
-        """Loss and gradients of one batch; the optimiser steps with every `accumulate`-th.
-
-        An empty batch counts as one whose gradient is 0: momentum and weight decay still act.
-        Errors are those of `distill_step` and of `Trainer.take`.
-
-        Args:
-            x0: (B, D) int64.
-            options: valid, context, t, latent, latent_u, latent_teacher, latent_min,
-                return_terms, components_at_once, as for `distill_step`. Each part of the loss
-                goes backward as soon as it exists, so that one graph is alive at a time.
-
-        Returns:
-            Detached scalars on the student's device, which nothing here waits for: "loss"; the
-            five terms of `LossTerms` by name, unweighted, each the mean over those examples of
-            the batch that it counts for (0 if none): consistency terms over t >= low_t, the
-            component term over t < low_t, where codes that average over the whole batch give
-            smaller numbers; and what `Trainer.take` adds.
-        """
-
-        def batch(backward: Backward) -> tuple[Metrics, int]:
-            output = distill_step(
-                self.student,
-                self.teacher,
-                x0,
-                process=self.process,
-                config=self.config,
-                generator=self.generator,
-                backward=backward,
-                **options,
-            )
-            return {"loss": output.loss, **self._term_means(output)}, len(x0)
-
-        return self.take(batch)
-
-    def _term_means(self, output: DistillOutput) -> Metrics:
-        if output.terms is None:
-            return {}
-        terms, batch, low = output.terms._asdict(), output.low.numel(), int(output.low.sum())
-        # Where no pass was needed, the consistency terms are 0.
-        counts = dict.fromkeys(("consistency_correlation", "consistency_marginal"), batch - low)
-        if self.process.component_time is None:
-            counts["component"] = low
-            terms["component"] = terms["component"].where(output.t < self.config.low_t, 0.0)
-        return {k: term.sum() / max(counts.get(k, batch), 1) for k, term in terms.items()}
-
-    def _identity(self) -> dict[str, Any]:
-        ours = {"config": identity(self.config), "process": identity(self.process)}
-        return ours | super()._identity()
