@@ -68,8 +68,8 @@ class Distiller(Trainer):
         Args:
             x0: (B, D) int64.
             options: all that `distill_step` takes and that is not named here: valid, context,
-                return_terms, times, tokens and latents. Each part of the loss goes backward as soon
-                as it exists, so that one graph is alive at a time.
+                return_terms, components_at_once, times, tokens and latents. Each part of the loss
+                goes backward as soon as it exists, so that one graph is alive at a time.
 
         Returns:
             Detached scalars on the student's device, which nothing here waits for: "loss"; the
