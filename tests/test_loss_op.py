@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from loss_cases import loss_and_gradients, make_problem, run_loss
@@ -50,24 +52,18 @@ def test_compiled_training_step_gives_the_same_numbers(kind, drawn, backend):
 def test_op_passes_opcheck(kind, rows, backend, monkeypatch):
     problem = single_problem(81)
     leaves = [t.float().requires_grad_() for t in head_tensors(kind, (2, 3, 5), 8).values()]
-    calls = []
-    original = op.mixture
-
-    def record(*arguments):
-        calls.append(arguments)
-        return original(*arguments)
-
-    monkeypatch.setattr(op, "mixture", record)
+    spy = mock.Mock(wraps=op.mixture)
+    monkeypatch.setattr(op, "mixture", spy)
     with FlopCounterMode(display=False):  # a mode sees the op, an eager call needs none
         if rows:
             di4c_fast.correlation(HEADS[kind](*leaves), problem["x0"], backend=backend)
         else:
             run_loss(problem | {"student": HEADS[kind](*leaves)}, backend=backend)
     monkeypatch.undo()
-    ((tensors, *rest),) = calls
+    ((tensors, *rest),) = (call.args for call in spy.call_args_list)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(original, ([t.detach() for t in tensors], *rest), test_utils=checks)
-    torch.library.opcheck(original, (tensors, *rest), test_utils=checks)
+    torch.library.opcheck(op.mixture, ([t.detach() for t in tensors], *rest), test_utils=checks)
+    torch.library.opcheck(op.mixture, (tensors, *rest), test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", FAST)
