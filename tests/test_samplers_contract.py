@@ -21,7 +21,11 @@ def those(*arguments: str):
     return pytest.mark.parametrize("name", names)
 
 
-every = those()
+@pytest.fixture(params=SAMPLERS)
+def name(request) -> str:
+    return request.param
+
+
 LABEL = torch.tensor([0, 1, 2, 3])
 
 
@@ -39,7 +43,6 @@ def some_prompt(name: str) -> dict:
 # What comes out, and how the model is called
 
 
-@every
 def test_tokens_are_those_of_the_vocabulary_and_the_module_runs_in_eval_mode(name):
     model = Denoiser()
     model.inner.eval()
@@ -60,7 +63,6 @@ def test_tokens_are_those_of_the_vocabulary_and_the_module_runs_in_eval_mode(nam
     assert not model.inner.training
 
 
-@every
 def test_empty_batches_single_positions_and_any_number_of_steps(name):
     sampler = SAMPLERS[name]
     assert sampler(Denoiser(), (0, D)).shape == (0, D)
@@ -75,7 +77,6 @@ def test_empty_batches_single_positions_and_any_number_of_steps(name):
             assert 1 <= len(model.inputs) <= (D if steps is None else steps + sampler.last)
 
 
-@every
 def test_the_seed_and_the_generator_decide(name):
     draw = lambda **how: SAMPLERS[name](Denoiser(1), **how)  # noqa: E731
     if name != "factor":  # which draws nothing at temperature 0
@@ -91,7 +92,6 @@ def test_the_seed_and_the_generator_decide(name):
     assert not torch.equal(draw(seed=None, generator=generators[0]), first)
 
 
-@every
 def test_samples_do_not_depend_on_how_they_are_batched(name):
     model, sampler = Denoiser(2), SAMPLERS[name]
     more = {"latent_dim": 1, **some_prompt(name)}
@@ -142,7 +142,6 @@ def test_the_model_is_given_the_time_the_noise_or_the_signal(name, condition, of
 # Hooks
 
 
-@every
 def test_history_and_callback_hear_of_every_step(name):
     history, calls = [], []
     sampler = SAMPLERS[name]
@@ -164,7 +163,6 @@ def test_history_and_callback_hear_of_every_step(name):
     assert all(state.shape == (4, D) for state in history)
 
 
-@every
 def test_tokens_are_not_changed_in_place(name):
     model, history = Denoiser(4), []
     copies = []
@@ -214,7 +212,6 @@ def test_a_full_prompt_calls_no_model(name):
     assert model.inputs == []
 
 
-@every
 def test_latents_are_fresh_per_step_and_sequence_or_as_passed(name):
     sampler = SAMPLERS[name]
     model = Denoiser(7)
@@ -243,7 +240,6 @@ def test_latents_are_fresh_per_step_and_sequence_or_as_passed(name):
     assert bool(torch.isin(torch.cat(model.latents), passed[0]).all())
 
 
-@every
 def test_latents_share_no_random_number_with_the_noise_of_a_rule(name, monkeypatch):
     used: list[tuple[int, int, int]] = []
     words = rng.random_words
@@ -261,7 +257,6 @@ def test_latents_share_no_random_number_with_the_noise_of_a_rule(name, monkeypat
     assert len(set(own)) == len(own)
 
 
-@every
 def test_context_follows_the_sequences(name):
     def model(tokens, t, label):
         logits = torch.full((*tokens.shape, VOCAB), -1e9)
@@ -279,7 +274,6 @@ def test_context_follows_the_sequences(name):
 
 
 @pytest.mark.parametrize("kind", ["linear", "positional", "logistic", "own"])
-@every
 def test_every_kind_of_head_draws_what_its_logits_draw(name, kind):
     class Dense(Denoiser):
         def forward(self, *inputs, **context) -> Tensor:
@@ -298,7 +292,6 @@ def test_every_kind_of_head_draws_what_its_logits_draw(name, kind):
         assert not bool(torch.isin(drawn, torch.tensor([1, 4])).any())
 
 
-@every
 def test_half_precision_and_autocast(name):
     class Half(Denoiser):
         def forward(self, *inputs, **context) -> Tensor:
@@ -309,7 +302,6 @@ def test_half_precision_and_autocast(name):
     assert torch.equal(inside, SAMPLERS[name](Half(9, "tensor")))
 
 
-@every
 def test_a_model_whose_vocabulary_changes_between_calls_is_refused(name):
     calls = []
 
@@ -324,7 +316,6 @@ def test_a_model_whose_vocabulary_changes_between_calls_is_refused(name):
     assert len(calls) == 2
 
 
-@every
 def test_logits_that_are_not_numbers_are_refused(name):
     with pytest.raises(ValueError, match="must not hold"):
         SAMPLERS[name](lambda tokens, t: torch.full((*tokens.shape, VOCAB), torch.nan))
@@ -345,7 +336,6 @@ def test_a_device_with_its_number_is_that_of_the_context(name):
 
 
 @pytest.mark.gpu
-@every
 def test_samples_on_a_gpu_are_those_on_the_cpu_and_known_counts_need_no_sync(name):
     sampler = SAMPLERS[name]
     on_cpu = sampler(Denoiser(10, "tensor"), latent_dim=1)
