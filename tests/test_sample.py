@@ -29,25 +29,16 @@ def test_every_combination_of_options_agrees_with_the_reference(vocabulary, dtyp
     logits = normal(2, 15, vocabulary).to(dtype)
     unconditional = normal(2, 15, vocabulary, seed=1).to(dtype)
     per_row = (torch.arange(30).view(2, 15) % 3) * 0.5
-    options = itertools.product(
-        (1.0, 0.0, 0.7, per_row),
-        (None, 0.8),
-        (None, 3),
-        (None, (unconditional, 1.5 if vocabulary > 200 else per_row)),
-        (None, vocabulary - 1),
-        (None, torch.bfloat16),
-    )
-    for temperature, top_p, top_k, guidance, mask_id, confidence_dtype in options:
-        arguments = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "guidance": guidance,
-            "mask_id": mask_id,
-            "confidence_dtype": confidence_dtype,
-            "seed": 3,
-            "want": "all",
-        }
+    options = {
+        "temperature": (1.0, 0.0, 0.7, per_row),
+        "top_p": (None, 0.8),
+        "top_k": (None, 3),
+        "guidance": (None, (unconditional, 1.5 if vocabulary > 200 else per_row)),
+        "mask_id": (None, vocabulary - 1),
+        "confidence_dtype": (None, torch.bfloat16),
+    }
+    for values in itertools.product(*options.values()):
+        arguments = {**dict(zip(options, values, strict=True)), "seed": 3, "want": "all"}
         draw = sample(logits, backend="torch", **arguments)
         assert_near(draw, sample(logits, backend="reference", **arguments))
         assert draw.token.shape == (2, 15)
