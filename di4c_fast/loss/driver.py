@@ -196,9 +196,10 @@ def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Valu
     if problem.marginal:
         assert problem.teacher_weight is not None
         assert problem.consistency_weight is not None
-        both = torch.stack((statistics.teacher_kl[part], statistics.consistency_kl[part]), dim=1)
-        both = places.sum(torch.where(alive.unsqueeze(1), both, 0.0)).to(dtype)
-        teacher_kl, consistency_kl = both[:, 0].clone(), both[:, 1].clone()
+        teacher_kl, consistency_kl = (
+            places.sum(torch.where(alive, values[part], 0.0)).to(dtype)
+            for values in (statistics.teacher_kl, statistics.consistency_kl)
+        )
         marginal = weighted(teacher_kl, problem.teacher_weight)
         marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
     if problem.component:

@@ -254,7 +254,7 @@ class Places:
 
     def alive(self, total: Tensor) -> Tensor:
         """(A,) active slots at which some row has a class; total (A, N) of the row sums."""
-        some = (total != 0).any(-1)
+        some = total.sum(-1) != 0  # they are not negative; faster than `any`
         if self.count is None:
             return some
         return some & (torch.arange(self.slots, device=total.device) < self.count)

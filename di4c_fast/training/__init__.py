@@ -6,8 +6,9 @@ Source: Di4C (arXiv 2410.08709), the losses and the training recipes of its thre
 """
 
 from .config import SCHEDULES, DistillConfig, DistillOutput, Schedule, data_weights
+from .distiller import Distiller
 from .ema import EMA
-from .step import Distiller, distill_step
+from .step import distill_step
 from .trainer import Trainer
 
 __all__ = [

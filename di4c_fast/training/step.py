@@ -1,4 +1,4 @@
-"""One Di4C distillation step, and the trainer that takes it.
+"""One Di4C distillation step.
 
 A step draws t and x_t, runs the teacher (whose pass gives the targets and all draws of x_u), the
 student at x_t and at x_u, and calls `di4c_fast.loss`.
@@ -6,8 +6,9 @@ student at x_t and at x_u, and calls `di4c_fast.loss`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from ..checks import (
     check_floating,
+    check_int,
     check_int64,
     check_kind,
     check_rank,
     check_same_device,
     check_shape,
+    check_values,
     check_within,
     without_autocast,
 )
@@ -35,14 +38,26 @@ from ..models.call import (
     repeat_context,
 )
 from ..processes.base import Process, check_times
-from ..rng import check_generator, generator_uniform
-from .checkpoint import identity
+from ..rng import generator_uniform
 from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
-from .trainer import Backward, Metrics, Trainer
+from .draws import Source, by_example, check_source, examples_of, targets
+from .pieces import call_in_pieces
 
-__all__ = ["Distiller", "distill_step"]
+__all__ = ["distill_step", "outside_autocast"]
 
 Heads = tuple[Head, Head]  # of the student and of the teacher
+_SHAPES = {
+    "latent": "B, N, L",
+    "latent_u": "B, K, L",
+    "latent_teacher": "B, M, L",
+    "latent_min": "B, N, L",
+    "u": "B,",
+    "xt": "B, D",
+    "xu": "B, K, D",
+    "consistency_x": "B, K, D",
+    "t_min": "B, N",
+    "x_min": "B, N, D",
+}
 
 
 def distill_step(
@@ -52,16 +67,23 @@ def distill_step(
     *,
     process: Process,
     config: DistillConfig | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latent: Tensor | None = None,
     latent_u: Tensor | None = None,
     latent_teacher: Tensor | None = None,
     latent_min: Tensor | None = None,
     t: Tensor | None = None,
+    u: Tensor | None = None,
+    xt: Tensor | None = None,
+    xu: Tensor | None = None,
+    consistency_x: Tensor | None = None,
+    t_min: Tensor | None = None,
+    x_min: Tensor | None = None,
     valid: Tensor | None = None,
     context: Context | None = None,
     return_terms: bool = True,
     backward: Callable[[Tensor], None] | None = None,
+    components_at_once: int | None = None,
 ) -> DistillOutput:
     """The distillation loss of one batch, ready for `output.loss.backward()`.
 
@@ -85,12 +107,21 @@ def distill_step(
         process: gives x_t, u and x_u.
         config: the recipe; None for the defaults.
         generator: source of every draw made here. The same state, with the same arguments left
-            for it to draw, gives the same step (dropout draws from the default generator).
+            for it to draw, gives the same step (dropout draws from the default generator). A
+            sequence holds one generator for each example, whose draws then depend on nothing else
+            in the batch; they are made example by example.
         latent, latent_u: (B, N, L) and (B, K, L), λ of the student at x_t and at x_u; None
             draws U[0, 1). The loss is differentiable with respect to `latent` if it asks for it.
         latent_teacher: (B, M, L), λ of a Di4C teacher at x_t.
         latent_min: (B, N, L), λ of the student at x_min, for processes with a component pass.
         t: (B,) times in (0, 1]; None draws them. Times may differ within the batch.
+        u: (B,) times in [0, t); None for those of `process.step_time`.
+        xt, xu: (B, D) and (B, K, D) int64, the noisy tokens at t and the teacher's draws at u;
+            None draws them. Rows of xu of examples with t < low_t are not used.
+        consistency_x: (B, K, D) int64, draws from the student at x_u, as for `di4c_fast.loss`.
+        t_min, x_min: (B, N) in (0, 1] and (B, N, D) int64, times and tokens of the component pass,
+            for processes that have one; None draws them. The `DistillOutput` of a step, given back
+            by these names, repeats it but for `consistency_x`.
         valid: (B, D) bool; False (padding, prompt) keeps its token in x_t and x_u, carries no
             loss, and may hold mask tokens.
         context: tensors (B, ...) by keyword, repeated along the rows and given to both models
@@ -101,6 +132,11 @@ def distill_step(
             exists: lambda part: part.backward(). With a component pass there are two parts,
             and only one graph is alive at a time; the returned loss then has none. Autocast is
             off during the call.
+        components_at_once: n < N: no model is called on more than B·n rows, and the backward pass
+            keeps the activations of so many. The gradient is that of all N at once, with the
+            joint weights of all: only the tensors behind the heads (logits, or the hidden states
+            of a `LinearHead`) are kept for all N, and every piece of rows runs once more, with
+            the same dropout. For models whose rows do not depend on each other. None for N.
 
     The teacher and the x_u pass run without a graph, and in eval mode where the callable is an
     `nn.Module`; the pass at x_t runs in the mode that the student is in. Which examples need
@@ -116,17 +152,27 @@ def distill_step(
             something of the wrong shape.
     """
     config = DistillConfig() if config is None else config
-    latents = {"latent": latent, "latent_u": latent_u}
-    latents |= {"latent_teacher": latent_teacher, "latent_min": latent_min}
-    step = _Step(student, teacher, x0, process, config, generator, latents, return_terms, backward)
+    given = {"latent": latent, "latent_u": latent_u, "latent_teacher": latent_teacher}
+    given |= {"latent_min": latent_min, "u": u, "xt": xt, "xu": xu, "consistency_x": consistency_x}
+    given |= {"t_min": t_min, "x_min": x_min}
+    step = _Step(
+        student, teacher, x0, process, config, generator, given, return_terms, backward,
+        components_at_once,
+    )  # fmt: skip
     context = check_context(context, len(x0), x0.device)
     t, low = step.times(t)
     some, own_pass = len(x0) > 0, process.component_time is not None
-    xt = process.corrupt(x0, t, valid=valid, generator=generator) if some else x0
-    u = process.step_time(t, config.teacher_step, generator=generator) if some else t
+    source = step.source
+    if xt is None:
+        xt = step.corrupt(source, x0, t, valid) if some else x0
+    if u is None:
+        u = step.step_time(source, t) if some else t
+    else:
+        check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
     latent, latent_u = step.latent("latent"), step.latent("latent_u")
     latent_teacher = step.latent("latent_teacher") if config.teacher_components > 1 else None
-    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u)
+    at_u = u, latent_u, source, xu, consistency_x
+    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, *at_u)
     value, terms, xu = step.run(examples, low) if some else step.empty(latent)
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
@@ -136,6 +182,15 @@ def distill_step(
     if own_pass and some and config.component_weight:
         output = step.component(output, examples)
     return output
+
+
+@contextlib.contextmanager
+def outside_autocast(part: Tensor) -> Iterator[None]:
+    """Where a part of the loss goes backward."""
+    # Casts that autocast made in one pass belong to the graph that is about to be freed.
+    torch.clear_autocast_cache()
+    with without_autocast(part.device):
+        yield
 
 
 class _Examples(NamedTuple):
@@ -150,11 +205,20 @@ class _Examples(NamedTuple):
     context: Context
     u: Tensor
     latent_u: Tensor
+    source: Source
+    xu: Tensor | None = None
+    consistency_x: Tensor | None = None
 
     def select(self, index: Tensor | slice) -> _Examples:
+        """Those of an index on the CPU."""
+        source = self.source
+        if isinstance(source, tuple):
+            source = tuple(source[i] for i in torch.arange(len(source))[index].tolist())
+        if isinstance(index, Tensor):
+            index = index.to(self.x0.device, non_blocking=True)
         fields = {k: v[index] for k, v in self._asdict().items() if isinstance(v, Tensor)}
         context = {name: value[index] for name, value in self.context.items()}
-        return self._replace(**fields, context=context)
+        return self._replace(**fields, context=context, source=source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,51 +233,89 @@ class _Step:
     x0: Tensor
     process: Process
     config: DistillConfig
-    generator: torch.Generator | None
-    latents: dict[str, Tensor | None]
+    generator: Any
+    given: dict[str, Tensor | None]  # what would be drawn here otherwise
     return_terms: bool
     backward: Callable[[Tensor], None] | None
+    components_at_once: int | None
 
     def __post_init__(self) -> None:
         check_callable(self.student, "student")
         check_callable(self.teacher, "teacher")
         check_int64(self.x0, "x0")
         check_rank(self.x0, "x0", exactly=2)
-        check_generator(self.generator)
+        check_source(self.generator, len(self.x0))
         check_kind(self.process, Process, "process")
         check_kind(self.config, DistillConfig, "config")
         if self.backward is not None:
             check_callable(self.backward, "backward")
-        time, given = self.process.component_time, self.latents
+        if self.components_at_once is not None:
+            check_int(self.components_at_once, "components_at_once", minimum=1)
+        time = self.process.component_time
         if time is not None:
             check_within(time, "process.component_time", "(0, 1]")
-        for name, latent in given.items():
-            if latent is not None:
-                check_floating(latent, name)
-                check_shape(latent, name, *self.latent_shape(name))
-                check_same_device(latent, name, self.x0, "x0")
-        if given["latent_teacher"] is not None and self.config.teacher_components == 1:
-            raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
-        if given["latent_min"] is not None and time is None:
-            kind = type(self.process).__name__
-            raise ValueError(f"latent_min needs a process with a component_time, got {kind}")
+        for name, value in self.given.items():
+            if value is None:
+                continue
+            (check_int64 if _SHAPES[name].endswith("D") else check_floating)(value, name)
+            check_shape(value, name, _SHAPES[name], self.shape(name))
+            check_same_device(value, name, self.x0, "x0")
+            if name == "latent_teacher" and self.config.teacher_components == 1:
+                raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
+            if name.endswith("_min") and time is None:
+                kind = type(self.process).__name__
+                raise ValueError(f"{name} needs a process with a component_time, got {kind}")
 
-    def latent_shape(self, name: str) -> tuple[str, tuple[int, int, int]]:
-        """The shape of all latents of that name, in letters and in numbers."""
-        config = self.config
-        letter, rows = {
-            "latent_u": ("K", config.draws or config.components),
-            "latent_teacher": ("M", config.teacher_components),
-        }.get(name, ("N", config.components))
-        return f"B, {letter}, L", (len(self.x0), rows, config.latent_dim)
+    @property
+    def source(self) -> Source:
+        return check_source(self.generator, len(self.x0))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what is drawn under that name."""
+        config, (batch, positions) = self.config, self.x0.shape
+        rows = {"N": config.components, "K": config.draws or config.components}
+        rows |= {"M": config.teacher_components, "L": config.latent_dim}
+        sizes = {"B": batch, "D": positions, **rows}
+        return tuple(sizes[letter] for letter in _SHAPES[name].replace(",", "").split())
 
     def latent(self, name: str) -> Tensor:
         """Latents as they were given, or drawn."""
-        given = self.latents[name]
-        return self.draw(*self.latent_shape(name)[1]) if given is None else given
+        given = self.given[name]
+        return self.draw(self.source, *self.shape(name)) if given is None else given
 
-    def draw(self, *shape: int) -> Tensor:
-        return generator_uniform(shape, generator=self.generator, device=self.x0.device)
+    def draw(self, source: Source, count: int, *shape: int, dim: int = 0) -> Tensor:
+        """Uniform numbers of `shape` with the `count` examples as dimension `dim`."""
+
+        def own(generator: torch.Generator | None, examples: slice) -> Tensor:
+            size = len(range(count)[examples])
+            sizes = (*shape[:dim], size, *shape[dim:])
+            return generator_uniform(sizes, generator=generator, device=self.x0.device)
+
+        return by_example(source, own, dim)
+
+    def step_time(self, source: Source, t: Tensor) -> Tensor:
+        def own(generator: torch.Generator | None, i: slice) -> Tensor:
+            return self.process.step_time(t[i], self.config.teacher_step, generator=generator)
+
+        return by_example(source, own)
+
+    def corrupt(self, source: Source, x0: Tensor, t: Tensor, valid: Tensor | None) -> Tensor:
+        def own(generator: torch.Generator | None, i: slice) -> Tensor:
+            where = None if valid is None else valid[i]
+            return self.process.corrupt(x0[i], t[i], valid=where, generator=generator)
+
+        return by_example(source, own)
+
+    def teacher_step(self, at: _Examples, teacher: Head, draws: int) -> Tensor:
+        heads = examples_of(teacher, at.source)
+
+        def own(generator: torch.Generator | None, i: slice) -> Tensor:
+            given: Any = {"valid": None if at.valid is None else at.valid[i]}
+            given["generator"] = generator
+            head = heads[i.start or 0]
+            return self.process.teacher_step(at.xt[i], at.t[i], at.u[i], head, draws, **given)
+
+        return by_example(at.source, own)
 
     def times(self, t: Tensor | None) -> tuple[Tensor, Tensor]:
         """The times (B,), and on the CPU which of them are low."""
@@ -221,12 +323,15 @@ class _Step:
         # A component pass of its own leaves no times that are low.
         low_t = config.low_t if self.process.component_time is None else 0.0
         if t is None:
-            host = self.process.sample_times(
-                len(x0),
-                low_t=low_t,
-                low_t_probability=config.low_t_probability if low_t else 0.0,
-                generator=self.generator,
-                device="cpu",
+            host = by_example(
+                self.source,
+                lambda own, i: self.process.sample_times(
+                    len(x0[i]),
+                    low_t=low_t,
+                    low_t_probability=config.low_t_probability if low_t else 0.0,
+                    generator=own,
+                    device="cpu",
+                ),
             )
             return host.to(x0.device, non_blocking=True), host < low_t
         check_kind(t, Tensor, "t")
@@ -239,9 +344,7 @@ class _Step:
         """A part's value, its graph given to the caller's `backward` if there is one."""
         if self.backward is None:
             return part
-        # Casts that autocast made in one pass belong to the graph that is about to be freed.
-        torch.clear_autocast_cache()
-        with without_autocast(part.device):
+        with outside_autocast(part):
             self.backward(part)
         return part.detach()
 
@@ -261,15 +364,21 @@ class _Step:
 
         `at.xt` is (B, D), the same for each component, or (B, N, D).
         """
-        model, tokens = getattr(self, name), at.xt
-        if at.latent is None:
-            return call_model(model, name, tokens, at.t, None, at.context, classes)
-        batch, rows, _ = at.latent.shape
-        if tokens.ndim == 2:
-            tokens = repeat(tokens, "b d -> b n d", n=rows)
-        tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, at.latent))
-        t, context = repeat(at.t, "b -> (b n)", n=rows), repeat_context(at.context, rows)
-        return call_model(model, name, tokens, t, latent, context, classes).unflatten(batch, rows)
+        tokens, t, context, latent = at.xt, at.t, at.context, at.latent
+        if latent is not None:
+            rows = latent.shape[1]
+            if tokens.ndim == 2:
+                tokens = repeat(tokens, "b d -> b n d", n=rows)
+            tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, latent))
+            t, context = repeat(t, "b -> (b n)", n=rows), repeat_context(context, rows)
+
+        def run(tokens: Tensor, t: Tensor, latent: Tensor | None, *values: Tensor) -> Head:
+            own = dict(zip(context, values, strict=True))
+            return call_model(getattr(self, name), name, tokens, t, latent, own, classes)
+
+        limit = self.components_at_once and len(self.x0) * self.components_at_once
+        head = call_in_pieces(run, (tokens, t, latent, *context.values()), limit)
+        return head if latent is None else head.unflatten(len(at.t), rows)
 
     def predict(self, at: _Examples) -> Heads:
         """The student's head at x_t, with a graph, and the teacher's, without one."""
@@ -300,7 +409,7 @@ class _Step:
             at.x0,
             valid=at.valid,
             control_variate=config.control_variate,
-            generator=self.generator,
+            generator=None if isinstance(at.source, tuple) else at.source,
             backend=config.backend,
             **options,
         )
@@ -313,8 +422,9 @@ class _Step:
             value, terms, xu = self.part(at, self.predict(at), low=not high)
             return value, terms, xu if high else None
         # Those with an x_u pass first, so that both kinds are contiguous slices.
-        order = torch.argsort(low.int(), stable=True).to(at.x0.device, non_blocking=True)
-        inverse, at = torch.argsort(order), at.select(order)
+        order = torch.argsort(low.int(), stable=True)
+        inverse = torch.argsort(order).to(at.x0.device, non_blocking=True)
+        at = at.select(order)
         (student, low_student), (teacher, low_teacher) = (h.split(high) for h in self.predict(at))
         front, rest = at.select(slice(high)), at.select(slice(high, None))
         value, terms, xu = self.part(front, (student, teacher), low=False)
@@ -332,11 +442,13 @@ class _Step:
             xu = repeat(at.xt, "b d -> b k d", k=draws)
         else:
             with torch.no_grad(), evaluation_mode(self.student):
-                given: Any = {"valid": at.valid, "generator": self.generator}
-                xu = self.process.teacher_step(at.xt, at.t, at.u, teacher, draws, **given)
+                xu = self.teacher_step(at, teacher, draws) if at.xu is None else at.xu
                 there = at._replace(xt=xu, t=at.u, latent=at.latent_u)
                 head = self.call("student", there, student.shape[-1])
-            options |= {"xu": xu, "consistency": head}
+            options |= {"xu": xu, "consistency": head, "consistency_x": at.consistency_x}
+            if isinstance(at.source, tuple) and at.consistency_x is None:
+                given = self.process.loss_mask_id, at.valid, self.config.backend
+                options["consistency_x"] = targets(head, xu, at.source, *given)
         terms = "data_weight", "teacher_weight", "component_weight" if low else "consistency_weight"
         result = self.loss(at, heads, 1.0 / len(self.x0), *terms, **options)
         return (*(result if self.return_terms else (result, None)), xu)
@@ -345,16 +457,24 @@ class _Step:
         """What there is, with the component term from calls of its own."""
         config, process, latent = self.config, self.process, self.latent("latent_min")
         batch, rows, dim = latent.shape
-        t = latent.new_full((batch * rows,), process.component_time or 0.0, dtype=torch.float32)
-        if config.component_spread:
-            later = self.draw(2, len(t))
-            t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
-        at = at.select(torch.arange(batch, device=t.device).repeat_interleave(rows))
+        t, xt, count = self.given["t_min"], self.given["x_min"], batch * rows
+        at = at._replace(xu=None, consistency_x=None)
+        at = at.select(torch.arange(batch).repeat_interleave(rows))
+        if t is None:
+            t = latent.new_full((count,), process.component_time or 0.0, dtype=torch.float32)
+            if config.component_spread:
+                later = self.draw(at.source, count, 2, dim=1)
+                t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
+        t = t.flatten()
+        if xt is None:
+            xt = self.corrupt(at.source, at.x0, t, at.valid)
         at = at._replace(
             t=t,
-            xt=process.corrupt(at.x0, t, valid=at.valid, generator=self.generator),
+            xt=xt.view(count, -1),
             latent=rearrange(latent, "b n l -> (b n) 1 l"),
-            latent_teacher=self.draw(len(t), 1, dim) if config.teacher_components > 1 else None,
+            latent_teacher=(
+                self.draw(at.source, count, 1, dim) if config.teacher_components > 1 else None
+            ),
         )
         weighted = self.loss(
             at, self.predict(at), 1.0 / len(t), "component_weight", reduction="none"
@@ -368,93 +488,3 @@ class _Step:
             x_min=rearrange(at.xt, "(b n) d -> b n d", n=rows),
             latent_min=latent.detach(),
         )
-
-
-class Distiller(Trainer):
-    """Trains a student: one optimiser step for every `accumulate` calls of `step`.
-
-        distiller = Distiller(student, teacher, optimizer, process=process, config=config)
-        for x0 in batches:
-            metrics = distiller.step(x0)
-        distiller.save("run.safetensors")
-
-    Args:
-        student: an `nn.Module`, called as `distill_step` calls it, in the mode it is in.
-        teacher: callable, as for `distill_step`. It is not part of checkpoints. One that is no
-            `nn.Module` has no eval mode: its dropout is the caller's to switch off.
-        optimizer: over parameters of the student, all or some.
-        process, config: as for `distill_step`.
-        options: ema, scheduler, clip_norm, accumulate, skip_nonfinite, generator (source of the
-            draws of `distill_step`); these, the attributes and the errors as for `Trainer`.
-    """
-
-    format = "di4c_fast.Distiller/1"
-    role = "student"
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: Callable[..., HeadLike],
-        optimizer: torch.optim.Optimizer,
-        *,
-        process: Process,
-        config: DistillConfig | None = None,
-        **options: Any,
-    ):
-        config = DistillConfig() if config is None else config
-        check_callable(teacher, "teacher")
-        check_kind(process, Process, "process")
-        check_kind(config, DistillConfig, "config")
-        super().__init__(student, optimizer, **options)
-        self.student, self.teacher = student, teacher
-        self.process, self.config = process, config
-
-    def step(self, x0: Tensor, **options: Any) -> Metrics:
-        """Loss and gradients of one batch; the optimiser steps with every `accumulate`-th.
-
-        An empty batch counts as one whose gradient is 0: momentum and weight decay still act.
-        Errors are those of `distill_step` and of `Trainer.take`.
-
-        Args:
-            x0: (B, D) int64.
-            options: valid, context, t, latent, latent_u, latent_teacher, latent_min,
-                return_terms, as for `distill_step`. Each part of the loss goes backward as soon
-                as it exists, so that one graph is alive at a time.
-
-        Returns:
-            Detached scalars on the student's device, which nothing here waits for: "loss"; the
-            five terms of `LossTerms` by name, unweighted, each the mean over those examples of
-            the batch that it counts for (0 if none): consistency terms over t >= low_t, the
-            component term over t < low_t, where codes that average over the whole batch give
-            smaller numbers; and what `Trainer.take` adds.
-        """
-
-        def batch(backward: Backward) -> tuple[Metrics, int]:
-            output = distill_step(
-                self.student,
-                self.teacher,
-                x0,
-                process=self.process,
-                config=self.config,
-                generator=self.generator,
-                backward=backward,
-                **options,
-            )
-            return {"loss": output.loss, **self._term_means(output)}, len(x0)
-
-        return self.take(batch)
-
-    def _term_means(self, output: DistillOutput) -> Metrics:
-        if output.terms is None:
-            return {}
-        terms, batch, low = output.terms._asdict(), output.low.numel(), int(output.low.sum())
-        # Where no pass was needed, the consistency terms are 0.
-        counts = dict.fromkeys(("consistency_correlation", "consistency_marginal"), batch - low)
-        if self.process.component_time is None:
-            counts["component"] = low
-            terms["component"] = terms["component"].where(output.t < self.config.low_t, 0.0)
-        return {k: term.sum() / max(counts.get(k, batch), 1) for k, term in terms.items()}
-
-    def _identity(self) -> dict[str, Any]:
-        ours = {"config": identity(self.config), "process": identity(self.process)}
-        return ours | super()._identity()
