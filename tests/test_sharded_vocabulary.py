@@ -208,6 +208,60 @@ def likelihoods(function: Callable[..., Tensor]) -> None:
     assert torch.allclose(part_of("logits", gradients[0], columns), gradients[1], **CLOSE)
 
 
+# Positions ----------------------------------------------------------------------------------------
+
+POSITIONED = ("student", "teacher", "consistency", "x0", "consistency_x", "xt", "xu", "valid")
+
+
+def positions_of(problem: dict[str, Any], positions: slice) -> dict[str, Any]:
+    """The part of a problem at some positions; logits have them last but one."""
+    found = dict(problem)
+    for name in POSITIONED:
+        if name in problem:
+            at = (..., positions, slice(None)) if name in SHARDED else (..., positions)
+            found[name] = problem[name][at]
+    return found
+
+
+@case("plain", "full", "no control variate", "large logits")
+def positions_on_several_ranks(name: str) -> None:
+    problem = make_problem(vocabulary=VOCABULARY, **PROBLEMS[name])
+    start, stop = columns_of(5, (2, 3))
+    here = slice(5 - stop, 5 - start)  # positions come in the order of the ranks
+    given = {"backend": "torch", "position_group": GROUPS[0]}
+    for drawn in (False, True):
+        if drawn and "consistency_x" in problem:
+            del problem["consistency_x"]
+        whole = evaluate(problem, "tensor", None, backend="torch")
+        ours = evaluate(positions_of(problem, here), "tensor", None, **given)
+        for key, value in ours.items():
+            expected = whole[key]
+            if key == "gradient of logits":
+                expected = expected[..., here, :]
+            assert_equal_to_1e9(key, value, expected)
+
+
+@case(mixture_log_prob, correlation)
+def likelihoods_of_positions_on_several_ranks(function: Callable[..., Tensor]) -> None:
+    problem = make_problem(vocabulary=VOCABULARY, padded=True, weighted=True)
+    start, stop = columns_of(5, (2, 3))
+    part = positions_of(problem, slice(start, stop))
+    whole, ours = (
+        function(given["student"], given["x0"], valid=given["valid"], position_group=group)
+        for given, group in ((problem, None), (part, GROUPS[0]))
+    )
+    assert torch.allclose(whole, ours, **CLOSE)
+
+
+@case()
+def ranks_with_other_batches_of_positions_are_refused() -> None:
+    problem = make_problem(vocabulary=VOCABULARY, batch=2 + dist.get_rank(GROUPS[0]))
+    assert_raises("disagree", run_loss, problem, position_group=GROUPS[0])
+    problem["x0"] = problem["x0"][:1] if dist.get_rank(GROUPS[0]) else problem["x0"]
+    assert_raises("x0 must have shape", run_loss, problem, position_group=GROUPS[0])
+    assert_raises("position_group must be", run_loss, make_problem(), position_group="rows")
+
+
 # Draws --------------------------------------------------------------------------------------------
 
 CUTS = {"within a block": (77, 90), "at blocks": (128, 256), "one column": (1, 2)}
