@@ -49,9 +49,17 @@ class Shard(NamedTuple):
         width = self.stop - self.start
         return torch.where(self.owns(tokens), tokens - self.start, width)
 
+    def nearest(self, tokens: Tensor) -> Tensor:
+        """The columns of tokens; some column where they are on another rank."""
+        return (tokens - self.start).clamp(0, self.stop - self.start - 1)
+
     def sum(self, *values: Tensor) -> list[Tensor]:
         """Sums over the ranks, in one exchange; tensors of one dtype."""
         return self._reduce(dist.ReduceOp.SUM, values)
+
+    def from_owner(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """The values of the ranks that own these tokens."""
+        return self.sum(torch.where(self.owns(tokens), values, 0.0))[0]
 
     def maximum(self, *values: Tensor) -> list[Tensor]:
         return self._reduce(dist.ReduceOp.MAX, values)
@@ -138,6 +146,8 @@ def shared_errors(head: Any, position_group: Any = None) -> Iterator[None]:
         text, shard = f"{type(error).__name__}: {error}", getattr(head, "shard", None)
         if shard is not None:
             shard.agree(text, head.device)
+        if position_group is None:
+            raise
         if isinstance(position_group, dist.ProcessGroup) and dist.get_rank(position_group) >= 0:
             agree_but_for_positions(position_group.group_name, text, head.device)
         raise

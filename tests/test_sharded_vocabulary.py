@@ -25,7 +25,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from di4c_fast import Draw, LinearHead, TensorHead, backends, correlation, mixture_log_prob, sample
+from di4c_fast import (
+    Draw,
+    LinearHead,
+    TensorHead,
+    backends,
+    correlation,
+    mixture_log_prob,
+    sample,
+    samplers,
+)
+from di4c_fast.processes import GaussianProcess, MaskedProcess, MaskGITProcess
 from di4c_fast.testing import assert_close_to_reference
 
 WORLDS = (2, 3)
@@ -125,7 +135,9 @@ def evaluate(
         call["log_weights"] = log_weights
     parts = [leaf for name, leaf in leaves.items() if name != "log_weights"]
     kinds = TensorHead if kind == "tensor" else LinearHead
-    call["student"] = kinds(*parts, **here(columns), vocabulary=columns and VOCABULARY)
+    names = ("budget_bytes", "reduce_hidden_grad")
+    options = {name: settings.pop(name) for name in names if name in settings}
+    call["student"] = kinds(*parts, **here(columns), vocabulary=columns and VOCABULARY, **options)
     generator = torch.Generator().manual_seed(5)
     value, terms = run_loss(call, return_terms=True, generator=generator, **settings)
     value.backward()
@@ -157,6 +169,25 @@ def float64_loss_and_gradients(name: str) -> None:
 def float64_linear_heads(kind: str) -> None:
     problem = make_problem(1, vocabulary=VOCABULARY, **FULL)
     compare(problem, kind, assert_equal_to_1e9, backend="torch")
+
+
+@case(1, 4000, 10**6)
+def linear_heads_in_chunks(budget: int) -> None:
+    problem = make_problem(1, vocabulary=VOCABULARY, positions=40, **FULL)
+    compare(problem, "linear, bias", assert_equal_to_1e9, backend="torch", budget_bytes=budget)
+
+
+@case()
+def hidden_gradients_that_are_not_added_up() -> None:
+    problem = make_problem(1, vocabulary=VOCABULARY, **FULL)
+    columns = columns_of(VOCABULARY)
+    whole, ours = (
+        evaluate(problem, "linear", at, reduce_hidden_grad=at is None) for at in (None, columns)
+    )
+    total = ours["gradient of hidden"].clone()
+    assert not torch.allclose(total, whole["gradient of hidden"])
+    dist.all_reduce(total, group=GROUPS[0])
+    assert torch.allclose(total, whole["gradient of hidden"], **CLOSE)
 
 
 @case("plain", "full")
@@ -323,6 +354,55 @@ def tokens_of_a_linear_head_in_groups_of_rows() -> None:
     head = LinearHead(hidden, weight[slice(*columns)], **here(columns))
     ours = sample(head, seed=1, budget_bytes=1)
     assert ours.token.equal(sample(LinearHead(hidden, weight), seed=1).token)
+
+
+def model_of(columns: tuple[int, int] | None) -> Callable[..., TensorHead]:
+    table = normal(300, 299, seed=5)  # logits that follow from the token
+
+    def model(tokens: Tensor, t: Tensor) -> TensorHead:
+        logits = torch.nn.functional.pad(table[tokens] * 0.3, (0, 1))
+        return TensorHead(part_of("logits", logits, columns), **here(columns))
+
+    return model
+
+
+@case(samplers.sample_masked, samplers.sample_maskgit, samplers.sample_confidence)
+def samplers_draw_the_same(sampler: Callable[..., Tensor]) -> None:
+    columns = columns_of(300, (77, 90))
+    whole, ours = (
+        sampler(
+            model_of(at), (3, 8), mask_id=299, steps=4, generator=torch.Generator().manual_seed(0)
+        )
+        for at in (None, columns)
+    )
+    assert whole.equal(ours)
+
+
+@case()
+def processes_step_the_same() -> None:
+    columns = columns_of(300, (77, 90))
+    xt, t, u = torch.full((2, 6), 299), torch.full((2,), 0.8), torch.full((2,), 0.3)
+    for process in (MaskedProcess(299), MaskGITProcess(299)):
+        whole, ours = (
+            process.teacher_step(
+                xt, t, u, model_of(at)(xt, t), 3, generator=torch.Generator().manual_seed(1)
+            )
+            for at in (None, columns)
+        )
+        assert whole.equal(ours)
+    head = model_of(columns)(xt, t)
+    assert_raises("takes no shard", GaussianProcess(300).teacher_step, xt, t, u, head, 1)
+
+
+@case()
+def rows_that_cannot_be_drawn_are_refused() -> None:
+    columns = columns_of(300, (77, 90))
+    for value in (float("nan"), float("inf")):
+        logits = normal(4, 300)
+        logits[2, 299] = value
+        head = TensorHead(part_of("logits", logits, columns), **here(columns))
+        assert_raises("NaN or", sample, head)
+        assert sample(head, check=False).token[2] == -1
 
 
 @case()
@@ -495,6 +575,11 @@ def results() -> dict[int, list[dict[str, str | None]]]:
             ]
             for world in WORLDS
         }
+
+
+def test_without_process_groups_no_columns() -> None:
+    with pytest.raises(ValueError, match="not initialised: call init_process_group"):
+        LinearHead(torch.zeros(2, 3), torch.zeros(4, 3), columns=(0, 4))
 
 
 @pytest.mark.parametrize("world", WORLDS)

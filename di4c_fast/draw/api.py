@@ -127,7 +127,7 @@ def sample(
         )
     with without_autocast(request.head.device):
         if backend == "reference":
-            check_whole(request.head)
+            check_whole(request.head, 'backend="reference"')
             fields = reference.sample_rows(request)
         else:
             fields = driver.sample_rows(request, backend)

@@ -205,15 +205,14 @@ def _draw_prepared(
     moved = drawn.shift + (peak / (temperature if options.tempered else 1.0))[:, 0]
     drawn = dataclasses.replace(drawn, shift=moved)
     place = drawn.token.clamp_min(0).unsqueeze(-1)
-    if shard is not None:
-        place = (place - shard.start).clamp(0, logits.shape[1] - 1)
+    place = place if shard is None else shard.nearest(place)
     others = {}
     if literal is not None:
         others = literal.fields(request.want, place)
     elif raw_total is not None:
         weight = (logits.gather(1, place).to(dtype) - peak)[:, 0].exp()
         if shard is not None:
-            (weight,) = shard.sum(torch.where(shard.owns(drawn.token), weight, 0.0))
+            weight = shard.from_owner(weight, drawn.token)
         others["raw_prob"] = weight / raw_total
     return _fields(request, drawn, others), look
 
@@ -266,6 +265,8 @@ def check_rows(request: SampleRequest, token: Tensor) -> None:
 def _raise_bad_row(request: SampleRequest, row: int) -> None:
     leading = request.head.shape[:-1] or (1,)
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), leading))
+    if request.head.shard is not None:  # on whichever rank it is
+        raise ValueError(f"logits hold NaN or +inf, or allow no token, in row {index}")
     for name, head in zip(("logits", "guidance[0]"), request.heads, strict=False):
         values = head.detach().take(torch.tensor([row], device=head.device)).logits()[0].clone()
         if request.mask_id is not None:

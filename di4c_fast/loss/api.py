@@ -242,7 +242,7 @@ def _evaluate(problem: Problem, backend: Backend) -> Values:
     if backend == "reference":
         from ..reference import loss as reference
 
-        check_whole(problem.student, problem.position_group)
+        check_whole(problem.student, 'backend="reference"', problem.position_group)
         return reference.evaluate(problem)
     from .op import evaluate
 

@@ -98,7 +98,7 @@ def call_model(
             f"{name} must return logits of shape (R, D, V) with (R, D) = {(rows, positions)} "
             f"for tokens {tuple(tokens.shape)}, got {shape}"
         )
-    if vocab_size is not None and shape[2] != vocab_size:
+    if vocab_size is not None and head.vocabulary != vocab_size:
         raise ValueError(
             f"{name} must return logits over V = {vocab_size} classes, got shape {shape}"
         )

@@ -241,14 +241,14 @@ def _race(
             token = shard.argmax(speed, token)[1]
         if group.cold is not None:
             token = torch.where(group.cold, group.argmax, token)
-    place = token if shard is None else (token - shard.start).clamp(0, logits.shape[2] - 1)
+    place = token if shard is None else shard.nearest(token)
     place = place.view(*logits.shape[:2], 1)
     x = logits.gather(2, place).flatten(0, 1)
     if other is not None:
         x = guide(x, other.gather(2, place).flatten(0, 1), options.guidance, work)
     gap = x[:, 0].to(work) - group.shift
     if shard is not None:
-        (gap,) = shard.sum(torch.where(shard.owns(token), gap, 0.0))
+        gap = shard.from_owner(gap, token)
     raw_prob = None
     if "raw_prob" in wanted:
         raw_prob = gap.exp() / (group.raw_total if options.tempered else group.total)

@@ -200,7 +200,7 @@ class CheckedProcess(Process, abc.ABC):
                 "teacher_head must have shape (B, D, V) or (B, M, D, V) with "
                 f"(B, D) = {tuple(xt.shape)}, got {shape}"
             )
-        self.check_classes(shape[-1])
+        self.check_classes(head.vocabulary)
         check_same_device(head, "teacher_head", xt, "xt")
         return self.stepped(TeacherStep(xt, t, u, head, components, draws, valid, generator))
 

@@ -26,6 +26,7 @@ from ..checks import (
     check_shape,
     check_token_range,
     check_values,
+    check_whole,
     check_within,
     without_autocast,
 )
@@ -138,6 +139,7 @@ class GaussianProcess(CheckedProcess):
         Weights are products of float32 matrices (float64 for a float64 head): where the user lets
         those run in TF32, they are rounded to 1e-3 of their size. No host sync.
         """
+        check_whole(step.head, "GaussianProcess")
         head, components, draws, valid = step.head, step.components, step.draws, step.valid
         xt = step.xt if valid is None else step.xt.masked_fill(~valid, 0)
         batch, positions = xt.shape

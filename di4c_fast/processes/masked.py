@@ -114,7 +114,7 @@ class MaskedProcess(MaskingProcess):
         b, k, d = torch.unravel_index(where, size)
         rows = (b * components + k % components) * positions + d
         # K draws of a long step could ask for K times the rows that the teacher returned.
-        limit = max(batch * components * positions, _SMALL_PIECE // step.head.shape[-1], 1)
+        limit = max(batch * components * positions, _SMALL_PIECE // step.head.vocabulary, 1)
         seed = draw_seed(step.generator, xt.device)
         for some, at in zip(rows.split(limit), where.split(limit), strict=True):
             if some.numel():

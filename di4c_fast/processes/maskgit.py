@@ -127,7 +127,7 @@ class MaskGITProcess(MaskingProcess):
         mask_id = self.mask_id if self.exclude_mask else None
         options: dict[str, Any] = {"temperature": self.temperature, "mask_id": mask_id}
         options |= {"seed": seed, "want": ("log_prob",)}
-        limit = max(_PIECE // step.head.shape[-1], 1)
+        limit = max(_PIECE // step.head.vocabulary, 1)
         for start in range(0, b.numel(), limit):
             piece = slice(start, start + limit)
             for m in range(min(components, draws)):
@@ -135,7 +135,8 @@ class MaskGITProcess(MaskingProcess):
                 mine = slice(m, None, components)
                 some = keys[piece, mine]
                 logits = repeat(step.head.take(rows).logits(), "r v -> r k v", k=some.shape[1])
-                draw = sample(TensorHead(logits), row_keys=some, **options)
+                head = TensorHead(logits).replaced(shard=step.head.shard)
+                draw = sample(head, row_keys=some, **options)
                 assert draw.log_prob is not None
                 tokens[piece, mine] = draw.token
                 log_prob[piece, mine] = draw.log_prob.double()

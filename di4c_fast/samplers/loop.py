@@ -295,7 +295,7 @@ class Run:
         head = call_model(model, name, tokens, t, lam, context, self.vocab_size)
         if self.vocab_size is None:
             # What could not be checked before; later calls must have as many classes.
-            self.vocab_size = head.shape[-1]
+            self.vocab_size = head.vocabulary
             self._check_ids(self.vocab_size, "V of model")
             if self.project_fn is not None:
                 known = self.tokens.masked_fill(self.masked(), 0)
@@ -338,8 +338,11 @@ def single_logits(head: Head, tokens: Tensor) -> Tensor:
     rows = torch.arange(len(tokens), device=tokens.device)
     # A head of one's own computes whole rows for them.
     size = (head.budget_bytes or _ROWS_BYTES) // (head.shape[-1] * dtype.itemsize)
-    parts = [head.logits_at(some, tokens[some]).to(dtype) for some in rows.split(max(1, size))]
-    return torch.cat(parts)
+    shard = head.shard
+    columns = tokens if shard is None else shard.nearest(tokens)
+    parts = [head.logits_at(some, columns[some]).to(dtype) for some in rows.split(max(1, size))]
+    found = torch.cat(parts)
+    return found if shard is None else shard.from_owner(found, tokens)
 
 
 def moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -386,7 +386,7 @@ class _Step:
             targets = self.call("teacher", at._replace(latent=at.latent_teacher))
         # Some versions of PyTorch reuse the casts that autocast made without a graph.
         torch.clear_autocast_cache()
-        return self.call("student", at, targets.shape[-1]), targets
+        return self.call("student", at, targets.vocabulary), targets
 
     def loss(self, at: _Examples, heads: Heads, share: float, *terms: str, **options: Any) -> Any:
         """`di4c_fast.loss` with these weights of the recipe, times `share`, the others 0.
@@ -444,7 +444,7 @@ class _Step:
             with torch.no_grad(), evaluation_mode(self.student):
                 xu = self.teacher_step(at, teacher, draws) if at.xu is None else at.xu
                 there = at._replace(xt=xu, t=at.u, latent=at.latent_u)
-                head = self.call("student", there, student.shape[-1])
+                head = self.call("student", there, student.vocabulary)
             options |= {"xu": xu, "consistency": head, "consistency_x": at.consistency_x}
             if isinstance(at.source, tuple) and at.consistency_x is None:
                 given = self.process.loss_mask_id, at.valid, self.config.backend
