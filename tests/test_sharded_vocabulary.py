@@ -1,17 +1,7 @@
-"""A vocabulary spread over gloo processes gives what one process with all of it gives.
-
-Three processes run every case, once all together and once the first two as a group of their own;
-the tests report what each case of each of them said.
-"""
+"""A vocabulary spread over gloo processes gives what one process with all of it gives."""
 
 from __future__ import annotations
 
-import datetime
-import functools
-import pathlib
-import pickle
-import tempfile
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +11,7 @@ import torch.distributed as dist
 from loss_cases import make_problem, run_loss
 from loss_heads import ATOL, FULL, WIDTH
 from sample_cases import normal
+from sharded_support import CASES, GROUPS, WORLDS, assert_raises, case, columns_of, here, results
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -38,41 +29,8 @@ from di4c_fast import (
 from di4c_fast.processes import GaussianProcess, MaskedProcess, MaskGITProcess
 from di4c_fast.testing import assert_close_to_reference
 
-WORLDS = (2, 3)
 VOCABULARY = 11
-TIMEOUT = datetime.timedelta(seconds=20)
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-CASES: dict[str, Callable[..., None]] = {}
-GROUPS: list[Any] = []  # of a process: the one that shares the vocabulary, and one of its last rank
-
-
-def case(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A case of every process, once with each of the arguments."""
-
-    def add(function: Callable[..., None]) -> Callable[..., None]:
-        for argument in arguments or (None,):
-            label = getattr(argument, "__name__", argument)
-            name = function.__name__ + ("" if argument is None else f"[{label}]")
-            bound = function if argument is None else functools.partial(function, argument)
-            CASES[name] = bound
-        return function
-
-    return add
-
-
-def here(columns: Any) -> dict[str, Any]:
-    """The arguments of a head for these columns; None for the whole vocabulary."""
-    return {} if columns is None else {"columns": columns, "group": GROUPS[0]}
-
-
-def columns_of(vocabulary: int, cuts: tuple[int, ...] = ()) -> tuple[int, int]:
-    """Uneven shards, the first rank with the last columns."""
-    world = dist.get_world_size(GROUPS[0])
-    ends = [0, *(cuts or (2, 6))[: world - 1], vocabulary]
-    at = world - 1 - dist.get_rank(GROUPS[0])
-    return ends[at], ends[at + 1]
-
-
 # The loss -----------------------------------------------------------------------------------------
 
 SHARDED = ("logits", "weight", "bias", "student", "teacher", "consistency")
@@ -451,11 +409,6 @@ def dtensors_say_their_columns() -> None:
 # What is wrong ------------------------------------------------------------------------------------
 
 
-def assert_raises(message: str, function: Callable[..., Any], *arguments: Any, **options: Any):
-    with pytest.raises((TypeError, ValueError), match=message):
-        function(*arguments, **options)
-
-
 def shard_of(columns: Any, dtype: torch.dtype = torch.float32, width: int | None = None) -> Any:
     size = columns[1] - columns[0] if width is None else width
     return TensorHead(torch.zeros(2, 3, 4, size, dtype=dtype), **here(columns))
@@ -530,53 +483,6 @@ def disagreements_are_errors_on_every_rank() -> None:
     compare(problem, "tensor", assert_equal_to_1e9, backend="torch")  # all ranks are in step
 
 
-# The processes ------------------------------------------------------------------------------------
-
-
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store, last = f"file://{folder}/store", WORLDS[-1]
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=last, timeout=TIMEOUT)
-    groups = {
-        world: [dist.new_group(range(world)), dist.new_group([world - 1])] for world in WORLDS
-    }
-    for world in WORLDS:
-        GROUPS[:] = groups[world]
-        if rank < world:
-            said = run_cases()
-            pathlib.Path(folder, f"{world}-{rank}").write_bytes(pickle.dumps(said))
-    dist.destroy_process_group()
-
-
-def run_cases() -> dict[str, str | None]:
-    """What each case says: None, or where it failed."""
-    said: dict[str, str | None] = {}
-    for name, run in CASES.items():
-        try:
-            run()
-            said[name] = None
-        except BaseException:
-            said[name] = traceback.format_exc()
-        try:
-            dist.barrier(GROUPS[0])
-        except RuntimeError:  # a rank waits for one that has gone on: the case has failed
-            break
-    return said
-
-
-@functools.cache
-def results() -> dict[int, list[dict[str, str | None]]]:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (folder,), nprocs=WORLDS[-1])
-        return {
-            world: [
-                pickle.loads(pathlib.Path(folder, f"{world}-{rank}").read_bytes())
-                for rank in range(world)
-            ]
-            for world in WORLDS
-        }
-
-
 def test_without_process_groups_no_columns() -> None:
     with pytest.raises(ValueError, match="not initialised: call init_process_group"):
         LinearHead(torch.zeros(2, 3), torch.zeros(4, 3), columns=(0, 4))
@@ -585,6 +491,6 @@ def test_without_process_groups_no_columns() -> None:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
 def test_shards(name: str, world: int) -> None:
-    for rank, said in enumerate(results()[world]):
+    for rank, said in enumerate(results(__name__)[world]):
         assert name in said, f"rank {rank} did not come to it: see the first case that failed"
         assert said[name] is None, f"rank {rank}: {said[name]}"
