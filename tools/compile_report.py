@@ -193,14 +193,15 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
         visit = base.Visit(0, total, positions, _meta(total, **integers), _meta(**integers))
 
     def operand(number: int) -> base.Operand:
-        if not (shape.logistic or shape.padded):
+        if shape.logistic:
+            mu = _meta(size, number, positions)
+            bins = base.Bins(mu, 1e-6, shape.logistic)
+            batch, component, position = mu.stride()
+            return base.Operand(mu, (0, batch, component, position), number, vocabulary, bins)
+        if not shape.padded:
             logits = _meta(size, number, positions, vocabulary, dtype=shape.dtype)
             return base.Operand.of_all(logits)
-        chunk = _meta(total, number, row, dtype=shape.dtype)[..., :vocabulary]
-        if shape.logistic:
-            mu = _meta(total, number)
-            triton.logistic_logits(mu, mu, chunk, eps=1e-6, clamp=shape.logistic)
-        return base.Operand.of_chunk(chunk)
+        return base.Operand.of_chunk(_meta(total, number, row, dtype=shape.dtype)[..., :vocabulary])
 
     def sums(number: int) -> base.RowSums:
         return base.RowSums(_meta(total, number), _meta(total, number))
@@ -249,10 +250,6 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
             known = dataclasses.replace(statistics, q=none, q_teacher=none)
         others = (None, None) if rows_kept else (t, u)
         triton.backward(student, *others, visit, mixture, known, factors, student)
-    if shape.logistic:
-        gradient = student.of_visit(visit)
-        mu = _meta(total, components)
-        triton.logistic_gradient(mu, mu, gradient, eps=1e-6, clamp=shape.logistic)
 
 
 def launch_draw(shape: DrawShape) -> None:

@@ -17,10 +17,9 @@ components at once. The driver calls them; nothing else does.
     joint(log_prob, alive, log_weights, rows, positions, correlation)
         The joint terms: value (B, J) in fp64 and the fields of `Joint`, see `loss.joint`, which has
         them for passes without this function.
-    logistic_logits(mu, log_scale, out, *, eps, clamp)
-    logistic_gradient(mu, log_scale, gradient, *, eps, clamp)
-        The bins of `LogisticHead` and the way back through them, where the passes do not compute
-        bins from an operand's two numbers themselves.
+    READS_BINS
+        The most bins of an operand that stands for a `LogisticHead` by its two numbers per row; 0
+        if there is none: then the head computes its logits.
 
 z, t and u are the `Operand` of student, teacher and consistency logits; t and u are None where
 the pass does not need them. Logits are computed with in the work dtype whatever their own.
@@ -68,7 +67,7 @@ class Operand:
     neighbours. Logits of all positions have strides[0] = 0, those of one chunk strides[1] =
     strides[3] = 0.
 
-    With `bins` that element is mu of the row, in fp32: only for passes with READS_BINS = True. The
+    With `bins` that element is mu of the row, in fp32: only for passes with READS_BINS. The
     gradient of such an operand has the same form.
     """
 

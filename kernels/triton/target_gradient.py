@@ -111,8 +111,8 @@ def _target_gradient_kernel(
         if HAS_Q:
             share = tl.exp2(log2_prob + a[None, :] - peak[:, None])
         grad = dense_gradient(
-            log2_prob, share, probability[None, :], pull[:, None], component[None, :], qt[:, None],
-            HAS_Q, HAS_C,
+            tl.exp2(log2_prob), share, probability[None, :], pull[:, None], component[None, :],
+            qt[:, None], HAS_Q, HAS_C,
         )  # fmt: skip
         # Targets may coincide: each element gathers the kappa of all that share its token.
         for other in range(0, J):
