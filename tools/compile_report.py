@@ -79,6 +79,8 @@ SHAPES: dict[str, Shape | DrawShape] = {
     "image fp16": Shape(2, 32, 1, 32, 256, 1025, torch.float16),
     "pixel": Shape(8, 16, 1, 16, 3072, 256, torch.float32, logistic="left"),
     "pixel min": Shape(8, 16, 1, 16, 3072, 256, torch.float32, logistic="min"),
+    "pixel 32": Shape(4, 32, 32, 32, 3072, 256, torch.float32, logistic="min"),
+    "pixel many": Shape(2, 64, 1, 64, 3072, 256, torch.float32, logistic="left"),
     "pixel single": Shape(128, 1, 1, 0, 3072, 256, torch.float32, logistic="left"),
     "many components": Shape(1, 64, 1, 64, 1024, 50258, mask=True),
     "cross entropy": Shape(1, 1, 1, 0, 8192, 128256, marginals=False, component=False, padded=True),
@@ -345,7 +347,8 @@ def _amd_number(text: str, field: str) -> int:
 
 
 def report(targets: list[str], shapes: list[str]) -> Iterator[Resources]:
-    """Compile for every target and shape; one row per kernel, in the order of launches."""
+    """Compile for every target and shape, with and without the component term; one row per
+    kernel, in the order of launches."""
     for target_name in targets:
         for shape_name in shapes:
             with compile_only(target_name) as launches:
@@ -353,7 +356,8 @@ def report(targets: list[str], shapes: list[str]) -> Iterator[Resources]:
                 if isinstance(shape, DrawShape):
                     launch_draw(shape)
                 else:
-                    launch_everything(shape)
+                    for component in {shape.component, False}:
+                        launch_everything(dataclasses.replace(shape, component=component))
             seen = set()
             for launch in launches:
                 row = resources(shape_name, target_name, launch)

@@ -43,8 +43,8 @@ KERNELS = [
     Mutation(
         "mask column counted",
         "kernels/triton/tiles.py",
-        'tile = tl.where(cols == mask_id, float("-inf"), tile)',
-        "tile = tile",
+        'log2 = tl.where(cols == mask_id, float("-inf"), log2)',
+        "log2 = log2",
         "test_loss_conformance.py",
         "triton and (settings or every_head)",
     ),
@@ -59,8 +59,8 @@ KERNELS = [
     Mutation(
         "a shift that is scaled before the difference",
         "kernels/triton/tiles.py",
-        "(tile.to(tl.float32) - shift) * LOG2_E",
-        "tile.to(tl.float32) * LOG2_E - shift * LOG2_E",
+        "(tile.to(tl.float32) - shift) * LOG2_E -",
+        "tile.to(tl.float32) * LOG2_E - shift * LOG2_E -",
         "test_loss_conformance.py",
         "triton and offset",
     ),

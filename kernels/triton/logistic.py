@@ -23,12 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .random import LN_2, LOG2_E, log_positive
+
 LARGEST = tl.constexpr(60.0)
 WIDE = tl.constexpr(35.0)  # a width to base 2 beyond which R = E e^-w would need a larger E
-# Logarithms are to base 2 in the kernels: exp and log cost a product and, for denormal numbers, a
-# comparison and two products more than exp2 and log2.
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -88,7 +86,10 @@ def bins_logits(mu_ptr, scale_ptr, offset, wanted, cols, V, BINS: tl.constexpr):
     """Logits of some columns."""
     rows = bins_of_rows(mu_ptr, scale_ptr, offset, wanted, V)
     _, factor, exponent = bins_tile(rows, cols, V, BINS)
-    return (tl.log2(factor) + exponent) * LN_2
+    logits = log_positive(factor) + exponent * LN_2
+    if BINS == 0:
+        logits = tl.where(factor == 0.0, float("-inf"), logits)  # NaN stays
+    return logits
 
 
 @triton.jit

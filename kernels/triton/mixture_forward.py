@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .logistic import LN_2, bins_flag, pointers_of
+from .logistic import bins_flag, pointers_of
+from .random import LN_2
 from .tiles import (
     LOWEST,
     add_components,
@@ -175,7 +176,9 @@ def _mixture_forward_kernel(
             if STORED_T:
                 qt = row_tile(qt_row, cols, V, TAIL)
             else:
-                scale, t, _ = softmax_tile(t_ptr, t_rows, begin, BLOCK_V, V, mask_id, TAIL, T_BINS)
+                scale, t, _t_edges = softmax_tile(
+                    t_ptr, t_rows, begin, BLOCK_V, V, mask_id, TAIL, T_BINS
+                )
                 qt = tl.sum(scale * tl.exp2(t), axis=0)
                 qt = tl.where(dead == 1, 0.0, qt)
                 if KEEP_T:

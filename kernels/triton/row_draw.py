@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .block_sums import block_sums_kernel, guided, rows_at, sums_of_blocks
 from .logistic import bins_flag, pointers_of
-from .random import BLOCKS, TOKENS, log_exponential, uniform, uniform_run
+from .random import BLOCKS, TOKENS, log_exponential, uniform_run
 from .tiles import align_of, visit_arguments, visit_flags
 from .tuning import launch_parameters, power_of_two, tunable
 
@@ -180,8 +180,7 @@ def _row_draw_kernel(
             x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, there, v, V,
             mask_id, X_BINS, U_BINS, GUIDED, True, True,
         )  # fmt: skip
-        # One call per token, of which three words are not used: lanes that hold v make their own.
-        number = uniform(seed, step, key[:, None], v, TOKENS)
+        number = uniform_run(seed, step, key, chosen * WIDTH, TOKENS, WIDTH)
         race = (x - shift[:, None]) / t[:, None] - log_exponential(number)
         drawn = tl.min(tl.where(race == tl.max(race, axis=1)[:, None], v, 2147483647), axis=1)
         at_drawn = tl.max(tl.where(v == drawn[:, None], x, float("-inf")), axis=1)

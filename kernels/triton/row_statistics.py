@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .logistic import LN_2, LOG2_E, bins_flag, bins_logits, bins_of_rows, bins_tile, pointers_of
+from .logistic import bins_flag, bins_logits, bins_of_rows, bins_tile, pointers_of
+from .random import LN_2, LOG2_E
 from .tiles import (
     LOWEST,
     align_of,

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .logistic import LN_2 as LN_2
-from .logistic import LOG2_E, bins_of_rows, bins_tile
+from .logistic import bins_of_rows, bins_tile
+from .random import LOG2_E
 from .tuning import power_of_two
 
 MAX_ALIGN_BYTES = 16  # the widest load of one thread
@@ -105,15 +105,16 @@ def softmax_tile(
             keep = keep & (cols < V)
         tile = tl.load(x_ptr + offset + cols, mask=keep, other=float("-inf"))
         # The difference comes first: it carries no rounding of large logits.
-        tile = (tile.to(tl.float32) - shift) * LOG2_E
+        log2 = (tile.to(tl.float32) - shift) * LOG2_E - log2_total
         factor, edges = 1.0, shift
     else:
-        edges, factor, tile = bins_tile(what, cols, V, BINS)
+        edges, factor, exponent = bins_tile(what, cols, V, BINS)
+        log2 = exponent - log2_total
         if TAIL:
-            tile = tl.where(cols < V, tile, float("-inf"))
+            log2 = tl.where(cols < V, log2, float("-inf"))
     if (mask_id >= begin) & (mask_id < begin + W):  # few tiles hold it: no comparison elsewhere
-        tile = tl.where(cols == mask_id, float("-inf"), tile)
-    return factor, tile - log2_total, edges
+        log2 = tl.where(cols == mask_id, float("-inf"), log2)
+    return factor, log2, edges
 
 
 @triton.jit
@@ -199,11 +200,11 @@ def mixture_tiles(operand: Any, tuned: Any) -> Tiles:
     bins is smaller, and one warp's: every thread forms what it needs of a row, and holds it.
     """
     components, vocabulary = operand.components, operand.vocabulary
-    elements, warps = tuned.elements * 2 // operand.logits.element_size(), tuned.warps
-    if operand.bins is not None:
-        elements, warps = tuned.bins_elements, 1
     one_tile = components <= COMPONENT_TILE
     block_n = power_of_two(min(components, COMPONENT_TILE))
+    elements, warps = tuned.elements * 2 // operand.logits.element_size(), tuned.warps
+    if operand.bins is not None:
+        elements, warps = max(tuned.bins_elements, 16 * block_n), 1
     block_v = max(1, min(power_of_two(vocabulary), elements // block_n))
     split = max(tuned.split_columns, block_v) if one_tile else block_v
     splits = triton.cdiv(vocabulary, split)
