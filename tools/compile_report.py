@@ -36,6 +36,9 @@ TARGETS: dict[str, tuple[str, Any, int, int]] = {
 }
 
 
+CONFIGS = {"gfx942": "amd_instinct_mi300x.json"}  # launch parameters of kernels/configs
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """One use of the kernels. `weight_*` say which terms are asked for."""
@@ -148,10 +151,15 @@ class _NoDevice:
 @contextlib.contextmanager
 def compile_only(target_name: str) -> Iterator[list[Launch]]:
     """Within the block, launches of Triton kernels compile for the target and are listed."""
+    from di4c_fast.kernels.triton import tuning
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    import di4c_fast.passes.triton  # noqa: F401 makes the launch parameters known
+
+    config = CONFIGS.get(target_name)
+    own = {} if config is None else tuning.load_config(tuning.CONFIGS / config)
     backend, architecture, warp_size, _ = TARGETS[target_name]
     launches: list[Launch] = []
     original: Callable[..., Any] = JITFunction.run
@@ -167,7 +175,8 @@ def compile_only(target_name: str) -> Iterator[list[Launch]]:
     driver.set_active(_NoDevice(GPUTarget(backend, architecture, warp_size), index))
     JITFunction.run = run
     try:
-        yield launches
+        with tuning.override(**own):
+            yield launches
     finally:
         JITFunction.run = original
         # Where there is no GPU there is no driver to go back to.

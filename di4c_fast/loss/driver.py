@@ -91,15 +91,18 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
     """Memory for what the first sweep leaves; its sizes follow from shapes alone.
 
     Small tensors are zeros, so that slots which are not active hold something; so are the large
-    ones where zeros cost nothing.
+    ones where zeros cost nothing. Where all are active, and each zero a launch, nothing is.
     """
     plan = make_plan(problem, passes, needs_grad)
     batch, components, positions, vocabulary = problem.sizes
     total, like, row = batch * positions, problem.log_weights, padded(vocabulary)
     targets = problem.tokens.shape[1]
 
+    small: list[Tensor] = []
+
     def new(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return like.new_zeros(shape, dtype=dtype)
+        small.append(like.new_empty(shape, dtype=dtype))
+        return small[-1]
 
     def large(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         strides = torch.empty(shape, device="meta").stride()
@@ -133,6 +136,8 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
     else:
         rows, count = order_positions(problem.active)
+    if total and (problem.active is not None or not passes.WRITES_ZEROS):
+        torch._foreach_zero_(small)  # one launch
     dtype = problem.student.prepared_dtype
     logits = large(plan.kept_logits, components, row, dtype=dtype)
     joint = Joint(
@@ -159,6 +164,10 @@ class _Source:
     def rows(self, visit: Visit) -> Tensor:
         """Row numbers (P, C) of the visited slots."""
         device = self.head.device
+        number = self.head.shape[:-1].numel()
+        if visit.rows is None and visit.slots * self.components == number:  # all, in few launches
+            every = torch.arange(number, device=device).view(-1, self.components, visit.positions)
+            return every.transpose(1, 2).reshape(visit.slots, self.components)
         b, d = visit.split(device)
         component = torch.arange(self.components, device=device)
         return (b[:, None] * self.components + component) * visit.positions + d[:, None]
@@ -229,7 +238,7 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
         z = student.load(visit, statistics.kept(saved.logits, visit))
         u = u if problem.marginal or mixture.seed is not None else None
         passes.forward(z, t, u, visit, mixture, statistics)
-    return _values(problem, saved, passes), saved
+    return _values(problem, saved, passes)
 
 
 def _draw_targets(
@@ -244,6 +253,10 @@ def _draw_targets(
     sums.shift[visit.part] = drawn.shift.view(rows.shape)
     sums.total[visit.part] = drawn.total.view(rows.shape)
     token = drawn.token.view(rows.shape).clamp_min(0)
+    own = tokens[:, tokens.shape[1] - u.components :]
+    if visit.rows is None and visit.slots == own[:, 0].numel():
+        own.copy_(token.view(-1, visit.positions, u.components).transpose(1, 2))
+        return
     b, d = visit.split(token.device)
     if visit.count is not None:
         slots = torch.arange(visit.first, visit.first + visit.slots, device=token.device)
@@ -251,11 +264,11 @@ def _draw_targets(
     if xu is not None:
         shown = xu[b, :, d]
         token = torch.where(shown.ne(problem.mask_id or 0), shown, token)
-    tokens[:, tokens.shape[1] - u.components :][b, :, d] = token
+    own[b, :, d] = token
 
 
-def _values(problem: Problem, saved: Saved, passes: Any) -> Values:
-    """The values from the statistics of all positions; what is joint goes into `saved`."""
+def _values(problem: Problem, saved: Saved, passes: Any) -> tuple[Values, Saved]:
+    """The values from the statistics of all positions, and `saved` with what is joint."""
     places, statistics, dtype = saved.places(problem, passes), saved.statistics, problem.dtype
     part = slice(0, places.slots)
     alive = places.alive(statistics.student.total[part])
@@ -266,15 +279,22 @@ def _values(problem: Problem, saved: Saved, passes: Any) -> Values:
         joint = Joint(*found)
     else:
         value, joint = joint_terms(log_prob, alive, log_weights, places, problem.correlation)
-    saved.joint.difference[part] = joint.difference
-    saved.joint.weights.copy_(joint.weights)
-    saved.joint.counted.copy_(joint.counted)
+    every = saved.joint.difference
+    if places.slots < len(every):
+        every[part] = joint.difference
+        joint = dataclasses.replace(joint, difference=every)
+    saved = dataclasses.replace(saved, joint=joint)
 
     def total(values: Tensor) -> Tensor:
         return places.sum(torch.where(alive, values[part], 0.0)).to(dtype)
 
-    zeros = problem.log_weights.new_zeros(problem.sizes[0])  # an op returns no tensor twice
-    marginal, teacher_kl, consistency_kl, component = (zeros.clone() for _ in range(4))
+    def nothing() -> Tensor:  # an op returns no tensor twice
+        return problem.log_weights.new_zeros(problem.sizes[0])
+
+    teacher_kl: Tensor | None = None
+    consistency_kl: Tensor | None = None
+    marginal: Tensor | None = None
+    component: Tensor | None = None
     if problem.marginal:
         assert problem.teacher_weight is not None
         teacher_kl = total(statistics.teacher_kl)
@@ -288,14 +308,16 @@ def _values(problem: Problem, saved: Saved, passes: Any) -> Values:
         share = problem.log_weights.exp() * sums
         # However small its weight, a component that excludes a class of q_T is infinitely far.
         component = torch.where(sums == float("inf"), sums, share).sum(-1).to(dtype)
-    return Values(value.to(dtype), marginal, component, teacher_kl, consistency_kl)
+    terms = (marginal, component, teacher_kl, consistency_kl)
+    found = (nothing() if term is None else term for term in terms)
+    return Values(value.to(dtype), *found), saved
 
 
 def _counted_divergence(problem: Problem, saved: Saved, places: Places) -> Tensor:
     """KL(q_T || p_n) (A, N); 0 where it does not count: components of weight 0 are absent."""
     statistics, part = saved.statistics, slice(0, places.slots)
     counted = places.alive(statistics.student.total[part]).unsqueeze(-1)
-    present = (problem.log_weights != float("-inf"))[places.examples(counted.device)]
+    present = places.spread(problem.log_weights != float("-inf"))
     return torch.where(counted & present, statistics.divergence[part], 0.0)
 
 
@@ -335,10 +357,10 @@ def _factors(
     component: Tensor,
 ) -> Factors:
     statistics = saved.statistics
-    part, b = slice(0, places.slots), places.examples(alpha.device)
-    kappa = saved.joint.difference[part] * alpha[b].unsqueeze(-1)
+    part = slice(0, places.slots)
+    kappa = saved.joint.difference[part] * places.spread(alpha).unsqueeze(-1)
     probability = -kappa.sum(1)
-    by_slot = marginal[b]
+    by_slot = places.spread(marginal)
     factor = torch.zeros_like(probability)
     if problem.marginal:
         probability = probability + by_slot.unsqueeze(-1) * statistics.mass[part]
@@ -346,7 +368,7 @@ def _factors(
         assert statistics.teacher is not None
         # An infinite divergence has no gradient.
         infinite = statistics.divergence[part] == float("inf")
-        factor = component[b].unsqueeze(-1) * problem.log_weights.exp()[b]
+        factor = places.spread(component.unsqueeze(-1) * problem.log_weights.exp())
         factor = torch.where(infinite, 0.0, factor)
         # A teacher's component without any class takes its share out of q_T.
         whole = (statistics.teacher.total[part] != 0).to(alpha.dtype).mean(-1, keepdim=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.triton.joint import joint_rows as joint
 from ..kernels.triton.marginal import marginal
 from ..kernels.triton.mixture_backward import mixture_backward
 from ..kernels.triton.mixture_forward import mixture_forward
@@ -19,6 +20,7 @@ __all__ = [
     "chunk_bytes",
     "draw",
     "forward",
+    "joint",
     "temporary_bytes",
 ]
 

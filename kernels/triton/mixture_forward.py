@@ -294,13 +294,20 @@ def mixture_forward(
     tiles = mixture_tiles(student, tuned)
     size = (visit.slots, tiles.splits)
 
-    def parts(*shape: int) -> Tensor:
-        # Zeros: slots that are not active leave nothing in them.
-        return torch.zeros(shape, dtype=torch.float32, device=like.device)
+    part = visit.part
 
-    kl_teacher, kl_consistency = parts(*size), parts(*size)
-    mass = parts(*size, components) if mixture.marginal else like
-    divergence = parts(*size, components) if mixture.component else like
+    def parts(wanted: bool, whole: Tensor, *shape: int) -> Tensor:
+        """Memory for the parts of the splits: with one split the statistics themselves."""
+        if not wanted or tiles.splits == 1:
+            return whole[part] if wanted else like
+        # Zeros: slots that are not active leave nothing in them.
+        return torch.zeros(*size, *shape, dtype=torch.float32, device=like.device)
+
+    kl_teacher = parts(mixture.marginal, statistics.teacher_kl)
+    has_u = mixture.marginal and q_consistency is not None
+    kl_consistency = parts(has_u, statistics.consistency_kl)
+    mass = parts(mixture.marginal, statistics.mass, components)
+    divergence = parts(mixture.component, statistics.divergence, components)
     _mixture_forward_kernel[size](
         *pointers_of(student),
         *pointers_of(teacher),
@@ -347,10 +354,12 @@ def mixture_forward(
         STAGES=tuned.stages,
         num_warps=tiles.warps,
     )
-    part = visit.part
-    if mixture.marginal:
-        statistics.mass[part] = mass.sum(1)
-        statistics.teacher_kl[part] = kl_teacher.sum(1)
-        statistics.consistency_kl[part] = kl_consistency.sum(1)
-    if mixture.component:
-        statistics.divergence[part] = divergence.sum(1)
+    if tiles.splits > 1:
+        for whole, found in (
+            (statistics.mass, mass),
+            (statistics.teacher_kl, kl_teacher),
+            (statistics.consistency_kl, kl_consistency),
+            (statistics.divergence, divergence),
+        ):
+            if found is not like:
+                whole[part] = found.sum(1)
