@@ -47,7 +47,7 @@ def draw_targets(
     sums.total[visit.part] = drawn.total.view(rows.shape)
     token = drawn.token.view(rows.shape).clamp_min(0)
     own = tokens[:, tokens.shape[1] - u.components :]
-    if visit.rows is None and visit.slots == own[:, 0].numel():
+    if xu is None and visit.rows is None and visit.slots == own[:, 0].numel():
         own.copy_(token.view(-1, visit.positions, u.components).transpose(1, 2))
         return
     b, d = visit.split(token.device)
