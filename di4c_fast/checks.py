@@ -95,9 +95,9 @@ def check_same_shard(value: Any, name: str, other: Any, other_name: str) -> None
         )
 
 
-def check_whole(head: Any) -> None:
-    if head.shard is not None:
-        raise ValueError('backend="reference" takes no shard of a vocabulary')
+def check_whole(head: Any, position_group: Any = None) -> None:
+    if head.shard is not None or position_group is not None:
+        raise ValueError('backend="reference" takes no shard of a vocabulary or of positions')
 
 
 def check_bool(value: Any, name: str) -> None:

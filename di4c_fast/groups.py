@@ -29,7 +29,7 @@ class Shard(NamedTuple):
 
     @property
     def process_group(self) -> Any:
-        return torch._C._distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
+        return _resolve(self.group)
 
     @property
     def share(self) -> int:
@@ -63,12 +63,6 @@ class Shard(NamedTuple):
         (found,) = self._reduce(dist.ReduceOp.MIN, (candidates,))
         return largest, found.clamp_max(self.vocabulary - 1)
 
-    def first(self, value: Tensor) -> Tensor:
-        """The tensor of the first rank of the group."""
-        value = value.clone()
-        dist.broadcast(value, group=self.process_group, group_src=0)
-        return value
-
     def sum_before(self, counts: Tensor) -> Tensor:
         """The sum over the ranks whose columns come before those of this one: int64 (R, 1)."""
         every = self.gather(torch.cat((counts, torch.full_like(counts, self.start)), dim=1))
@@ -95,36 +89,81 @@ class Shard(NamedTuple):
         _compare(self.process_group, self[:3], repr(facts), sums)
 
     def _reduce(self, operation: Any, values: Sequence[Tensor]) -> list[Tensor]:
+        """One exchange for tensors of one dtype."""
         flat = torch.cat([value.reshape(-1) for value in values])
         dist.all_reduce(flat, operation, group=self.process_group)
         parts = flat.split([value.numel() for value in values])
         return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
 
+def _resolve(name: str) -> Any:
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def of_first_rank(value: Tensor, group: str) -> Tensor:
+    """The tensor of the first rank of the group."""
+    value = value.clone()
+    dist.broadcast(value, group=_resolve(group), group_src=0)
+    return value
+
+
+def all_sum(value: Tensor, group: str) -> Tensor:
+    """The sum over the ranks of the group; `value` is overwritten."""
+    dist.all_reduce(value, group=_resolve(group))
+    return value
+
+
+def agree_but_for_positions(group: str, facts: Any, device: torch.device) -> None:
+    """Check that ranks that share the positions evaluate the same; errors as of `Shard.agree`."""
+    _compare(_resolve(group), (0, 0, 0), repr(facts), torch.zeros((), dtype=torch.int64).to(device))
+
+
+def places_among(count: int, group: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many positions the ranks before this one have, and all together: () int64 each."""
+    found = _resolve(group)
+    every = _gather(torch.full((), count, dtype=torch.int64, device=device), found)
+    return every[: dist.get_rank(found)].sum(), every.sum()
+
+
+def group_name(group: Any, name: str) -> str | None:
+    return None if group is None else _checked_group(group, name).group_name
+
+
 @contextlib.contextmanager
-def shared_errors(head: Any) -> Iterator[None]:
+def shared_errors(head: Any, position_group: Any = None) -> Iterator[None]:
     """A wrong argument on one rank is an error on every rank, which would wait for it otherwise."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        shard = getattr(head, "shard", None)
+        text, shard = f"{type(error).__name__}: {error}", getattr(head, "shard", None)
         if shard is not None:
-            shard.agree(f"{type(error).__name__}: {error}", head.device)
+            shard.agree(text, head.device)
+        if isinstance(position_group, dist.ProcessGroup) and dist.get_rank(position_group) >= 0:
+            agree_but_for_positions(position_group.group_name, text, head.device)
         raise
 
 
 def make_shard(
     check: Callable[[], tuple[int, Any]],
     tensor: Any,
+    found: dict[str, Any],
     group: Any,
     columns: Any,
     vocabulary: int | None,
 ) -> Shard | None:
     """The shard of a head that holds `columns`; None for a whole one.
 
+    found: the next three, where they came with a DTensor.
+
     `check` raises for wrong tensors, and returns how many columns there are and what has to be the
     same on every rank. Without `vocabulary` the ranks tell each other their columns.
     """
+    if found:
+        if not (group is None and columns is None and vocabulary is None):
+            raise ValueError(
+                "group, columns and vocabulary must be None with a DTensor, as its own"
+            )
+        group, columns, vocabulary = found["group"], found["columns"], found["vocabulary"]
     if columns is None:
         if group is not None or vocabulary is not None:
             raise ValueError(
@@ -132,7 +171,11 @@ def make_shard(
             )
         check()
         return None
-    group = _checked_group(group)
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "columns needs torch.distributed, which is not initialised: call init_process_group"
+        )
+    group = _checked_group(dist.group.WORLD if group is None else group, "group")
     device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
     none = torch.zeros((), dtype=torch.int64, device=device)
     try:
@@ -145,6 +188,31 @@ def make_shard(
         table = _compare(group, (start, stop, -1), repr(facts), none)
         vocabulary = int(table[:, 1].max())
     return Shard(start, stop, vocabulary, group.group_name)
+
+
+def unwrap(tensor: Any, dim: int, name: str) -> tuple[Any, dict[str, Any]]:
+    """The local part of a DTensor that is sharded along `dim`, and the `group`, `columns` and
+    `vocabulary` of a head over it; other values as they are, with nothing."""
+    if type(tensor).__name__ != "DTensor":
+        return tensor, {}
+    mesh, placements = tensor.device_mesh, tensor.placements
+    dim %= tensor.ndim
+    if mesh.ndim != 1 or not (
+        placements[0].is_shard(dim) or placements[0].is_shard(dim - tensor.ndim)
+    ):
+        raise ValueError(
+            f"{name} must be a DTensor of Shard({dim}) over a mesh of one dimension, got "
+            f"{placements} over {mesh}: call .full_tensor() or .to_local()"
+        )
+    vocabulary = tensor.shape[dim]
+    step = -(-vocabulary // mesh.size())  # shards are those of `torch.chunk`
+    start = min(mesh.get_local_rank() * step, vocabulary)
+    columns = (start, min(start + step, vocabulary))
+    return tensor.to_local(), {
+        "group": mesh.get_group(),
+        "columns": columns,
+        "vocabulary": vocabulary,
+    }
 
 
 def _gather(values: Tensor, group: Any) -> Tensor:
@@ -196,18 +264,14 @@ def _refuse(group: Any, text: str, table: list[list[int]]) -> None:
     raise ValueError("tokens, row_keys or step differ between the ranks of the group")
 
 
-def _checked_group(group: Any) -> Any:
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            "columns needs torch.distributed, which is not initialised: call init_process_group"
-        )
-    group = dist.group.WORLD if group is None else group
+def _checked_group(group: Any, name: str) -> Any:
+    """A process group that this rank belongs to."""
     if not isinstance(group, dist.ProcessGroup):
         if group == dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("group does not contain this rank")
-        raise TypeError(f"group must be a process group, got {describe(group)}")
+            raise ValueError(f"{name} does not contain this rank")
+        raise TypeError(f"{name} must be a process group, got {describe(group)}")
     if dist.get_rank(group) < 0:
-        raise ValueError("group does not contain this rank")
+        raise ValueError(f"{name} does not contain this rank")
     return group
 
 

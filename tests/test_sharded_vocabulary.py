@@ -1,6 +1,7 @@
 """A vocabulary spread over gloo processes gives what one process with all of it gives.
 
-Two and three processes run every case; the tests report what each case of each of them said.
+Three processes run every case, once all together and once the first two as a group of their own;
+the tests report what each case of each of them said.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from loss_cases import make_problem, run_loss
 from loss_heads import ATOL, FULL, WIDTH
 from sample_cases import normal
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from di4c_fast import Draw, LinearHead, TensorHead, backends, correlation, mixture_log_prob, sample
 from di4c_fast.testing import assert_close_to_reference
@@ -30,6 +33,7 @@ VOCABULARY = 11
 TIMEOUT = datetime.timedelta(seconds=20)
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 CASES: dict[str, Callable[..., None]] = {}
+GROUPS: list[Any] = []  # of a process: the one that shares the vocabulary, and one of its last rank
 
 
 def case(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -46,11 +50,16 @@ def case(*arguments: Any) -> Callable[[Callable[..., None]], Callable[..., None]
     return add
 
 
+def here(columns: Any) -> dict[str, Any]:
+    """The arguments of a head for these columns; None for the whole vocabulary."""
+    return {} if columns is None else {"columns": columns, "group": GROUPS[0]}
+
+
 def columns_of(vocabulary: int, cuts: tuple[int, ...] = ()) -> tuple[int, int]:
     """Uneven shards, the first rank with the last columns."""
-    world = dist.get_world_size()
+    world = dist.get_world_size(GROUPS[0])
     ends = [0, *(cuts or (2, 6))[: world - 1], vocabulary]
-    at = world - 1 - dist.get_rank()
+    at = world - 1 - dist.get_rank(GROUPS[0])
     return ends[at], ends[at + 1]
 
 
@@ -109,14 +118,14 @@ def evaluate(
     for name in ("teacher", "consistency"):
         if name in call:
             call[name] = TensorHead(
-                part_of(name, call[name].to(dtype), columns).contiguous(), columns=columns
+                part_of(name, call[name].to(dtype), columns).contiguous(), **here(columns)
             )
     log_weights = leaves.get("log_weights")
     if log_weights is not None:
         call["log_weights"] = log_weights
     parts = [leaf for name, leaf in leaves.items() if name != "log_weights"]
     kinds = TensorHead if kind == "tensor" else LinearHead
-    call["student"] = kinds(*parts, columns=columns, vocabulary=columns and VOCABULARY)
+    call["student"] = kinds(*parts, **here(columns), vocabulary=columns and VOCABULARY)
     generator = torch.Generator().manual_seed(5)
     value, terms = run_loss(call, return_terms=True, generator=generator, **settings)
     value.backward()
@@ -161,7 +170,7 @@ def drawn_targets_are_those_of_one_process(name: str) -> None:
 def float32_within_the_bound(backend: str) -> None:
     if backends.unavailable(backend, torch.device("cpu")):
         return
-    for kind in ("tensor", "linear, bias"):
+    for kind in ("tensor", "linear, bias") if backend != "triton" else ("linear, bias",):
         problem = make_problem(4, vocabulary=VOCABULARY, **FULL)
         columns = columns_of(VOCABULARY)
         single = {
@@ -191,12 +200,66 @@ def likelihoods(function: Callable[..., Tensor]) -> None:
     values, gradients = [], []
     for where in (None, columns):
         logits = part_of("logits", problem["student"], where).clone().requires_grad_()
-        head = TensorHead(logits, columns=where)
+        head = TensorHead(logits, **here(where))
         values.append(function(head, problem["consistency_x"], **given))
         values[-1].sum().backward()
         gradients.append(logits.grad)
     assert torch.allclose(values[0], values[1], **CLOSE)
     assert torch.allclose(part_of("logits", gradients[0], columns), gradients[1], **CLOSE)
+
+
+# Positions ----------------------------------------------------------------------------------------
+
+POSITIONED = ("student", "teacher", "consistency", "x0", "consistency_x", "xt", "xu", "valid")
+
+
+def positions_of(problem: dict[str, Any], positions: slice) -> dict[str, Any]:
+    """The part of a problem at some positions; logits have them last but one."""
+    found = dict(problem)
+    for name in POSITIONED:
+        if name in problem:
+            at = (..., positions, slice(None)) if name in SHARDED else (..., positions)
+            found[name] = problem[name][at]
+    return found
+
+
+@case("plain", "full", "no control variate", "large logits")
+def positions_on_several_ranks(name: str) -> None:
+    problem = make_problem(vocabulary=VOCABULARY, **PROBLEMS[name])
+    start, stop = columns_of(5, (2, 3))
+    here = slice(5 - stop, 5 - start)  # positions come in the order of the ranks
+    given = {"backend": "torch", "position_group": GROUPS[0]}
+    for drawn in (False, True):
+        if drawn and "consistency_x" in problem:
+            del problem["consistency_x"]
+        whole = evaluate(problem, "tensor", None, backend="torch")
+        ours = evaluate(positions_of(problem, here), "tensor", None, **given)
+        for key, value in ours.items():
+            expected = whole[key]
+            if key == "gradient of logits":
+                expected = expected[..., here, :]
+            assert_equal_to_1e9(key, value, expected)
+
+
+@case(mixture_log_prob, correlation)
+def likelihoods_of_positions_on_several_ranks(function: Callable[..., Tensor]) -> None:
+    problem = make_problem(vocabulary=VOCABULARY, padded=True, weighted=True)
+    start, stop = columns_of(5, (2, 3))
+    part = positions_of(problem, slice(start, stop))
+    whole, ours = (
+        function(given["student"], given["x0"], valid=given["valid"], position_group=group)
+        for given, group in ((problem, None), (part, GROUPS[0]))
+    )
+    assert torch.allclose(whole, ours, **CLOSE)
+
+
+@case()
+def ranks_with_other_batches_of_positions_are_refused() -> None:
+    problem = make_problem(vocabulary=VOCABULARY, batch=2 + dist.get_rank(GROUPS[0]))
+    assert_raises("disagree", run_loss, problem, position_group=GROUPS[0])
+    problem["x0"] = problem["x0"][:1] if dist.get_rank(GROUPS[0]) else problem["x0"]
+    assert_raises("x0 must have shape", run_loss, problem, position_group=GROUPS[0])
+    assert_raises("position_group must be", run_loss, make_problem(), position_group="rows")
 
 
 # Draws --------------------------------------------------------------------------------------------
@@ -206,10 +269,10 @@ CUTS = {"within a block": (77, 90), "at blocks": (128, 256), "one column": (1, 2
 
 def assert_same_draws(logits: Tensor, cuts: tuple[int, ...], **options: Any) -> None:
     columns = columns_of(logits.shape[-1], cuts)
-    shard = TensorHead(logits[..., slice(*columns)], columns=columns)
+    shard = TensorHead(logits[..., slice(*columns)], **here(columns))
     if "guidance" in options:
         other, scale = options["guidance"]
-        part = TensorHead(other[..., slice(*columns)], columns=columns)
+        part = TensorHead(other[..., slice(*columns)], **here(columns))
         ours = sample(shard, **options | {"guidance": (part, scale)})
     else:
         ours = sample(shard, **options)
@@ -257,19 +320,52 @@ def equal_logits_take_the_lowest_id() -> None:
 def tokens_of_a_linear_head_in_groups_of_rows() -> None:
     hidden, weight = normal(150, WIDTH), normal(300, WIDTH, seed=1)
     columns = columns_of(300, (100, 170))
-    head = LinearHead(hidden, weight[slice(*columns)], columns=columns)
+    head = LinearHead(hidden, weight[slice(*columns)], **here(columns))
     ours = sample(head, seed=1, budget_bytes=1)
     assert ours.token.equal(sample(LinearHead(hidden, weight), seed=1).token)
 
 
 @case()
 def draws_of_the_default_generator_are_those_of_the_first_rank() -> None:
-    torch.manual_seed(dist.get_rank())
+    torch.manual_seed(dist.get_rank(GROUPS[0]))
     columns = columns_of(300, (77, 90))
-    head = TensorHead(normal(50, 300)[..., slice(*columns)], columns=columns)
+    head = TensorHead(normal(50, 300)[..., slice(*columns)], **here(columns))
     token = sample(head).token
     torch.manual_seed(0)
     assert token.equal(sample(normal(50, 300)).token)
+
+
+@case()
+def dtensors_say_their_columns() -> None:
+    mesh = DeviceMesh.from_group(GROUPS[0], "cpu")
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.randint(VOCABULARY, (2, 3), generator=g)
+    hidden = torch.randn(2, 4, 3, WIDTH, generator=g, dtype=torch.float64)
+    weight, bias, teacher = (
+        torch.randn(*sizes, generator=g, dtype=torch.float64)
+        for sizes in ((VOCABULARY, WIDTH), (VOCABULARY,), (2, 3, VOCABULARY))
+    )
+    found = []
+    for sharded in (False, True):
+        leaves = [hidden.clone(), weight, bias]
+        if sharded:
+            leaves[1:] = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in leaves[1:]]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        given = distribute_tensor(teacher, mesh, [Shard(2)]) if sharded else teacher
+        value = run_loss(
+            {"student": LinearHead(*leaves), "teacher": TensorHead(given), "x0": x0},
+            component_weight=0.5,
+        )
+        value.backward()
+        gradients = [leaf.grad for leaf in leaves]
+        if sharded:
+            gradients[1:] = [gradient.full_tensor() for gradient in gradients[1:]]
+        found.append([value.detach(), *gradients])
+    for whole, ours in zip(*found, strict=True):
+        assert torch.allclose(whole, ours, **CLOSE)
+    part = distribute_tensor(weight, mesh, [Shard(0)])
+    assert_raises("as its own", LinearHead, hidden, part, group=GROUPS[0])
+    assert_raises("Shard", LinearHead, hidden, distribute_tensor(weight, mesh, [Replicate()]))
 
 
 # What is wrong ------------------------------------------------------------------------------------
@@ -282,12 +378,12 @@ def assert_raises(message: str, function: Callable[..., Any], *arguments: Any, *
 
 def shard_of(columns: Any, dtype: torch.dtype = torch.float32, width: int | None = None) -> Any:
     size = columns[1] - columns[0] if width is None else width
-    return TensorHead(torch.zeros(2, 3, 4, size, dtype=dtype), columns=columns)
+    return TensorHead(torch.zeros(2, 3, 4, size, dtype=dtype), **here(columns))
 
 
 @case()
 def wrong_columns_are_refused_on_every_rank() -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = dist.get_rank(GROUPS[0]), dist.get_world_size(GROUPS[0])
     assert_raises("overlap", shard_of, (rank, rank + 2))
     assert_raises("missing", shard_of, (3 * rank, 3 * rank + 2))
     assert_raises("missing", shard_of, (rank + 1, rank + 2))
@@ -307,11 +403,11 @@ def wrong_columns_are_refused_on_every_rank() -> None:
         "pair of ints|rank 0: TypeError",
         TensorHead,
         torch.zeros(2, 1),
-        columns=(rank, rank + 1) if rank else 5,
+        **here((rank, rank + 1) if rank else 5),
     )
     assert_raises("need columns", TensorHead, torch.zeros(2, 3), group=dist.group.WORLD)
-    assert_raises("<= vocabulary", TensorHead, torch.zeros(2, 3), columns=(1, 4), vocabulary=3)
-    alone = dist.new_group([world - 1])
+    assert_raises("<= vocabulary", TensorHead, torch.zeros(2, 3), **here((1, 4)), vocabulary=3)
+    alone = GROUPS[1]
     if rank < world - 1:
         assert_raises(
             "does not contain", TensorHead, torch.zeros(2, 1), group=alone, columns=(0, 1)
@@ -322,11 +418,11 @@ def wrong_columns_are_refused_on_every_rank() -> None:
 
 @case()
 def disagreements_are_errors_on_every_rank() -> None:
-    rank = dist.get_rank()
+    rank = dist.get_rank(GROUPS[0])
     columns = columns_of(VOCABULARY)
     problem = make_problem(vocabulary=VOCABULARY)
     heads = {
-        n: TensorHead(part_of(n, problem[n], columns), columns=columns)
+        n: TensorHead(part_of(n, problem[n], columns), **here(columns))
         for n in ("student", "teacher", "consistency")
     }
     assert_raises("disagree", run_loss, problem | heads, control_variate=rank == 0)
@@ -335,7 +431,7 @@ def disagreements_are_errors_on_every_rank() -> None:
     other = {"x0": (problem["x0"] + rank) % VOCABULARY}
     assert_raises("differ between the ranks", run_loss, problem | heads | other)
     narrow = {
-        n: TensorHead(h.logits(), columns=columns, vocabulary=VOCABULARY + (rank == 0))
+        n: TensorHead(h.logits(), **here(columns), vocabulary=VOCABULARY + (rank == 0))
         for n, h in heads.items()
     }
     assert_raises("disagree about vocabulary", run_loss, problem | narrow)
@@ -357,11 +453,23 @@ def disagreements_are_errors_on_every_rank() -> None:
 # The processes ------------------------------------------------------------------------------------
 
 
-def work(rank: int, world: int, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT
-    )
+    store, last = f"file://{folder}/store", WORLDS[-1]
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=last, timeout=TIMEOUT)
+    groups = {
+        world: [dist.new_group(range(world)), dist.new_group([world - 1])] for world in WORLDS
+    }
+    for world in WORLDS:
+        GROUPS[:] = groups[world]
+        if rank < world:
+            said = run_cases()
+            pathlib.Path(folder, f"{world}-{rank}").write_bytes(pickle.dumps(said))
+    dist.destroy_process_group()
+
+
+def run_cases() -> dict[str, str | None]:
+    """What each case says: None, or where it failed."""
     said: dict[str, str | None] = {}
     for name, run in CASES.items():
         try:
@@ -369,25 +477,29 @@ def work(rank: int, world: int, folder: str) -> None:
             said[name] = None
         except BaseException:
             said[name] = traceback.format_exc()
-        pathlib.Path(folder, str(rank)).write_bytes(pickle.dumps(said))
         try:
-            dist.barrier()
+            dist.barrier(GROUPS[0])
         except RuntimeError:  # a rank waits for one that has gone on: the case has failed
             break
-    dist.destroy_process_group()
+    return said
 
 
 @functools.cache
-def results(world: int) -> list[dict[str, str | None]]:
+def results() -> dict[int, list[dict[str, str | None]]]:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (world, folder), nprocs=world)
-        files = [pathlib.Path(folder, str(rank)) for rank in range(world)]
-        return [pickle.loads(file.read_bytes()) for file in files]
+        torch.multiprocessing.spawn(work, (folder,), nprocs=WORLDS[-1])
+        return {
+            world: [
+                pickle.loads(pathlib.Path(folder, f"{world}-{rank}").read_bytes())
+                for rank in range(world)
+            ]
+            for world in WORLDS
+        }
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
 def test_shards(name: str, world: int) -> None:
-    for rank, said in enumerate(results(world)):
+    for rank, said in enumerate(results()[world]):
         assert name in said, f"rank {rank} did not come to it: see the first case that failed"
         assert said[name] is None, f"rank {rank}: {said[name]}"

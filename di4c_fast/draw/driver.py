@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import backends, record
 from ..checks import check_values
+from ..groups import of_first_rank
 from ..heads import Head
 from ..memory import empty
 from ..passes import torch_draw
@@ -66,9 +67,8 @@ def _run(request: SampleRequest, backend: str) -> list[Tensor]:
     if shard is not None:
         tensors = (request.row_keys, request.step)
         shard.agree(request.facts(), request.head.device, *tensors)
-        request = dataclasses.replace(
-            request, seed=shard.first(request.seed), mask_id=shard.column(request.mask_id)
-        )
+        seed, mask_id = of_first_rank(request.seed, shard.group), shard.column(request.mask_id)
+        request = dataclasses.replace(request, seed=seed, mask_id=mask_id)
     rows, on_cpu = request.rows, request.head.device.type == "cpu"
     guided = request.confidence is not None and request.unconditional is not None
     prepared = request.filtered or request.literal or guided

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_bool, check_floating, check_int, check_rank, check_same_device
-from ..groups import make_shard
+from ..groups import make_shard, unwrap
 from .base import BuiltInHead, set_leading, take_leading
 
 
@@ -23,9 +23,9 @@ class LinearHead(BuiltInHead):
 
     Args:
         hidden: (..., C), floating point; the last leading dimension counts positions (D).
-        weight: (V, C); may be a slice of a larger tied embedding. Cast to the dtype of `hidden`
-            for the product, so that half-precision activations meet fp32 master weights as
-            they do under autocast.
+        weight: (V, C); may be a slice of a larger tied embedding, or a DTensor `Shard(0)`, which
+            says `columns` itself. Cast to the dtype of `hidden` for the product, so that
+            half-precision activations meet fp32 master weights as they do under autocast.
         bias: (V,), or (D, V) for one row per position as in MaskGIT; None for no bias.
         budget_bytes: how much memory the logits of a chunk, and what is kept between the two
             sweeps of the loss, may take; None for the default of the backend that runs.
@@ -62,6 +62,9 @@ class LinearHead(BuiltInHead):
         vocabulary: int | None = None,
         reduce_hidden_grad: bool = True,
     ):
+        weight, found = unwrap(weight, 0, "weight")
+        bias, _ = unwrap(bias, -1, "bias")
+
         def check() -> tuple[int, Any]:
             _check(hidden, weight, bias, budget_bytes)
             check_bool(reduce_hidden_grad, "reduce_hidden_grad")
@@ -69,7 +72,7 @@ class LinearHead(BuiltInHead):
             kinds = (hidden.dtype, weight.dtype, weight.shape[1], biased, reduce_hidden_grad)
             return weight.shape[0], ("linear", *kinds)
 
-        self.shard = make_shard(check, weight, group, columns, vocabulary)
+        self.shard = make_shard(check, weight, found, group, columns, vocabulary)
         self.reduce_hidden_grad = reduce_hidden_grad
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.budget_bytes = budget_bytes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_bool, check_floating, check_rank
-from ..groups import make_shard
+from ..groups import make_shard, unwrap
 from ..passes.base import Operand
 from .base import BuiltInHead, take_leading
 
@@ -39,13 +39,15 @@ class TensorHead(BuiltInHead):
         columns: tuple[int, int] | None = None,
         vocabulary: int | None = None,
     ):
+        logits, found = unwrap(logits, -1, "logits")
+
         def check() -> tuple[int, Any]:
             check_floating(logits, "logits")
             check_rank(logits, "logits", minimum=1)
             check_bool(in_place_gradient, "in_place_gradient")
             return logits.shape[-1], ("tensor", logits.dtype)
 
-        self.shard = make_shard(check, logits, group, columns, vocabulary)
+        self.shard = make_shard(check, logits, found, group, columns, vocabulary)
         self._logits = logits
         self.in_place_gradient = in_place_gradient
 

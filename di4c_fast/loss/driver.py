@@ -37,7 +37,7 @@ from ..passes.base import (
 from .joint import joint_terms
 from .plan import Plan, make_plan, order_positions
 from .problem import Problem, Values, weighted
-from .sharded import draw_targets, exchange_statistics, find_sums, local_statistics
+from .sharded import agreed, draw_targets, exchange_statistics, find_sums, local_statistics
 from .source import Source, source_of, sweep_over
 
 
@@ -79,11 +79,11 @@ class Saved:
         batch, _, positions, _ = problem.sizes
         sizes, total = (batch, positions), batch * positions
         if self.rows.numel() == 0:
-            return Places(sizes, None, None, total)
+            return Places(sizes, None, None, total, problem.position_group)
         if not passes.WRITES_ZEROS:
             stop = int(self.count)
-            return Places(sizes, self.rows[:stop], None, stop)
-        return Places(sizes, self.rows, self.count, total)
+            return Places(sizes, self.rows[:stop], None, stop, problem.position_group)
+        return Places(sizes, self.rows, self.count, total, problem.position_group)
 
 
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
@@ -146,7 +146,8 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
 
 def _draws(problem: Problem, passes: Any) -> bool:
     """Whether `forward` of the passes draws the target rows."""
-    return problem.student.shard is None and getattr(passes, "DRAWS_TARGETS", False)
+    alone = problem.student.shard is None and problem.position_group is None
+    return alone and getattr(passes, "DRAWS_TARGETS", False)
 
 
 # The first sweep ----------------------------------------------------------------------------------
@@ -155,9 +156,7 @@ def _draws(problem: Problem, passes: Any) -> bool:
 def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Saved]:
     """Values of the problem, and what `backward` needs."""
     shard = problem.student.shard
-    if shard is not None:
-        tensors = (problem.tokens, problem.xu, problem.active)
-        shard.agree(problem.facts(), problem.tokens.device, *tensors)
+    problem, keys = agreed(problem)
     plan, saved = new_saved(problem, passes, needs_grad)
     statistics, mixture = saved.statistics, problem.mixture()
     draws_here = problem.seed is not None and not _draws(problem, passes)
@@ -170,7 +169,7 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     places = saved.places(problem, passes)
     if shard is not None:
         sources = (student, teacher, consistency)
-        find_sums(shard, problem, passes, plan, places, sources, statistics)
+        find_sums(shard, problem, passes, plan, places, sources, statistics, keys)
         statistics = local_statistics(shard, statistics)
     if shard is None or teacher is not None:
         sweep, _ = sweep_over(problem, plan, places, student, teacher, consistency)
@@ -178,7 +177,8 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
             u = None if consistency is None else consistency.load(visit)
             if u is not None and draws_here and shard is None:
                 assert consistency is not None
-                draw_targets(problem, passes, u, visit, consistency.rows(visit), statistics)
+                rows = consistency.rows(visit)
+                draw_targets(problem, passes, u, visit, rows, statistics, keys(rows))
             t = None if teacher is None else teacher.load(visit)
             z = student.load(visit, statistics.kept(saved.logits, visit))
             u = u if problem.marginal or mixture.seed is not None else None
@@ -194,7 +194,8 @@ def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Valu
     alive = places.alive(statistics.student.total[part])
     log_prob, log_weights = statistics.log_prob[part], problem.log_weights
     joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[part])
-    evaluate = passes.joint if hasattr(passes, "joint") else joint_terms
+    alone = problem.position_group is None
+    evaluate = passes.joint if alone and hasattr(passes, "joint") else joint_terms
     value = evaluate(log_prob, alive, log_weights, places, problem.correlation, joint)
 
     def total(values: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ class Problem:
     seed: Tensor | None = None  # () int64: the last K target rows are drawn from `consistency`
     marginal: bool = False  # `Values.marginal` is asked for
     component: bool = False  # `Values.component` is asked for
+    position_group: str | None = None  # of ranks that have the other positions
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -83,12 +84,12 @@ class Problem:
         return batch, components, positions, vocabulary
 
     def facts(self) -> dict[str, Any]:
-        """What ranks that share the vocabulary have to agree about, beside tokens."""
+        """What ranks have to agree about, beside tokens and how many positions they have."""
         names = ("mask_id", "correlation", "marginal", "component")
         facts = {name: getattr(self, name) for name in names}
         for name in ("student", "teacher", "consistency"):
             head = getattr(self, name)
-            facts[name] = head and tuple(head.shape[:-1])
+            facts[name] = head and tuple(head.shape[:-2])
         return facts | {"targets": self.tokens.shape[1], "drawn": self.seed is not None}
 
     @property

@@ -11,38 +11,66 @@ divergences are sums over columns, added up once at the end, and so is dL/dhidde
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..groups import Shard
+from ..groups import Shard, agree_but_for_positions, of_first_rank, places_among
 from ..passes import torch_draw
 from ..passes.base import Chunk, DrawOptions, Operand, Places, RowSums, Statistics, Visit
 from .plan import Plan, visits
 from .problem import Problem
 from .source import Source, sweep_over
 
+Keys = Callable[[Tensor], Tensor]
+
 NEG_INF = float("-inf")
 DRAWN_BYTES = 64 << 20  # of the consistency logits that ranks draw from together
 
 
+def agreed(problem: Problem) -> tuple[Problem, Keys]:
+    """The problem that all ranks evaluate, with one seed, and the keys of rows among all positions.
+
+    Ranks that share the positions number them one after the other.
+    """
+    shard, group, device = problem.student.shard, problem.position_group, problem.tokens.device
+    facts, positions, seed = problem.facts(), problem.sizes[2], problem.seed
+    if shard is not None:
+        tensors = (problem.tokens, problem.xu, problem.active)
+        shard.agree(facts | {"positions": positions}, device, *tensors)
+        seed = None if seed is None else of_first_rank(seed, shard.group)
+    if group is None:
+        return dataclasses.replace(problem, seed=seed), lambda rows: rows
+    agree_but_for_positions(group, facts, device)
+    seed = None if seed is None else of_first_rank(seed, group)
+    before, total = places_among(positions, group, device)
+    return dataclasses.replace(
+        problem, seed=seed
+    ), lambda rows: rows // positions * total + before + rows % positions
+
+
 def draw_targets(
-    problem: Problem, passes: Any, u: Operand, visit: Visit, rows: Tensor, statistics: Statistics
+    problem: Problem,
+    passes: Any,
+    u: Operand,
+    visit: Visit,
+    rows: Tensor,
+    statistics: Statistics,
+    keys: Tensor,
 ) -> None:
     """Draw x^k of a chunk, one token from every component of the consistency logits."""
     sums, tokens, xu = statistics.consistency, statistics.tokens, problem.xu
     shard = problem.student.shard
     assert problem.seed is not None
     assert sums is not None
-    keys = rows.flatten()
     if shard is None:
         options = DrawOptions(mask_id=problem.mask_id, seed=problem.seed)
-        drawn = passes.draw(u, None, visit, keys, options)
+        drawn = passes.draw(u, None, visit, keys.flatten(), options)
     else:
-        options = DrawOptions(shard.column(problem.mask_id), shard.first(problem.seed))
-        drawn = torch_draw.draw(u, None, visit, keys, options, shard)
+        options = DrawOptions(shard.column(problem.mask_id), problem.seed)
+        drawn = torch_draw.draw(u, None, visit, keys.flatten(), options, shard)
     sums.shift[visit.part] = drawn.shift.view(rows.shape)
     sums.total[visit.part] = drawn.total.view(rows.shape)
     token = drawn.token.view(rows.shape).clamp_min(0)
@@ -74,6 +102,7 @@ def find_sums(
     places: Places,
     sources: Sequence[Source | None],
     statistics: Statistics,
+    keys: Keys,
 ) -> None:
     """Draw the targets that are to be drawn; then the sums of whole rows, and `log_prob` of the
     owned targets."""
@@ -88,7 +117,8 @@ def find_sums(
         together = dataclasses.replace(plan, chunk=max(1, DRAWN_BYTES // row))
         for visit in visits(together, problem.sizes[2], places.slots, places.rows, places.count):
             u = consistency.load(visit)
-            draw_targets(problem, passes, u, visit, consistency.rows(visit), statistics)
+            rows = consistency.rows(visit)
+            draw_targets(problem, passes, u, visit, rows, statistics, keys(rows))
     every = [(source, sums) for source, sums in pairs if source is not None and sums is not None]
     local = dataclasses.replace(statistics, tokens=shard.local(statistics.tokens))
     log_prob = statistics.log_prob

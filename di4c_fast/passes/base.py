@@ -41,6 +41,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..groups import all_sum
+
 PADDING = 64  # elements: rows of our own buffers start at multiples of it
 
 
@@ -245,6 +247,7 @@ class Places:
     rows: Tensor | None  # (A,) int64 position of each slot, active ones first; None: slot s is s
     count: Tensor | None  # () int64, how many are active; None: all slots
     slots: int  # A
+    group: str | None = None  # of ranks that have the other positions
 
     def spread(self, values: Tensor) -> Tensor:
         """(B, ...) -> (A, ...): every slot has the values of its example."""
@@ -262,12 +265,16 @@ class Places:
         return some & (torch.arange(self.slots, device=total.device) < self.count)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the positions of every example, in fp64: (A, ...) -> (B, ...)."""
+        """Sum over the positions of every example, in fp64: (A, ...) -> (B, ...).
+
+        Those of all ranks of the group count.
+        """
         batch, positions = self.sizes
         if self.rows is not None:  # back into the order of positions, so that sums repeat
             every = values.new_zeros(batch * positions, *values.shape[1:])
             values = every.index_copy_(0, self.rows, values)
-        return values.reshape(batch, positions, *values.shape[1:]).sum(1, dtype=torch.float64)
+        sums = values.reshape(batch, positions, *values.shape[1:]).sum(1, dtype=torch.float64)
+        return sums if self.group is None else all_sum(sums, self.group)
 
 
 @dataclasses.dataclass(frozen=True)
