@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_kind, check_tensor, check_within
+from . import parallel
 from .checkpoint import differences
 
 __all__ = ["EMA"]
@@ -48,6 +49,7 @@ class EMA:
 
     def _live(self) -> dict[str, Tensor]:
         """The module's present state, an error where its names or shapes have changed."""
+        parallel.reshard(self.module)
         live = _state_of(self.module)
         changed = _changes(self.shadow, live)
         if changed:
