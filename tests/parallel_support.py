@@ -63,6 +63,14 @@ def _run(function, rank: int, size: int, folder, arguments) -> None:
     dist.destroy_process_group()
 
 
+def refused(work) -> str:
+    try:
+        work()
+    except Exception:
+        return traceback.format_exc()
+    return "nothing was raised"
+
+
 def whole(tensor):
     """All of a tensor, of which this rank may hold a shard."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -74,6 +82,8 @@ def make(kind: str, process: str = "masked", head: bool = True, **options: Any) 
     seed, dropout = options.pop("seed", 0), options.pop("dropout", 0.0)
     optimizer = options.pop("optimizer", torch.optim.Adam)
     student = Recorder(True, seed=seed, head=head, dropout=dropout)
+    if "width" in options:
+        student.mix = torch.nn.Linear(8, options.pop("width")).double()
     teacher = Recorder(False, seed=1, head=head)
     config = dataclasses.replace(CONFIG, backend="torch")
     module = DistillModule(student, teacher, process=PROCESSES[process], config=config)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_kind, check_tensor, check_within
+from ..checks import check_kind, check_within
 from . import parallel
 from .checkpoint import differences
 
@@ -117,7 +117,7 @@ class EMA:
             if key not in state:
                 raise ValueError(f"state must have the key {key!r}, got {sorted(state)}")
         for name, value in state["shadow"].items():
-            check_tensor(value, f"state['shadow'][{name!r}]")
+            check_kind(value, Tensor, f"state['shadow'][{name!r}]")
         changed = _changes(state["shadow"], self.shadow)
         if changed:
             raise ValueError(f"state must be that of this module: {changed}")

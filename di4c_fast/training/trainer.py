@@ -330,7 +330,7 @@ class Trainer:
         rank, size = parallel.rank_and_size()
         for name, every in states.get("ranks", {}).items():
             if name in self._generators() and len(every) == size:
-                self._generators()[name].set_state(every[rank])
+                self._generators()[name].set_state(every[rank].clone())
         return extra
 
     def _misfits(self, there: Mapping[str, Any], gradients: Mapping[str, Tensor]) -> list[str]:
