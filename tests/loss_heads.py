@@ -106,6 +106,10 @@ def convert(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if floating else value
 
 
+def single(problem: dict[str, Any]) -> dict[str, Any]:
+    return {name: convert(value, torch.float32) for name, value in problem.items()}
+
+
 def assert_within_bound(
     problem: dict[str, Any],
     backend: str,

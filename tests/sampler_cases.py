@@ -20,6 +20,7 @@ from di4c_fast.samplers import (
     sample_gaussian,
     sample_masked,
     sample_maskgit,
+    sample_remasked,
     sample_uniform_state,
 )
 from di4c_fast.testing import assert_counts_match
@@ -120,6 +121,10 @@ SAMPLERS = {
     "masked": Sampler(sample_masked, masked, 1),
     "masked, whole batch": Sampler(sample_masked, {**masked, "active_only": False}, 1),
     "analytic": Sampler(sample_analytic, masked, 1),
+    "remasked": Sampler(sample_remasked, {**masked, "eta": 0.4}, 1),
+    "remasked, loop": Sampler(
+        sample_remasked, {**masked, "steps": 8, "rule": "loop", "eta": 0.1, "active_only": False}, 1
+    ),
     "uniform": Sampler(sample_uniform_state, {"vocab_size": VOCAB, "steps": 4}, 1),
     "uniform, greedy": Sampler(
         sample_uniform_state, {"vocab_size": VOCAB, "steps": 4, "last_step": "greedy"}, 1
@@ -147,7 +152,7 @@ SAMPLERS = {
     ),
 }  # fmt: skip
 # One of each function.
-FUNCTIONS = ("masked", "analytic", "uniform", "gaussian", "maskgit", "confidence")
+FUNCTIONS = ("masked", "analytic", "remasked", "uniform", "gaussian", "maskgit", "confidence")
 
 
 def prompts(batch: int, length: int, seed: int = 1) -> Tensor:

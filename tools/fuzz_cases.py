@@ -294,6 +294,7 @@ def sampler_case(seed: int, small: bool) -> Case:
     name, options = d.pick(
         ("sample_masked", {**masked, **warm, "active_only": d.chance(0.5)}),
         ("sample_analytic", masked),
+        ("sample_remasked", {**masked, **warm, "rule": d.pick("cap", "rescale"), "eta": 0.4}),
         ("sample_uniform_state", {"last_step": d.pick("ancestral", "greedy")}),
         ("sample_maskgit", {**masked, **warm, "resample": d.chance(0.5)}),
         ("sample_gaussian", {"last": d.pick("argmax", "draw")}),

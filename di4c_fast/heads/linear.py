@@ -41,7 +41,8 @@ class LinearHead(BuiltInHead):
             every rank its own part. Gradients of `weight` and `bias` are those of its columns.
 
     Differentiable with respect to `hidden`, `weight` and `bias`. On a CPU the products of half
-    precision are computed in fp32.
+    precision are computed in fp32; on a GPU those of fp32 follow PyTorch's switch for TF32,
+    `torch.backends.cuda.matmul`.
 
     Raises:
         TypeError, ValueError: wrong kinds, ranks, sizes, dtypes or devices.

@@ -89,15 +89,19 @@ class Saved:
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
     """Memory for what the first sweep leaves; its sizes follow from shapes alone.
 
-    Small tensors are zeros, so that slots which are not active hold something.
+    Small tensors are zeros, so that slots which are not active hold something. They are not where
+    all are active and each zero is a launch.
     """
     plan = make_plan(problem, passes, needs_grad)
     batch, components, positions, vocabulary = problem.sizes
     total, like, row = batch * positions, problem.log_weights, padded(vocabulary)
     targets = problem.tokens.shape[1]
 
+    small: list[Tensor] = []
+
     def new(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return like.new_zeros(shape, dtype=dtype)
+        small.append(like.new_empty(shape, dtype=dtype))
+        return small[-1]
 
     def large(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         if type(like) is not Tensor:  # of a trace
@@ -130,6 +134,8 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
     else:
         rows, count = order_positions(problem.active)
+    if total and (problem.active is not None or not passes.WRITES_ZEROS):
+        torch._foreach_zero_(small)  # one launch
     dtype = problem.student.prepared_dtype
     logits = large(plan.kept_logits, components, row, dtype=dtype)
     joint = Joint(
@@ -189,33 +195,42 @@ def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Valu
     log_prob, log_weights = statistics.log_prob[part], problem.log_weights
     joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[part])
     alone = problem.position_group is None
-    terms = passes.joint if alone and hasattr(passes, "joint") else joint_terms
-    value = terms(log_prob, alive, log_weights, places, problem.correlation, joint)
+    evaluate = passes.joint if alone and hasattr(passes, "joint") else joint_terms
+    value = evaluate(log_prob, alive, log_weights, places, problem.correlation, joint)
 
-    zeros = problem.log_weights.new_zeros(problem.sizes[0])  # an op returns no tensor twice
-    marginal, teacher_kl, consistency_kl, component = (zeros.clone() for _ in range(4))
+    def total(values: Tensor) -> Tensor:
+        return places.sum(torch.where(alive, values[part], 0.0)).to(dtype)
+
+    def nothing() -> Tensor:  # an op returns no tensor twice
+        return problem.log_weights.new_zeros(problem.sizes[0])
+
+    teacher_kl: Tensor | None = None
+    consistency_kl: Tensor | None = None
+    marginal: Tensor | None = None
+    component: Tensor | None = None
     if problem.marginal:
         assert problem.teacher_weight is not None
-        assert problem.consistency_weight is not None
-        teacher_kl, consistency_kl = (
-            places.sum(torch.where(alive, values[part], 0.0)).to(dtype)
-            for values in (statistics.teacher_kl, statistics.consistency_kl)
-        )
+        teacher_kl = total(statistics.teacher_kl)
         marginal = weighted(teacher_kl, problem.teacher_weight)
-        marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
+        if problem.consistency is not None:
+            assert problem.consistency_weight is not None
+            consistency_kl = total(statistics.consistency_kl)
+            marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
     if problem.component:
         sums = places.sum(_counted_divergence(problem, saved, places))
         share = problem.log_weights.exp() * sums
         # However small its weight, a component that excludes a class of q_T is infinitely far.
         component = torch.where(sums == float("inf"), sums, share).sum(-1).to(dtype)
-    return Values(value.to(dtype), marginal, component, teacher_kl, consistency_kl)
+    terms = (marginal, component, teacher_kl, consistency_kl)
+    found = (nothing() if term is None else term for term in terms)
+    return Values(value.to(dtype), *found)
 
 
 def _counted_divergence(problem: Problem, saved: Saved, places: Places) -> Tensor:
     """KL(q_T || p_n) (A, N); 0 where it does not count: components of weight 0 are absent."""
     statistics, part = saved.statistics, slice(0, places.slots)
     counted = places.alive(statistics.student.total[part]).unsqueeze(-1)
-    present = (problem.log_weights != float("-inf"))[places.examples(counted.device)]
+    present = places.spread(problem.log_weights != float("-inf"))
     return torch.where(counted & present, statistics.divergence[part], 0.0)
 
 
@@ -259,10 +274,10 @@ def _factors(
     component: Tensor,
 ) -> Factors:
     statistics = saved.statistics
-    part, b = slice(0, places.slots), places.examples(alpha.device)
-    kappa = saved.joint.difference[part] * alpha[b].unsqueeze(-1)
+    part = slice(0, places.slots)
+    kappa = saved.joint.difference[part] * places.spread(alpha).unsqueeze(-1)
     probability = -kappa.sum(1)
-    by_slot = marginal[b]
+    by_slot = places.spread(marginal)
     factor = torch.zeros_like(probability)
     if problem.marginal:
         probability = probability + by_slot.unsqueeze(-1) * statistics.mass[part]
@@ -270,7 +285,7 @@ def _factors(
         assert statistics.teacher is not None
         # An infinite divergence has no gradient.
         infinite = statistics.divergence[part] == float("inf")
-        factor = component[b].unsqueeze(-1) * problem.log_weights.exp()[b]
+        factor = places.spread(component.unsqueeze(-1) * problem.log_weights.exp())
         factor = torch.where(infinite, 0.0, factor)
         # A teacher's component without any class takes its share out of q_T.
         whole = (statistics.teacher.total[part] != 0).to(alpha.dtype).mean(-1, keepdim=True)

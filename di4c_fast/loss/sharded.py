@@ -74,6 +74,10 @@ def draw_targets(
     sums.shift[visit.part] = drawn.shift.view(rows.shape)
     sums.total[visit.part] = drawn.total.view(rows.shape)
     token = drawn.token.view(rows.shape).clamp_min(0)
+    own = tokens[:, tokens.shape[1] - u.components :]
+    if xu is None and visit.rows is None and visit.slots == own[:, 0].numel():
+        own.copy_(token.view(-1, visit.positions, u.components).transpose(1, 2))
+        return
     b, d = visit.split(token.device)
     if visit.count is not None:
         slots = torch.arange(visit.first, visit.first + visit.slots, device=token.device)
@@ -81,7 +85,7 @@ def draw_targets(
     if xu is not None:
         shown = xu[b, :, d]
         token = torch.where(shown.ne(problem.mask_id or 0), shown, token)
-    tokens[:, tokens.shape[1] - u.components :][b, :, d] = token
+    own[b, :, d] = token
 
 
 def local_statistics(shard: Shard, statistics: Statistics) -> Statistics:

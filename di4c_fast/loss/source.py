@@ -31,6 +31,10 @@ class Source:
     def rows(self, visit: Visit) -> Tensor:
         """Row numbers (P, C) of the visited slots."""
         device = self.head.device
+        number = self.head.shape[:-1].numel()
+        if visit.rows is None and visit.slots * self.components == number:  # all, in few launches
+            every = torch.arange(number, device=device).view(-1, self.components, visit.positions)
+            return every.transpose(1, 2).reshape(visit.slots, self.components)
         b, d = visit.split(device)
         component = torch.arange(self.components, device=device)
         return (b[:, None] * self.components + component) * visit.positions + d[:, None]

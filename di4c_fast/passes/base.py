@@ -18,10 +18,9 @@ components at once. The driver calls them; nothing else does.
         A token and statistics for every row of the visited slots: see `di4c_fast.draw`.
     joint(log_prob, alive, log_weights, places, correlation, out)
         The joint terms, faster than `joint_terms` of `loss.joint` has them; optional.
-    logistic_logits(mu, log_scale, out, *, eps, clamp)
-    logistic_gradient(mu, log_scale, gradient, *, eps, clamp)
-        The bins of `LogisticHead` and the way back through them, where the passes do not compute
-        bins from an operand's two numbers themselves.
+    READS_BINS
+        The most bins of an operand that stands for a `LogisticHead` by its two numbers per row; 0
+        if there is none: then the head computes its logits.
 
 Logits are computed with in the work dtype whatever their own.
 
@@ -74,7 +73,7 @@ class Operand:
     neighbours. Logits of all positions have strides[0] = 0, those of one chunk strides[1] =
     strides[3] = 0.
 
-    With `bins` that element is mu of the row, in fp32: only for passes with READS_BINS = True. The
+    With `bins` that element is mu of the row, in fp32: only for passes with READS_BINS. The
     gradient of such an operand has the same form.
     """
 
@@ -250,10 +249,13 @@ class Places:
     slots: int  # A
     group: str | None = None  # of ranks that have the other positions
 
-    def examples(self, device: torch.device) -> Tensor:
-        """(A,) the example of every slot."""
-        index = torch.arange(self.slots, device=device) if self.rows is None else self.rows
-        return index // max(self.sizes[1], 1)
+    def spread(self, values: Tensor) -> Tensor:
+        """(B, ...) -> (A, ...): every slot has the values of its example."""
+        batch, positions = self.sizes
+        if self.rows is None:
+            every = values.unsqueeze(1).expand(batch, positions, *values.shape[1:])
+            return every.flatten(0, 1).contiguous()
+        return values[self.rows // max(positions, 1)]
 
     def alive(self, total: Tensor) -> Tensor:
         """(A,) active slots at which some row has a class; total (A, N) of the row sums."""

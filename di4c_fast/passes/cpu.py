@@ -21,7 +21,7 @@ from ..kernels.cpu.build import BuildError, find_library
 from .base import Chunk, Drawn, DrawOptions, Factors, Joint, Operand, Places, RowSums, Visit
 
 WRITES_ZEROS = False  # `backward` visits active slots only
-READS_BINS = True  # operands may be the two numbers of bins
+READS_BINS = sys.maxsize
 DRAWS_TARGETS = True  # `forward` draws x^k
 SETS = ("plain", "avx2", "avx512")  # DI4C_FAST_CPU names the highest that may run
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

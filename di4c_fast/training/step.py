@@ -39,6 +39,7 @@ from ..models.call import (
 )
 from ..processes.base import Process, check_times
 from ..rng import generator_uniform
+from . import parallel
 from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
 from .draws import Source, by_example, check_source, examples_of, targets
 from .pieces import call_in_pieces
@@ -376,7 +377,9 @@ class _Step:
             own = dict(zip(context, values, strict=True))
             return call_model(getattr(self, name), name, tokens, t, latent, own, classes)
 
-        limit = self.components_at_once and len(self.x0) * self.components_at_once
+        # As many calls for some of the examples as for all.
+        examples = min(len(at.t), len(self.x0))
+        limit = self.components_at_once and examples * self.components_at_once
         head = call_in_pieces(run, (tokens, t, latent, *context.values()), limit)
         return head if latent is None else head.unflatten(len(at.t), rows)
 
@@ -397,9 +400,9 @@ class _Step:
         for name in WEIGHTS:
             options[name] = getattr(config, name) * share if name in terms else 0.0
         if "data_weight" in terms:
-            options["data_weight"] = data_weights(
-                at.t, config.data_schedule, options["data_weight"]
-            )
+            # The share is exact, whatever part of a larger batch this is.
+            weights = data_weights(at.t, config.data_schedule, config.data_weight)
+            options["data_weight"] = weights.double() * share
         if mask is None:
             options.pop("xu", None)
         else:
@@ -419,7 +422,13 @@ class _Step:
         # The student before the draws: with fewer classes it cannot be called with all tokens.
         high = len(low) - int(low.sum())
         if high in (0, len(low)):
-            value, terms, xu = self.part(at, self.predict(at), low=not high)
+            heads = self.predict(at)
+            if not high and parallel.has_shards(self.student):
+                # The pass of one example in place of that at x_u, which other ranks may make.
+                one = at.select(slice(1))
+                with torch.no_grad(), evaluation_mode(self.student):
+                    self.call("student", one._replace(latent=one.latent_u))
+            value, terms, xu = self.part(at, heads, low=not high)
             return value, terms, xu if high else None
         # Those with an x_u pass first, so that both kinds are contiguous slices.
         order = torch.argsort(low.int(), stable=True)
