@@ -19,8 +19,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from loss_cases import run_loss
+from loss_heads import WIDTH
+from torch import Tensor
+
+from di4c_fast import LinearHead, TensorHead
 
 WORLDS = (2, 3)
+VOCABULARY = 11
+SHARDED = ("logits", "weight", "bias", "student", "teacher", "consistency")
 TIMEOUT = datetime.timedelta(seconds=20)
 CASES: dict[str, Callable[..., None]] = {}
 GROUPS: list[Any] = []  # of a process: the one that shares the vocabulary, and one of its last rank
@@ -51,6 +58,63 @@ def columns_of(vocabulary: int, cuts: tuple[int, ...] = ()) -> tuple[int, int]:
     ends = [0, *(cuts or (2, 6))[: world - 1], vocabulary]
     at = world - 1 - dist.get_rank(GROUPS[0])
     return ends[at], ends[at + 1]
+
+
+def leaves_of(kind: str, problem: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    leading = problem["student"].shape[:-1]
+    leaves = {"logits": problem["student"]}
+    if kind != "tensor":
+        leaves = {
+            "hidden": torch.randn(*leading, WIDTH, generator=g, dtype=torch.float64),
+            "weight": torch.randn(VOCABULARY, WIDTH, generator=g, dtype=torch.float64) / 2,
+        }
+        if "bias" in kind:
+            rows = leading[-1:] if "position" in kind else ()
+            leaves["bias"] = torch.randn(*rows, VOCABULARY, generator=g, dtype=torch.float64)
+    if "log_weights" in problem:
+        leaves["log_weights"] = problem["log_weights"]
+    return {name: leaf.to(dtype).clone() for name, leaf in leaves.items()}
+
+
+def part_of(name: str, tensor: Tensor, columns: tuple[int, int] | None) -> Tensor:
+    """The columns of a tensor behind a head; tensors without columns are whole on every rank."""
+    if columns is None or name not in SHARDED:
+        return tensor
+    return tensor[slice(*columns)] if name == "weight" else tensor[..., slice(*columns)]
+
+
+def evaluate(
+    problem: dict[str, Any],
+    kind: str,
+    columns: tuple[int, int] | None,
+    dtype: torch.dtype = torch.float64,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """Loss, terms and gradients, of the whole vocabulary or of a shard."""
+    leaves = {
+        name: part_of(name, leaf, columns).clone().requires_grad_()
+        for name, leaf in leaves_of(kind, problem, dtype).items()
+    }
+    call = dict(problem)
+    for name in ("teacher", "consistency"):
+        if name in call:
+            call[name] = TensorHead(
+                part_of(name, call[name].to(dtype), columns).contiguous(), **here(columns)
+            )
+    log_weights = leaves.get("log_weights")
+    if log_weights is not None:
+        call["log_weights"] = log_weights
+    parts = [leaf for name, leaf in leaves.items() if name != "log_weights"]
+    kinds = TensorHead if kind == "tensor" else LinearHead
+    names = ("budget_bytes", "reduce_hidden_grad")
+    options = {name: settings.pop(name) for name in names if name in settings}
+    call["student"] = kinds(*parts, **here(columns), vocabulary=columns and VOCABULARY, **options)
+    generator = torch.Generator().manual_seed(5)
+    value, terms = run_loss(call, return_terms=True, generator=generator, **settings)
+    value.backward()
+    found = {"loss": value.detach(), **terms._asdict()}
+    return found | {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
 
 
 def assert_raises(message: str, function: Callable[..., Any], *arguments: Any, **options: Any):

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from distill_support import CONFIG, MIXED, VOCAB, Recorder, models, step
 from loss_cases import make_problem, run_loss
 from loss_heads import ATOL, FULL, WIDTH
 from sample_cases import normal
-from sharded_support import CASES, GROUPS, WORLDS, assert_raises, case, columns_of, here, results
+from sharded_support import (
+    CASES,
+    GROUPS,
+    SHARDED,
+    VOCABULARY,
+    WORLDS,
+    assert_raises,
+    case,
+    columns_of,
+    evaluate,
+    here,
+    part_of,
+    results,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -29,11 +44,9 @@ from di4c_fast import (
 from di4c_fast.processes import GaussianProcess, MaskedProcess, MaskGITProcess
 from di4c_fast.testing import assert_close_to_reference
 
-VOCABULARY = 11
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 # The loss -----------------------------------------------------------------------------------------
 
-SHARDED = ("logits", "weight", "bias", "student", "teacher", "consistency")
 PROBLEMS: dict[str, dict[str, Any]] = {
     "plain": {"component_weight": 0.3},
     "full": FULL,
@@ -44,63 +57,6 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "large logits": {"scale": 300.0, "component_weight": 0.2},
 }
 KINDS = ("tensor", "linear", "linear, bias", "linear, bias per position")
-
-
-def leaves_of(kind: str, problem: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(3)
-    leading = problem["student"].shape[:-1]
-    leaves = {"logits": problem["student"]}
-    if kind != "tensor":
-        leaves = {
-            "hidden": torch.randn(*leading, WIDTH, generator=g, dtype=torch.float64),
-            "weight": torch.randn(VOCABULARY, WIDTH, generator=g, dtype=torch.float64) / 2,
-        }
-        if "bias" in kind:
-            rows = leading[-1:] if "position" in kind else ()
-            leaves["bias"] = torch.randn(*rows, VOCABULARY, generator=g, dtype=torch.float64)
-    if "log_weights" in problem:
-        leaves["log_weights"] = problem["log_weights"]
-    return {name: leaf.to(dtype).clone() for name, leaf in leaves.items()}
-
-
-def part_of(name: str, tensor: Tensor, columns: tuple[int, int] | None) -> Tensor:
-    """The columns of a tensor behind a head; tensors without columns are whole on every rank."""
-    if columns is None or name not in SHARDED:
-        return tensor
-    return tensor[slice(*columns)] if name == "weight" else tensor[..., slice(*columns)]
-
-
-def evaluate(
-    problem: dict[str, Any],
-    kind: str,
-    columns: tuple[int, int] | None,
-    dtype: torch.dtype = torch.float64,
-    **settings: Any,
-) -> dict[str, Tensor]:
-    """Loss, terms and gradients, of the whole vocabulary or of a shard."""
-    leaves = {
-        name: part_of(name, leaf, columns).clone().requires_grad_()
-        for name, leaf in leaves_of(kind, problem, dtype).items()
-    }
-    call = dict(problem)
-    for name in ("teacher", "consistency"):
-        if name in call:
-            call[name] = TensorHead(
-                part_of(name, call[name].to(dtype), columns).contiguous(), **here(columns)
-            )
-    log_weights = leaves.get("log_weights")
-    if log_weights is not None:
-        call["log_weights"] = log_weights
-    parts = [leaf for name, leaf in leaves.items() if name != "log_weights"]
-    kinds = TensorHead if kind == "tensor" else LinearHead
-    names = ("budget_bytes", "reduce_hidden_grad")
-    options = {name: settings.pop(name) for name in names if name in settings}
-    call["student"] = kinds(*parts, **here(columns), vocabulary=columns and VOCABULARY, **options)
-    generator = torch.Generator().manual_seed(5)
-    value, terms = run_loss(call, return_terms=True, generator=generator, **settings)
-    value.backward()
-    found = {"loss": value.detach(), **terms._asdict()}
-    return found | {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
 
 
 def compare(
@@ -334,6 +290,33 @@ def samplers_draw_the_same(sampler: Callable[..., Tensor]) -> None:
         for at in (None, columns)
     )
     assert whole.equal(ours)
+
+
+class LastRows(torch.nn.Module):
+    """A model whose output layer has some of the rows of another's."""
+
+    def __init__(self, model: Recorder, columns: tuple[int, int] | None):
+        super().__init__()
+        self.model, self.columns = model, columns
+
+    def forward(self, tokens: Tensor, t: Tensor, *latent: Tensor) -> LinearHead:
+        head = self.model(tokens, t, *latent)
+        weight, bias = (part_of(n, getattr(head, n), self.columns) for n in ("weight", "bias"))
+        return LinearHead(head.hidden, weight, bias, **here(self.columns))
+
+
+@case()
+def a_distillation_step_is_the_same() -> None:
+    columns, found = columns_of(VOCAB, (2, 3)), []
+    for at in (None, columns):
+        pair = models(head=True)
+        config = dataclasses.replace(CONFIG, backend="torch")
+        output = step(*(LastRows(model, at) for model in pair), MIXED, config)
+        output.loss.backward()
+        rows = part_of("weight", pair[0].out.weight.grad, columns)
+        found.append((output.loss, pair[0].embed.weight.grad, rows))
+    for name, whole, ours in zip(("loss", "embedding", "rows"), *found, strict=True):
+        assert_equal_to_1e9(name, ours, whole)
 
 
 @case()
