@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ..checks import check_kind
+from ..checks import check_int64, check_kind, check_rank
 from ..heads import HeadLike
 from ..models.call import check_callable
 from ..processes.base import Process
-from .checkpoint import identity
+from ..rng import draw_seed
+from . import parallel
+from .checkpoint import identity, outline
 from .config import DistillConfig, DistillOutput
-from .step import distill_step
+from .module import DistillModule
+from .step import distill_step, outside_autocast
 from .trainer import Backward, Metrics, Trainer
 
 __all__ = ["Distiller"]
@@ -59,6 +63,52 @@ class Distiller(Trainer):
         self.student, self.teacher = student, teacher
         self.process, self.config = process, config
 
+    @classmethod
+    def of(cls, module: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Distiller:
+        """A distiller whose step is a `DistillModule`, in one process or in many.
+
+            student = ...                                     # the same weights on every rank
+            module = DistributedDataParallel(DistillModule(student, teacher, process=process))
+            distiller = Distiller.of(module, optimizer, ema=EMA(student), generator=generator)
+
+        Every rank calls `step` with its own examples. What the optimiser steps with is the
+        gradient of the mean over the examples of all ranks, however many each has; it is
+        exchanged once per optimiser step. Metrics are means over all ranks' examples. An example
+        draws from (a seed taken from `generator`, its number in the global batch, ranks in order),
+        so that any number of processes, one without torch.distributed included, does the same up
+        to rounding, but for dropout, which draws from each process's default generator.
+
+        `save` and `load` take a folder, which all ranks write and read together through
+        torch.distributed.checkpoint, between optimiser steps; any number of ranks can go on from
+        it, as many as wrote it exactly. Without torch.distributed they take a file.
+
+        Args:
+            module: a `DistillModule`; with torch.distributed, in DistributedDataParallel or after
+                `fully_shard` of it (then the optimiser and an EMA are made after that).
+            optimizer, options: as for `Distiller`, without process and config. `generator` has
+                the same state on every rank.
+
+        Raises:
+            ValueError: on every rank, where the ranks do not train the same: weights, options,
+                recipe; in `step`, where the sizes D or the generators differ. A rank that fails
+                alone ends the others with an error of their next exchange, after the timeout of
+                `torch.distributed.init_process_group`. Go on from a checkpoint then.
+        """
+        inner = module.module if isinstance(module, DistributedDataParallel) else module
+        check_kind(inner, DistillModule, "module")
+        assert isinstance(inner, DistillModule)
+        given: dict[str, Any] = {"process": inner.process, "config": inner.config, **options}
+        distiller = cls(inner.student, inner.teacher, optimizer, **given)
+        if parallel.rank_and_size()[1] > 1 and not parallel.is_wrapped(module):
+            raise ValueError(
+                "module must be in DistributedDataParallel or after fully_shard where there are "
+                f"several ranks, got {type(module).__name__}"
+            )
+        distiller.wrapper = module
+        weights = outline(dict(inner.student.named_parameters()))
+        parallel.check_same({"student": weights, **distiller._identity()})
+        return distiller
+
     def step(self, x0: Tensor, **options: Any) -> Metrics:
         """Loss and gradients of one batch; the optimiser steps with every `accumulate`-th.
 
@@ -68,8 +118,8 @@ class Distiller(Trainer):
         Args:
             x0: (B, D) int64.
             options: all that `distill_step` takes and that is not named here: valid, context,
-                return_terms, times, tokens and latents. Each part of the loss goes backward as soon
-                as it exists, so that one graph is alive at a time.
+                return_terms, components_at_once, times, tokens and latents. Each part of the loss
+                goes backward as soon as it exists, so that one graph is alive at a time.
 
         Returns:
             Detached scalars on the student's device, which nothing here waits for: "loss"; the
@@ -78,6 +128,9 @@ class Distiller(Trainer):
             component term over t < low_t, where codes that average over the whole batch give
             smaller numbers; and what `Trainer.take` adds.
         """
+
+        if self.wrapper is not None:
+            return self.take(lambda backward: self._global_batch(backward, x0, options))
 
         def batch(backward: Backward) -> tuple[Metrics, int]:
             output = distill_step(
@@ -90,11 +143,32 @@ class Distiller(Trainer):
                 backward=backward,
                 **options,
             )
-            return {"loss": output.loss, **self._term_means(output)}, len(x0)
+            terms = self._term_sums(output).items()
+            means = {name: total / max(count, 1) for name, (total, count) in terms}
+            return {"loss": output.loss, **means}, len(x0)
 
         return self.take(batch)
 
-    def _term_means(self, output: DistillOutput) -> Metrics:
+    def _global_batch(
+        self, backward: Backward, x0: Tensor, options: dict[str, Any]
+    ) -> tuple[Metrics, int]:
+        """The part of this process in the batch of all."""
+        assert self.wrapper is not None
+        check_int64(x0, "x0")
+        check_rank(x0, "x0", exactly=2)
+        seed = int(draw_seed(self.generator, torch.device("cpu")))
+        terms, empty = options.get("return_terms", True), not parallel.has_shards(self.student)
+        place = parallel.place_of(x0, seed, terms, empty=empty)
+        loss, output = self.wrapper(x0, seed=place.seed, first=place.first, **options)
+        with outside_autocast(loss):
+            # The ranks' gradients are averaged; the batch counts examples.
+            ranks = parallel.rank_and_size()[1]
+            backward(loss, len(x0) * ranks / max(place.total, 1))
+        sums = {"loss": (output.loss * len(x0), len(x0)), **self._term_sums(output)}
+        return parallel.reduced(sums), place.total
+
+    def _term_sums(self, output: DistillOutput) -> dict[str, tuple[Tensor, int]]:
+        """The sum of each term, and the number of examples that it counts for."""
         if output.terms is None:
             return {}
         terms, batch, low = output.terms._asdict(), output.low.numel(), int(output.low.sum())
@@ -103,7 +177,7 @@ class Distiller(Trainer):
         if self.process.component_time is None:
             counts["component"] = low
             terms["component"] = terms["component"].where(output.t < self.config.low_t, 0.0)
-        return {k: term.sum() / max(counts.get(k, batch), 1) for k, term in terms.items()}
+        return {name: (term.sum(), counts.get(name, batch)) for name, term in terms.items()}
 
     def _identity(self) -> dict[str, Any]:
         ours = {"config": identity(self.config), "process": identity(self.process)}

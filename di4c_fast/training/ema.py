@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_kind, check_tensor, check_within
+from ..checks import check_kind, check_within
+from . import parallel
 from .checkpoint import differences
 
 __all__ = ["EMA"]
@@ -48,6 +49,7 @@ class EMA:
 
     def _live(self) -> dict[str, Tensor]:
         """The module's present state, an error where its names or shapes have changed."""
+        parallel.reshard(self.module)
         live = _state_of(self.module)
         changed = _changes(self.shadow, live)
         if changed:
@@ -115,7 +117,7 @@ class EMA:
             if key not in state:
                 raise ValueError(f"state must have the key {key!r}, got {sorted(state)}")
         for name, value in state["shadow"].items():
-            check_tensor(value, f"state['shadow'][{name!r}]")
+            check_kind(value, Tensor, f"state['shadow'][{name!r}]")
         changed = _changes(state["shadow"], self.shadow)
         if changed:
             raise ValueError(f"state must be that of this module: {changed}")

@@ -6,8 +6,9 @@ student at x_t and at x_u, and calls `di4c_fast.loss`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import (
     check_floating,
+    check_int,
     check_int64,
     check_kind,
     check_rank,
@@ -36,10 +38,13 @@ from ..models.call import (
     repeat_context,
 )
 from ..processes.base import Process, check_times
-from ..rng import check_generator, generator_uniform
+from ..rng import generator_uniform
+from . import parallel
 from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
+from .draws import Source, by_example, check_source, examples_of, targets
+from .pieces import call_in_pieces
 
-__all__ = ["distill_step"]
+__all__ = ["distill_step", "outside_autocast"]
 
 Heads = tuple[Head, Head]  # of the student and of the teacher
 _SHAPES = {
@@ -63,7 +68,7 @@ def distill_step(
     *,
     process: Process,
     config: DistillConfig | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     latent: Tensor | None = None,
     latent_u: Tensor | None = None,
     latent_teacher: Tensor | None = None,
@@ -79,6 +84,7 @@ def distill_step(
     context: Context | None = None,
     return_terms: bool = True,
     backward: Callable[[Tensor], None] | None = None,
+    components_at_once: int | None = None,
 ) -> DistillOutput:
     """The distillation loss of one batch, ready for `output.loss.backward()`.
 
@@ -102,7 +108,9 @@ def distill_step(
         process: gives x_t, u and x_u.
         config: the recipe; None for the defaults.
         generator: source of every draw made here. The same state, with the same arguments left
-            for it to draw, gives the same step (dropout draws from the default generator).
+            for it to draw, gives the same step (dropout draws from the default generator). A
+            sequence holds one generator for each example, whose draws then depend on nothing else
+            in the batch; they are made example by example.
         latent, latent_u: (B, N, L) and (B, K, L), λ of the student at x_t and at x_u; None
             draws U[0, 1). The loss is differentiable with respect to `latent` if it asks for it.
         latent_teacher: (B, M, L), λ of a Di4C teacher at x_t.
@@ -125,6 +133,11 @@ def distill_step(
             exists: lambda part: part.backward(). With a component pass there are two parts,
             and only one graph is alive at a time; the returned loss then has none. Autocast is
             off during the call.
+        components_at_once: n < N: no model is called on more than B·n rows, and the backward pass
+            keeps the activations of so many. The gradient is that of all N at once, with the
+            joint weights of all: only the tensors behind the heads (logits, or the hidden states
+            of a `LinearHead`) are kept for all N, and every piece of rows runs once more, with
+            the same dropout. For models whose rows do not depend on each other. None for N.
 
     The teacher and the x_u pass run without a graph, and in eval mode where the callable is an
     `nn.Module`; the pass at x_t runs in the mode that the student is in. Which examples need
@@ -143,19 +156,23 @@ def distill_step(
     given = {"latent": latent, "latent_u": latent_u, "latent_teacher": latent_teacher}
     given |= {"latent_min": latent_min, "u": u, "xt": xt, "xu": xu, "consistency_x": consistency_x}
     given |= {"t_min": t_min, "x_min": x_min}
-    step = _Step(student, teacher, x0, process, config, generator, given, return_terms, backward)
+    step = _Step(
+        student, teacher, x0, process, config, generator, given, return_terms, backward,
+        components_at_once,
+    )  # fmt: skip
     context = check_context(context, len(x0), x0.device)
     t, low = step.times(t)
     some, own_pass = len(x0) > 0, process.component_time is not None
+    source = step.source
     if xt is None:
-        xt = process.corrupt(x0, t, valid=valid, generator=generator) if some else x0
+        xt = step.corrupt(source, x0, t, valid) if some else x0
     if u is None:
-        u = process.step_time(t, config.teacher_step, generator=generator) if some else t
+        u = step.step_time(source, t) if some else t
     else:
         check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
     latent, latent_u = step.latent("latent"), step.latent("latent_u")
     latent_teacher = step.latent("latent_teacher") if config.teacher_components > 1 else None
-    at_u = u, latent_u, xu, consistency_x
+    at_u = u, latent_u, source, xu, consistency_x
     examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, *at_u)
     value, terms, xu = step.run(examples, low) if some else step.empty(latent)
     if own_pass and terms is not None:  # not that of x_t
@@ -166,6 +183,15 @@ def distill_step(
     if own_pass and some and config.component_weight:
         output = step.component(output, examples)
     return output
+
+
+@contextlib.contextmanager
+def outside_autocast(part: Tensor) -> Iterator[None]:
+    """Where a part of the loss goes backward."""
+    # Casts that autocast made in one pass belong to the graph that is about to be freed.
+    torch.clear_autocast_cache()
+    with without_autocast(part.device):
+        yield
 
 
 class _Examples(NamedTuple):
@@ -180,13 +206,20 @@ class _Examples(NamedTuple):
     context: Context
     u: Tensor
     latent_u: Tensor
+    source: Source
     xu: Tensor | None = None
     consistency_x: Tensor | None = None
 
     def select(self, index: Tensor | slice) -> _Examples:
+        """Those of an index on the CPU."""
+        source = self.source
+        if isinstance(source, tuple):
+            source = tuple(source[i] for i in torch.arange(len(source))[index].tolist())
+        if isinstance(index, Tensor):
+            index = index.to(self.x0.device, non_blocking=True)
         fields = {k: v[index] for k, v in self._asdict().items() if isinstance(v, Tensor)}
         context = {name: value[index] for name, value in self.context.items()}
-        return self._replace(**fields, context=context)
+        return self._replace(**fields, context=context, source=source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,21 +234,24 @@ class _Step:
     x0: Tensor
     process: Process
     config: DistillConfig
-    generator: torch.Generator | None
+    generator: Any
     given: dict[str, Tensor | None]  # what would be drawn here otherwise
     return_terms: bool
     backward: Callable[[Tensor], None] | None
+    components_at_once: int | None
 
     def __post_init__(self) -> None:
         check_callable(self.student, "student")
         check_callable(self.teacher, "teacher")
         check_int64(self.x0, "x0")
         check_rank(self.x0, "x0", exactly=2)
-        check_generator(self.generator)
+        check_source(self.generator, len(self.x0))
         check_kind(self.process, Process, "process")
         check_kind(self.config, DistillConfig, "config")
         if self.backward is not None:
             check_callable(self.backward, "backward")
+        if self.components_at_once is not None:
+            check_int(self.components_at_once, "components_at_once", minimum=1)
         time = self.process.component_time
         if time is not None:
             check_within(time, "process.component_time", "(0, 1]")
@@ -231,6 +267,10 @@ class _Step:
                 kind = type(self.process).__name__
                 raise ValueError(f"{name} needs a process with a component_time, got {kind}")
 
+    @property
+    def source(self) -> Source:
+        return check_source(self.generator, len(self.x0))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of what is drawn under that name."""
         config, (batch, positions) = self.config, self.x0.shape
@@ -242,10 +282,41 @@ class _Step:
     def latent(self, name: str) -> Tensor:
         """Latents as they were given, or drawn."""
         given = self.given[name]
-        return self.draw(*self.shape(name)) if given is None else given
+        return self.draw(self.source, *self.shape(name)) if given is None else given
 
-    def draw(self, *shape: int) -> Tensor:
-        return generator_uniform(shape, generator=self.generator, device=self.x0.device)
+    def draw(self, source: Source, count: int, *shape: int, dim: int = 0) -> Tensor:
+        """Uniform numbers of `shape` with the `count` examples as dimension `dim`."""
+
+        def own(generator: torch.Generator | None, examples: slice) -> Tensor:
+            size = len(range(count)[examples])
+            sizes = (*shape[:dim], size, *shape[dim:])
+            return generator_uniform(sizes, generator=generator, device=self.x0.device)
+
+        return by_example(source, own, dim)
+
+    def step_time(self, source: Source, t: Tensor) -> Tensor:
+        def own(generator: torch.Generator | None, i: slice) -> Tensor:
+            return self.process.step_time(t[i], self.config.teacher_step, generator=generator)
+
+        return by_example(source, own)
+
+    def corrupt(self, source: Source, x0: Tensor, t: Tensor, valid: Tensor | None) -> Tensor:
+        def own(generator: torch.Generator | None, i: slice) -> Tensor:
+            where = None if valid is None else valid[i]
+            return self.process.corrupt(x0[i], t[i], valid=where, generator=generator)
+
+        return by_example(source, own)
+
+    def teacher_step(self, at: _Examples, teacher: Head, draws: int) -> Tensor:
+        heads = examples_of(teacher, at.source)
+
+        def own(generator: torch.Generator | None, i: slice) -> Tensor:
+            given: Any = {"valid": None if at.valid is None else at.valid[i]}
+            given["generator"] = generator
+            head = heads[i.start or 0]
+            return self.process.teacher_step(at.xt[i], at.t[i], at.u[i], head, draws, **given)
+
+        return by_example(at.source, own)
 
     def times(self, t: Tensor | None) -> tuple[Tensor, Tensor]:
         """The times (B,), and on the CPU which of them are low."""
@@ -253,12 +324,15 @@ class _Step:
         # A component pass of its own leaves no times that are low.
         low_t = config.low_t if self.process.component_time is None else 0.0
         if t is None:
-            host = self.process.sample_times(
-                len(x0),
-                low_t=low_t,
-                low_t_probability=config.low_t_probability if low_t else 0.0,
-                generator=self.generator,
-                device="cpu",
+            host = by_example(
+                self.source,
+                lambda own, i: self.process.sample_times(
+                    len(x0[i]),
+                    low_t=low_t,
+                    low_t_probability=config.low_t_probability if low_t else 0.0,
+                    generator=own,
+                    device="cpu",
+                ),
             )
             return host.to(x0.device, non_blocking=True), host < low_t
         check_kind(t, Tensor, "t")
@@ -271,9 +345,7 @@ class _Step:
         """A part's value, its graph given to the caller's `backward` if there is one."""
         if self.backward is None:
             return part
-        # Casts that autocast made in one pass belong to the graph that is about to be freed.
-        torch.clear_autocast_cache()
-        with without_autocast(part.device):
+        with outside_autocast(part):
             self.backward(part)
         return part.detach()
 
@@ -293,15 +365,23 @@ class _Step:
 
         `at.xt` is (B, D), the same for each component, or (B, N, D).
         """
-        model, tokens = getattr(self, name), at.xt
-        if at.latent is None:
-            return call_model(model, name, tokens, at.t, None, at.context, classes)
-        batch, rows, _ = at.latent.shape
-        if tokens.ndim == 2:
-            tokens = repeat(tokens, "b d -> b n d", n=rows)
-        tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, at.latent))
-        t, context = repeat(at.t, "b -> (b n)", n=rows), repeat_context(at.context, rows)
-        return call_model(model, name, tokens, t, latent, context, classes).unflatten(batch, rows)
+        tokens, t, context, latent = at.xt, at.t, at.context, at.latent
+        if latent is not None:
+            rows = latent.shape[1]
+            if tokens.ndim == 2:
+                tokens = repeat(tokens, "b d -> b n d", n=rows)
+            tokens, latent = (rearrange(each, "b n d -> (b n) d") for each in (tokens, latent))
+            t, context = repeat(t, "b -> (b n)", n=rows), repeat_context(context, rows)
+
+        def run(tokens: Tensor, t: Tensor, latent: Tensor | None, *values: Tensor) -> Head:
+            own = dict(zip(context, values, strict=True))
+            return call_model(getattr(self, name), name, tokens, t, latent, own, classes)
+
+        # As many calls for some of the examples as for all.
+        examples = min(len(at.t), len(self.x0))
+        limit = self.components_at_once and examples * self.components_at_once
+        head = call_in_pieces(run, (tokens, t, latent, *context.values()), limit)
+        return head if latent is None else head.unflatten(len(at.t), rows)
 
     def predict(self, at: _Examples) -> Heads:
         """The student's head at x_t, with a graph, and the teacher's, without one."""
@@ -320,9 +400,9 @@ class _Step:
         for name in WEIGHTS:
             options[name] = getattr(config, name) * share if name in terms else 0.0
         if "data_weight" in terms:
-            options["data_weight"] = data_weights(
-                at.t, config.data_schedule, options["data_weight"]
-            )
+            # The share is exact, whatever part of a larger batch this is.
+            weights = data_weights(at.t, config.data_schedule, config.data_weight)
+            options["data_weight"] = weights.double() * share
         if mask is None:
             options.pop("xu", None)
         else:
@@ -332,7 +412,7 @@ class _Step:
             at.x0,
             valid=at.valid,
             control_variate=config.control_variate,
-            generator=self.generator,
+            generator=None if isinstance(at.source, tuple) else at.source,
             backend=config.backend,
             **options,
         )
@@ -342,11 +422,18 @@ class _Step:
         # The student before the draws: with fewer classes it cannot be called with all tokens.
         high = len(low) - int(low.sum())
         if high in (0, len(low)):
-            value, terms, xu = self.part(at, self.predict(at), low=not high)
+            heads = self.predict(at)
+            if not high and parallel.has_shards(self.student):
+                # The pass of one example in place of that at x_u, which other ranks may make.
+                one = at.select(slice(1))
+                with torch.no_grad(), evaluation_mode(self.student):
+                    self.call("student", one._replace(latent=one.latent_u))
+            value, terms, xu = self.part(at, heads, low=not high)
             return value, terms, xu if high else None
         # Those with an x_u pass first, so that both kinds are contiguous slices.
-        order = torch.argsort(low.int(), stable=True).to(at.x0.device, non_blocking=True)
-        inverse, at = torch.argsort(order), at.select(order)
+        order = torch.argsort(low.int(), stable=True)
+        inverse = torch.argsort(order).to(at.x0.device, non_blocking=True)
+        at = at.select(order)
         (student, low_student), (teacher, low_teacher) = (h.split(high) for h in self.predict(at))
         front, rest = at.select(slice(high)), at.select(slice(high, None))
         value, terms, xu = self.part(front, (student, teacher), low=False)
@@ -364,14 +451,13 @@ class _Step:
             xu = repeat(at.xt, "b d -> b k d", k=draws)
         else:
             with torch.no_grad(), evaluation_mode(self.student):
-                if at.xu is None:
-                    given: Any = {"valid": at.valid, "generator": self.generator}
-                    xu = self.process.teacher_step(at.xt, at.t, at.u, teacher, draws, **given)
-                else:
-                    xu = at.xu
+                xu = self.teacher_step(at, teacher, draws) if at.xu is None else at.xu
                 there = at._replace(xt=xu, t=at.u, latent=at.latent_u)
                 head = self.call("student", there, student.shape[-1])
             options |= {"xu": xu, "consistency": head, "consistency_x": at.consistency_x}
+            if isinstance(at.source, tuple) and at.consistency_x is None:
+                given = self.process.loss_mask_id, at.valid, self.config.backend
+                options["consistency_x"] = targets(head, xu, at.source, *given)
         terms = "data_weight", "teacher_weight", "component_weight" if low else "consistency_weight"
         result = self.loss(at, heads, 1.0 / len(self.x0), *terms, **options)
         return (*(result if self.return_terms else (result, None)), xu)
@@ -380,22 +466,24 @@ class _Step:
         """What there is, with the component term from calls of its own."""
         config, process, latent = self.config, self.process, self.latent("latent_min")
         batch, rows, dim = latent.shape
-        t, xt = self.given["t_min"], self.given["x_min"]
+        t, xt, count = self.given["t_min"], self.given["x_min"], batch * rows
+        at = at._replace(xu=None, consistency_x=None)
+        at = at.select(torch.arange(batch).repeat_interleave(rows))
         if t is None:
-            t = latent.new_full((batch, rows), process.component_time or 0.0, dtype=torch.float32)
+            t = latent.new_full((count,), process.component_time or 0.0, dtype=torch.float32)
             if config.component_spread:
-                later = self.draw(2, batch, rows)
+                later = self.draw(at.source, count, 2, dim=1)
                 t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
         t = t.flatten()
-        at = at._replace(xu=None, consistency_x=None)
-        at = at.select(torch.arange(batch, device=t.device).repeat_interleave(rows))
         if xt is None:
-            xt = process.corrupt(at.x0, t, valid=at.valid, generator=self.generator)
+            xt = self.corrupt(at.source, at.x0, t, at.valid)
         at = at._replace(
             t=t,
-            xt=xt.view(len(t), -1),
+            xt=xt.view(count, -1),
             latent=rearrange(latent, "b n l -> (b n) 1 l"),
-            latent_teacher=self.draw(len(t), 1, dim) if config.teacher_components > 1 else None,
+            latent_teacher=(
+                self.draw(at.source, count, 1, dim) if config.teacher_components > 1 else None
+            ),
         )
         weighted = self.loss(
             at, self.predict(at), 1.0 / len(t), "component_weight", reduction="none"

@@ -13,22 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..checks import check_bool, check_int, check_kind, check_within, without_autocast
 from ..rng import check_generator
-from .checkpoint import (
-    PathLike,
-    decode,
-    differences,
-    encode,
-    hold,
-    outline,
-    read_checkpoint,
-    write_checkpoint,
-)
+from . import checkpoint, parallel
+from .checkpoint import PathLike, decode, differences, encode, hold, outline
 from .ema import EMA
 
 __all__ = ["Trainer"]
 
 Metrics = dict[str, Tensor]
-Backward = Callable[[Tensor], None]
+Backward = Callable[..., None]
 _LISTED = 5  # differences shown in a message
 _COUNTERS = ("iterations", "examples", "pending")
 
@@ -73,6 +65,7 @@ class Trainer:
 
     format = "di4c_fast.Trainer/1"
     role = "module"  # what messages and checkpoints call it
+    wrapper: nn.Module | None = None  # whose hooks exchange gradients with other processes
 
     def __init__(
         self,
@@ -151,7 +144,9 @@ class Trainer:
         if self.pending == 0:
             self.module.zero_grad(set_to_none=True)
         try:
-            metrics, examples = batch(self._backward)
+            last = self.pending + 1 == self.accumulate
+            with parallel.exchanging(self.wrapper or self.module, last):
+                metrics, examples = batch(self._backward)
             self.pending += 1
             self.examples += examples
             if self.pending == self.accumulate:
@@ -169,9 +164,9 @@ class Trainer:
         if self.ema is not None and self.ema.is_applied:
             raise RuntimeError(f"{name}() inside EMA.applied(): the {self.role} holds the average")
 
-    def _backward(self, part: Tensor) -> None:
+    def _backward(self, part: Tensor, factor: float = 1.0) -> None:
         # The share as upstream gradient: dividing the part would add a node to the graph.
-        share = part.new_full((), 1.0 / self.accumulate)
+        share = part.new_full((), factor / self.accumulate)
         part.backward(share if self.scaler is None else self.scaler.scale(share))
 
     def _fused(self) -> bool:
@@ -179,6 +174,8 @@ class Trainer:
         groups = self.optimizer.param_groups
         supported = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         if not supported or not all(group.get("fused") for group in groups):
+            return False
+        if any(parallel.is_sharded(parameter) for parameter in self._parameters()):
             return False
         # SGD makes its momentum in the first step that has a gradient, from memory that a step
         # skipped on the device would leave as it was.
@@ -194,7 +191,9 @@ class Trainer:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm: Any = nn.utils.get_total_norm(gradients)
+        if parallel.is_sharded(norm):
+            norm = norm.full_tensor()
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters(), self.clip_norm, norm)
         norm = norm.detach().to(self.skipped)
@@ -254,13 +253,22 @@ class Trainer:
             RuntimeError: another process saves there.
         """
         self._refuse_average("save")
-        self._hold = hold(path)
+        write = checkpoint.write_checkpoint
+        if self._shared():
+            write = parallel.write_checkpoint
+            if self.pending:
+                raise RuntimeError(
+                    "save() of several processes between optimiser steps only, got "
+                    f"{self.pending} batches whose gradients wait and have not been exchanged"
+                )
+        else:
+            self._hold = hold(path)
         tensors: dict[str, Tensor] = {}
         values = {**self._record(), "extra": extra}
-        values["states"] = {k: encode(state, k, tensors) for k, state in values["states"].items()}
+        values["states"] = self._encoded(values["states"], tensors)
         if self.pending:
             encode({k: p.grad for k, p in self.module.named_parameters()}, "gradient", tensors)
-        write_checkpoint(path, self.format, tensors, values)
+        write(path, self.format, tensors, values)
 
     def load(self, path: PathLike) -> Any:
         """Go on from a checkpoint: afterwards this object equals the one that wrote it.
@@ -276,7 +284,37 @@ class Trainer:
                 generator; a state that does not fit. Nothing has been changed then.
         """
         self._refuse_average("load")
-        tensors, values = read_checkpoint(path, self.format)
+        fresh = not self.optimizer.state
+        try:
+            return self._load(path)
+        except BaseException:
+            if fresh:
+                self.optimizer.state.clear()
+            raise
+
+    @staticmethod
+    def _encoded(states: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {name: encode(state, name, tensors) for name, state in states.items()}
+
+    def _shared(self) -> bool:
+        """Whether several processes write one checkpoint, a folder."""
+        return self.wrapper is not None and parallel.is_distributed()
+
+    def _read(self, path: PathLike) -> tuple[dict[str, Tensor], Any]:
+        if not self._shared():
+            return checkpoint.read_checkpoint(path, self.format)
+        if not self.optimizer.state:  # then its moments are made, to be filled
+            from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+            self.module.zero_grad(set_to_none=True)
+            self.pending = 0
+            get_optimizer_state_dict(self.module, self.optimizer)
+        own: dict[str, Tensor] = {}
+        self._encoded(self._states(), own)
+        return parallel.read_checkpoint(path, self.format, own)
+
+    def _load(self, path: PathLike) -> Any:
+        tensors, values = self._read(path)
         prefix = "gradient/"
         gradients = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
@@ -310,6 +348,10 @@ class Trainer:
         for name, generator in self._generators().items():
             if name in states["random"]:
                 generator.set_state(states["random"][name])
+        rank, size = parallel.rank_and_size()
+        for name, every in states.get("ranks", {}).items():
+            if name in self._generators() and len(every) == size:
+                self._generators()[name].set_state(every[rank].clone())
         return extra
 
     def _misfits(self, there: Mapping[str, Any], gradients: Mapping[str, Tensor]) -> list[str]:
@@ -387,9 +429,18 @@ class Trainer:
         return {
             **dict.fromkeys((self.role, "optimizer", "scheduler", "ema")),
             **{name: part.state_dict() for name, part in self._parts().items()},
-            "random": {name: one.get_state() for name, one in self._generators().items()},
+            **self._random_states(),
             "skipped": self.skipped,
         }
+
+    def _random_states(self) -> dict[str, Any]:
+        """Of all generators; torch's default ones are each process's own."""
+        states = {name: one.get_state() for name, one in self._generators().items()}
+        if not self._shared():
+            return {"random": states}
+        names = [name for name in states if name != "generator"]
+        own = {name: states.pop(name) for name in names}
+        return {"random": states, "ranks": parallel.ranks_states(own)}
 
     def _generators(self) -> dict[str, torch.Generator]:
         device, found = self.skipped.device, {"cpu": torch.default_generator}

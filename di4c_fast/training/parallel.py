@@ -1,0 +1,234 @@
+"""Processes of torch.distributed that train one student: what they exchange, their checkpoints.
+
+A checkpoint is a folder: `checkpoint.json`, replaced in one step, names the subfolder with the
+tensors, which torch.distributed.checkpoint has written before. An interruption leaves the old
+checkpoint or the new one. Any number of processes can read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .checkpoint import PathLike, differences, replacing
+
+T = TypeVar("T")
+_RECORD = "checkpoint.json"
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every rank."""
+    found = [value] * rank_and_size()[1]
+    if is_distributed():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """What `work` returns here; where it fails on one rank, every rank raises."""
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    messages = gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"rank {rank} failed: {message}")
+    return result
+
+
+def check_same(record: Mapping[str, Any]) -> None:
+    """Raise on every rank where one has other plain values than rank 0."""
+    records = gathered(dict(record))
+    for rank, other in enumerate(records):
+        found = differences(records[0], other)
+        if found:
+            raise ValueError(
+                f"all ranks must train the same, got on rank 0 (there) and rank {rank} (here): "
+                f"{'; '.join(found[:5])}"
+            )
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether the module's gradients are exchanged."""
+    if not is_distributed():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, (nn.parallel.DistributedDataParallel, FSDPModule))
+
+
+def has_shards(module: Any) -> bool:
+    """Whether a call of the module gathers weights, which all ranks do together."""
+    if not is_distributed() or not isinstance(module, nn.Module):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def reshard(module: nn.Module) -> None:
+    """Where a pass without a graph has left weights gathered, back to this rank's shards."""
+    if has_shards(module):
+        for part in module.modules():
+            getattr(part, "reshard", int)()
+
+
+@contextlib.contextmanager
+def exchanging(module: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are exchanged in the last of some backward passes, else they wait."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        with contextlib.nullcontext() if last else module.no_sync():
+            yield
+        return
+    if is_wrapped(module):
+        module.set_requires_gradient_sync(last)  # type: ignore[operator]
+    yield
+
+
+class Place(NamedTuple):
+    """Where this rank's examples stand in the global batch."""
+
+    first: int
+    total: int
+    seed: int
+
+
+def place_of(x0: Tensor, seed: int, terms: bool, *, empty: bool) -> Place:
+    """One exchange of sizes; an error on every rank where they do not go together.
+
+    empty: whether a rank may have no example.
+    """
+    mine = torch.tensor([*x0.shape, seed, terms], device=x0.device)
+    if not is_distributed():
+        return Place(0, len(x0), seed)
+    rank, size = rank_and_size()
+    every = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(every, mine)
+    counts, positions, seeds, returned = torch.stack(every, dim=1).tolist()
+    for name, values in (
+        ("x0 must have the same D", positions),
+        ("generator must have the same state", seeds),
+        ("return_terms must be the same", returned),
+    ):
+        if len(set(values)) > 1:
+            raise ValueError(f"{name} on all ranks, got {values}")
+    if not empty and 0 in counts:
+        raise ValueError(f"x0 must have examples on every rank of a sharded student, got {counts}")
+    return Place(sum(counts[:rank]), sum(counts), seeds[0])
+
+
+def reduced(sums: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
+    """Means over the examples of all ranks, fp64, from the sum and the number of each."""
+    values = [value for value, _ in sums.values()]
+    counts = values[0].new_tensor([count for _, count in sums.values()], dtype=torch.float64)
+    both = torch.stack([torch.stack([value.double() for value in values]), counts])
+    if is_distributed():
+        dist.all_reduce(both)
+    means = both[0] / both[1].clamp(min=1)
+    return dict(zip(sums, means.unbind(), strict=True))
+
+
+def ranks_states(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """States that every rank has for itself (random generators), (ranks, ...) each."""
+    every = gathered({name: state.cpu() for name, state in states.items()})
+    return {name: torch.stack([one[name] for one in every]) for name in states}
+
+
+def write_checkpoint(
+    path: PathLike, format_name: str, tensors: Mapping[str, Tensor], values: Any
+) -> None:
+    """Write a folder, all ranks together; see the module's head. Values are those of rank 0."""
+    import torch.distributed.checkpoint as dcp
+
+    folder, (rank, _) = pathlib.Path(path), rank_and_size()
+
+    def prepare() -> str:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"path must be a folder, got the file {folder}")
+        if not folder.resolve().parent.is_dir():
+            raise FileNotFoundError(f"path must lie in a folder that exists, got {folder}")
+        if rank == 0:
+            folder.mkdir(exist_ok=True)
+        return json.dumps({"format": format_name, "values": values})
+
+    text, name = agreed(prepare), gathered(f"{secrets.token_hex(8)}.tensors")[0]
+    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder / name))
+
+    def finish() -> None:
+        if rank == 0:
+            with replacing(folder / _RECORD) as temporary:
+                temporary.write_text(json.dumps({**json.loads(text), "folder": name}))
+            for left in (*folder.glob("*.tensors"), *folder.glob(f"{_RECORD}.*.tmp")):
+                if left.name != name:
+                    shutil.rmtree(left, ignore_errors=True)
+
+    agreed(finish)
+
+
+def read_checkpoint(
+    path: PathLike, format_name: str, own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Any]:
+    """Tensors, sharded as those of the same name in `own` are, and values.
+
+    Tensors that fit none of `own` in shape and dtype have no content: they are on the device
+    "meta", for a comparison.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    folder = pathlib.Path(path)
+
+    def begin() -> tuple[dcp.FileSystemReader, Any, dict[str, Tensor]]:
+        if not (folder / _RECORD).is_file():
+            raise FileNotFoundError(f"there is no checkpoint of several processes at {folder}")
+        try:
+            record = json.loads((folder / _RECORD).read_text("utf-8"))
+            reader = dcp.FileSystemReader(os.fspath(folder / record["folder"]))
+            stored = reader.read_metadata().state_dict_metadata
+            found, values = record["format"], record["values"]
+        except Exception as error:  # torch raises whatever it meets
+            raise ValueError(f"{folder} is damaged: {error!r}") from error
+        if found != format_name:
+            raise ValueError(
+                f"{folder} is not a checkpoint of {format_name}: its format is {found!r}"
+            )
+        tensors: dict[str, Tensor] = {}
+        for name, there in stored.items():
+            assert isinstance(there, TensorStorageMetadata)
+            here, dtype = own.get(name), there.properties.dtype
+            fits = here is not None and (here.shape, here.dtype) == (there.size, dtype)
+            tensors[name] = (
+                torch.empty_like(here) if fits and here is not None
+                else torch.empty(there.size, dtype=dtype, device="meta")
+            )  # fmt: skip
+        return reader, values, tensors
+
+    reader, values, tensors = agreed(begin)
+    dcp.load({k: v for k, v in tensors.items() if not v.is_meta}, storage_reader=reader)
+    return tensors, values

@@ -1,0 +1,245 @@
+"""Components in groups: the loss and the gradient of all at once, with the memory of a group."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from distill_support import (
+    CONFIG,
+    HIGH,
+    LOW,
+    MASK,
+    MIXED,
+    PROCESS,
+    VOCAB,
+    X0,
+    B,
+    D,
+    Recorder,
+    UniformNoise,
+    models,
+    rng,
+    step,
+)
+from test_loss_memory import Allocations
+from torch import nn
+
+from di4c_fast import LinearHead, LogisticHead, TensorHead
+from di4c_fast.heads import Head
+from di4c_fast.models import LatentShift
+from di4c_fast.processes import GaussianProcess, MaskGITProcess
+from di4c_fast.training import DistillConfig, Distiller
+
+PROCESSES = {
+    "masked": PROCESS,
+    "gaussian": GaussianProcess(VOCAB),
+    "maskgit": MaskGITProcess(MASK),
+    "uniform": UniformNoise(),
+}
+
+
+class OwnHead(Head):
+    """Twice some logits."""
+
+    def __init__(self, half):
+        self.half = half
+
+    shape = property(lambda self: self.half.shape)
+    dtype = property(lambda self: self.half.dtype)
+    device = property(lambda self: self.half.device)
+
+    def take(self, rows):
+        return OwnHead(self.half.flatten(0, -2)[rows])
+
+    def logits(self):
+        return 2 * self.half
+
+    def tensors(self):
+        return (self.half,)
+
+    def with_tensors(self, tensors):
+        return OwnHead(*tensors)
+
+
+class Logistic(Recorder):
+    def forward(self, *arguments, **context):
+        out = super().forward(*arguments, **context)
+        return LogisticHead(out[..., 0], out[..., 1], VOCAB)
+
+
+class Own(Recorder):
+    def forward(self, *arguments, **context):
+        return OwnHead(super().forward(*arguments, **context))
+
+
+class PositionalBias(Recorder):
+    def forward(self, *arguments, **context):
+        head = super().forward(*arguments, **context)
+        return LinearHead(head.hidden, head.weight, head.bias + self.position[:, :1])
+
+
+STUDENTS = {
+    "tensor": lambda: Recorder(True),
+    "linear": lambda: Recorder(True, head=True),
+    "positional": lambda: PositionalBias(True, head=True),
+    "logistic": lambda: Logistic(True),
+    "own": lambda: Own(True),
+}
+
+
+def results(student, teacher, **options):
+    """Loss, terms, and every gradient, that of λ included."""
+    latent = torch.rand(B, 3, 1, generator=rng(9), dtype=torch.float64).requires_grad_()
+    out = step(student, teacher, latent=latent, **options)
+    if options.get("backward") is None:
+        out.loss.backward()
+    gradients = [p.grad for p in student.parameters()]
+    return [out.loss.detach(), *out.terms, latent.grad, *gradients]
+
+
+def assert_close(ours, expected):
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_groups_give_loss_and_gradients_of_all_at_once(student, process, at_once):
+    options = {"process": PROCESSES[process], "t": MIXED}
+    teacher = Recorder(False, seed=1)
+    ours = STUDENTS[student]()
+    groups = results(ours, teacher, components_at_once=at_once, **options)
+    assert max(len(call["tokens"]) for call in ours.calls) <= B * at_once
+    assert max(len(call["tokens"]) for call in teacher.calls) <= B * at_once
+    assert_close(groups, results(STUDENTS[student](), teacher, **options))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("t", [HIGH, LOW], ids=["high", "low"])
+def test_groups_on_other_backends(backend, t):
+    config = dataclasses.replace(CONFIG, backend=backend)
+    student, teacher = models(head=True)
+    if backend == "cpu":
+        student.float(), teacher.float()
+    options = {"t": t, "config": config}
+    groups = results(student, teacher, components_at_once=1, **options)
+    student.zero_grad()
+    whole = results(student, teacher, **options)
+    bounds = {"rtol": 1e-9, "atol": 1e-11} if backend == "torch" else {"rtol": 1e-4, "atol": 1e-5}
+    for one, other in zip(groups, whole, strict=True):
+        torch.testing.assert_close(one, other, **bounds)
+
+
+def test_context_a_teacher_of_components_and_backward_in_parts():
+    class Labelled(Recorder):
+        def forward(self, tokens, t, latent=None, *, label):
+            return super().forward(tokens, t, latent) * label[:, None, None]
+
+    config = dataclasses.replace(CONFIG, teacher_components=2)
+    options = {"context": {"label": torch.rand(B, generator=rng(3)).double()}, "config": config}
+    for process in (PROCESS, UniformNoise()):
+        found = []
+        for at_once in (1, None):
+            student, teacher = Labelled(True), Labelled(True, seed=1)
+            more = {"process": process, "components_at_once": at_once}
+            found.append(
+                results(student, teacher, backward=lambda part: part.backward(), **options, **more)
+            )
+        assert_close(*found)
+
+
+class InTurn(nn.Module):
+    """A student that calls another on a few rows at a time, all of their graphs kept."""
+
+    def __init__(self, inner, rows):
+        super().__init__()
+        self.inner, self.rows = inner, rows
+
+    def forward(self, *tensors):
+        return torch.cat(
+            [self.inner(*part) for part in zip(*(t.split(self.rows) for t in tensors), strict=True)]
+        )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dropout_and_autocast_of_a_group_are_the_same_in_both_runs(autocast):
+    found = []
+    for grouped in (True, False):
+        student, teacher = models(dropout=0.5)
+        if autocast:
+            student.float(), teacher.float()
+        called = student if grouped else InTurn(student, B)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = step(called, teacher, HIGH, components_at_once=1 if grouped else None)
+        torch.rand(3)  # the backward pass brings its random state back, and leaves ours alone
+        before = torch.get_rng_state()
+        out.loss.backward()
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append([out.loss.detach(), *(p.grad for p in student.parameters())])
+    assert_close(*found)
+
+
+class Deep(nn.Module):
+    """Many activations for every hidden state."""
+
+    def __init__(self, tensor, width=256, layers=6, narrow=4):
+        super().__init__()
+        self.embed, self.latent = nn.Embedding(VOCAB, width), LatentShift(width, frequencies=4)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.narrow, self.out = nn.Linear(width, narrow), nn.Linear(narrow, VOCAB)
+        self.tensor = tensor
+
+    def forward(self, tokens, t, latent):
+        h = self.latent(self.embed(tokens), latent)
+        for layer in self.layers:
+            h = torch.tanh(layer(h))
+        head = LinearHead(self.narrow(h), self.out.weight, self.out.bias)
+        return TensorHead(head.logits()) if self.tensor else head
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["linear", "tensor"])
+def test_sixty_four_components_in_groups_of_four_take_little_more_memory_than_four(tensor):
+    x0 = torch.randint(MASK, (16, D), generator=rng())
+    teacher = Recorder(False).float()
+
+    def peak(components, at_once):
+        config = DistillConfig(components=components, draws=4, low_t=0.0, backend="torch")
+        student, watch = Deep(tensor), Allocations()
+        options = {"t": [0.9] * 16, "config": config, "x0": x0, "components_at_once": at_once}
+        with watch:
+            step(student, teacher, return_terms=False, **options).loss.backward()
+        return watch.peak
+
+    few, groups, whole = peak(4, None), peak(64, 4), peak(64, None)
+    # On top come the heads' tensors of all 64, their gradient, and the statistics of the loss.
+    assert groups < 1.5 * few, (groups, few)
+    assert groups < 0.2 * whole
+
+
+def test_a_distiller_takes_groups_too():
+    found = []
+    for at_once in (2, None):
+        student, teacher = models()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        distiller = Distiller(
+            student, teacher, optimizer, process=PROCESS, config=CONFIG, generator=rng()
+        )
+        distiller.step(X0, components_at_once=at_once)
+        found.append([p.detach() for p in student.parameters()])
+    assert_close(*found)
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_wrong_groups_are_named(value, error):
+    with pytest.raises(error, match="components_at_once must be"):
+        step(*models(), components_at_once=value)
+
+
+def test_an_empty_batch_in_groups():
+    student, teacher = models()
+    step(student, teacher, x0=torch.zeros(0, D, dtype=torch.int64), components_at_once=1)
+    assert not student.calls

@@ -1,0 +1,151 @@
+"""Checkpoints of several processes: the same number goes on exactly, another one to rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from parallel_support import assert_near, launch, make, refused, run, state
+
+KINDS = ("ddp", "fsdp")
+
+
+def write(rank, size, folder):
+    """Two steps, a checkpoint, two more; and what comes back from it here."""
+    found = {}
+    for kind in KINDS:
+        torch.manual_seed(rank)  # dropout
+        whole = make(kind, dropout=0.2)
+        run(whole, 0, 2, rank, size)
+        path = folder / kind
+        whole.save(path, extra={"batch": 1})
+        whole.save(path, extra={"batch": 2})
+        metrics = run(whole, 2, 4, rank, size)
+        torch.manual_seed(99 + rank)
+        resumed = make(kind, dropout=0.2, seed=5)
+        assert resumed.load(path) == {"batch": 2}
+        found[kind] = metrics, state(whole), run(resumed, 2, 4, rank, size), state(resumed)
+        # Without dropout, which is each rank's own, for another number of ranks.
+        plain = make(kind)
+        empty = folder / f"{kind} new"
+        plain.save(empty)
+        run(plain, 0, 2, rank, size)
+        plain.save(folder / f"{kind} plain")
+        run(plain, 2, 4, rank, size)
+        fresh = make(kind, seed=5)
+        fresh.load(empty)
+        assert not fresh.optimizer.state
+        run(fresh, 0, 4, rank, size)
+        found[kind] += state(plain), state(fresh)
+
+    waits = make("ddp", accumulate=2)
+    run(waits, 0, 1, rank, size)
+    other = make("fsdp", optimizer=torch.optim.SGD)
+    before = state(other)
+    found["refused"] = {
+        "waits": refused(lambda: waits.save(folder / "waits")),
+        "missing": refused(lambda: other.load(folder / "missing")),
+        "other": refused(lambda: other.load(folder / "fsdp plain")),
+        "file": refused(lambda: other.save(folder / "a file")),
+        "one rank": refused(lambda: other.save(folder / ("a file" if rank else "folder"))),
+    }
+    assert_near(state(other), before)
+    return found
+
+
+def go_on(rank, size, folder):
+    """From the checkpoint of the other kind, too."""
+    found = {}
+    for kind in KINDS:
+        for written in KINDS:
+            distiller = make(kind, seed=5)
+            distiller.load(folder / f"{written} plain")
+            run(distiller, 2, 4, rank, size)
+            found[kind, written] = state(distiller)
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    (folder / "a file").touch()
+    ranks = launch(write, 2, folder / "ranks", folder)
+    for found in ranks:
+        assert isinstance(found, dict), found
+    return folder, ranks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_many_ranks_go_on_bit_for_bit(written, kind):
+    for found in written[1]:
+        metrics, expected, their_metrics, ours, plain, fresh = found[kind]
+        for one, other in ((ours, expected), (fresh, plain)):
+            assert one.keys() == other.keys()
+            for name, value in one.items():
+                assert torch.equal(value, other[name]), name
+        assert their_metrics == metrics
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_another_number_of_ranks_goes_on_to_rounding(written, size):
+    folder, ranks = written
+    for found in launch(go_on, size, folder / f"ranks of {size}", folder):
+        assert isinstance(found, dict), found
+        for (kind, other), ours in found.items():
+            assert_near(ours, ranks[0][kind][4]), (kind, other)
+
+
+@pytest.mark.parametrize(
+    ("case", "messages"),
+    {
+        "waits": ["save() of several processes between optimiser steps only, got 1 batches"] * 2,
+        "missing": ["there is no checkpoint of several processes at"] * 2,
+        "other": ["belongs to another run: optimizer is Adam there and SGD here"] * 2,
+        "file": ["path must be a folder, got the file"] * 2,
+        "one rank": ["rank 1 failed: ValueError: path must be a", "path must be a folder, got the"],
+    }.items(),
+)
+def test_what_cannot_be_saved_or_loaded_is_an_error_on_every_rank(written, case, messages):
+    for found, message in zip(written[1], messages, strict=True):
+        assert message in found["refused"][case]
+
+
+def test_only_the_last_checkpoint_is_kept(written):
+    folder, _ = written
+    for kind in KINDS:
+        record = json.loads((folder / kind / "checkpoint.json").read_text())
+        assert sorted(os.listdir(folder / kind)) == sorted(["checkpoint.json", record["folder"]])
+
+
+def interrupted(rank, size, folder):
+    """A kill at the moments of a save; what a later run finds."""
+    distiller = make("fsdp")
+    distiller.save(folder / "run", extra="first")
+    run(distiller, 0, 1, rank, size)
+    import torch.distributed.checkpoint as dcp
+
+    from di4c_fast.training import parallel
+
+    messages, save, replacing = [], dcp.save, parallel.replacing
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    for where, name, original in ((dcp, "save", save), (parallel, "replacing", replacing)):
+        setattr(where, name, fail)
+        try:
+            distiller.save(folder / "run", extra="second")
+        except BaseException as error:
+            messages.append(type(error).__name__)
+        setattr(where, name, original)
+        if rank == 0 and where is parallel:
+            break
+    return messages, make("fsdp", seed=5).load(folder / "run") if size == 1 else None
+
+
+def test_an_interrupted_save_leaves_the_former_checkpoint(tmp_path):
+    ((messages, extra),) = launch(interrupted, 1, tmp_path, tmp_path)
+    assert messages == ["KeyboardInterrupt", "KeyboardInterrupt"]
+    assert extra == "first"
