@@ -164,11 +164,12 @@ def test_times_are_uniform_and_settings_reach_the_process(steps):
 
 
 @pytest.mark.parametrize(("randomize", "follows"), [("random", False), ("none", True)])
-def test_confidences_are_random_or_those_of_the_teacher(steps, randomize, follows):
+@pytest.mark.parametrize("at", [0.4, 0.9])
+def test_confidences_are_random_or_those_of_the_teacher(steps, randomize, follows, at):
     trainer, teacher = trainers(randomize=randomize)
     with torch.no_grad():
         teacher.vit.bias.zero_()[:2, 0] = 50.0  # certain of two positions
-    r = torch.full((3,), 0.4)
+    r = torch.full((3,), at)
     distill_loss(trainer, teacher, CODE, Y, DROP, t=1 - r, xt=torch.full((3, D), CODES))
     shown = (steps.output.xu != CODES).float().mean((0, 1))
     assert float(shown.min()) < 1.0

@@ -148,16 +148,19 @@ def test_batches_are_cut_to_128_rows(losses, steps, size, rows, kept):
 
 def test_steps_are_log_uniform_and_times_uniform_above_them(losses, steps):
     chain = losses.DistilChain(min_time=0.2, min_distil_time=0.01, max_distil_time=0.3)
-    now, lengths, places = state(1), [], []
+    now, lengths, places, late = state(1), [], [], []
     with accelerate_training(losses), torch.no_grad():
         for _ in range(40):
             chain.calc_loss(batch(100), now)
             t, u = steps.output.t, steps.output.u
             lengths.append(torch.log((t - u) / 0.01) / torch.log(torch.tensor(30.0)))
             places.append((u - 0.2) / (0.8 - (t - u)))
-    for values in (torch.cat(lengths), torch.cat(places)):
+            late.append((steps.output.t_min.flatten() - 0.2) / 0.3)
+    spread = torch.cat(late)  # of the component pass: none for a half, else uniform
+    assert abs(float((spread == 0).double().mean()) - 0.5) < 5 * (0.25 / 4000) ** 0.5
+    for values in (torch.cat(lengths), torch.cat(places), spread[spread > 0]):
         assert -1e-4 < float(values.min()) < 0.01 < 0.99 < float(values.max()) < 1 + 1e-4
-        assert abs(float(values.mean()) - 0.5) < 5 * (1 / 12 / 4000) ** 0.5
+        assert abs(float(values.mean()) - 0.5) < 5 * (1 / 12 / len(values)) ** 0.5
 
 
 def test_networks_stay_in_the_mode_that_they_are_in(losses):
