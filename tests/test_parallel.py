@@ -30,6 +30,7 @@ def all_cases(rank, size):
         (kind, i): train(kind, case, rank, size)
         for kind in ("ddp", "fsdp")
         for i, case in enumerate(CASES)
+        if size == 2 or i % 3 == 0
     }
 
 
@@ -49,6 +50,8 @@ def one_process(i):
 @pytest.mark.parametrize("case", range(len(CASES)))
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_do_what_one_process_does(ranks, kind, case):
+    if (kind, case) not in ranks[0]:
+        pytest.skip("on two ranks only")
     metrics, expected = one_process(case)
     for found in ranks:
         their_metrics, theirs = found[kind, case]
