@@ -87,6 +87,19 @@ def check_same_device(value: Any, name: str, other: Any, other_name: str) -> Non
         )
 
 
+def check_same_shard(value: Any, name: str, other: Any, other_name: str) -> None:
+    if value.shard != other.shard:
+        raise ValueError(
+            f"{name} must hold the columns of the vocabulary that {other_name} holds, "
+            f"{other.shard or 'all'}, got {value.shard or 'all'}"
+        )
+
+
+def check_whole(head: Any, position_group: Any = None) -> None:
+    if head.shard is not None or position_group is not None:
+        raise ValueError('backend="reference" takes no shard of a vocabulary or of positions')
+
+
 def check_bool(value: Any, name: str) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}")

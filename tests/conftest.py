@@ -29,14 +29,10 @@ def backend(request) -> str:
 
 
 @pytest.fixture
-def poisoned_memory() -> Iterator[None]:
+def poisoned_memory(monkeypatch) -> Iterator[None]:
     """Uninitialised memory holds NaN (or the largest integer), so an unwritten element shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    fill, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        True,
-    )
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(before)

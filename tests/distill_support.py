@@ -72,7 +72,7 @@ def models(**options) -> tuple[Recorder, Recorder]:
 
 def step(student, teacher, t=None, config=CONFIG, seed=0, x0=X0, **options):
     """`distill_step` with what this module has; times may be a list."""
-    t = None if t is None else torch.tensor(t)
+    t = torch.tensor(t) if isinstance(t, list) else t
     options = {"process": PROCESS, "config": config, "generator": rng(seed), "t": t, **options}
     return distill_step(student, teacher, x0, **options)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from di4c_fast.models.latent import sinusoid
 
 VOCAB, MASK, WIDTH = 6, 5, 8
+BOS, EOS = 0, 1
 
 
 class FinalLayer(nn.Module):
@@ -71,6 +72,34 @@ class DIT(nn.Module):
 class LogLinear(nn.Module):
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -torch.log1p(-0.999 * t), 0.999 / (1 - 0.999 * t)
+
+
+class SDTT(nn.Module):
+    """The names of the Lightning module that sampling touches."""
+
+    def __init__(
+        self, *, student: bool = False, time_conditioning: bool = False, eps: float = 1e-5, T=0
+    ):
+        super().__init__()
+        self.backbone, self.noise = DIT(student=student), LogLinear()
+        self.mask_index, self.time_conditioning, self.T = MASK, time_conditioning, T
+        self.sampling_eps = eps
+        self.tokenizer = types.SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS)
+        self.config = types.SimpleNamespace(model=types.SimpleNamespace(length=11))
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def _t_to_sigma(self, t):
+        assert t.ndim == 1
+        if self.T:
+            t = (t * self.T).int() / self.T + 1 / self.T
+        sigma, rate = self.noise(t)
+        return sigma[:, None], 1 - torch.exp(-sigma[:, None]), rate
+
+    def sample(self, *arguments, **options):
+        return "original"
 
 
 def probabilities(network: DIT, tokens: Tensor, sigma: float = 0.0) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from di4c_fast import Head, LinearHead, LogisticHead, backends
 from di4c_fast.testing import assert_close_to_reference
+from tools.own_head import OwnHead
 
 FULL = {"mask_id": 3, "revealed": True, "padded": True, "weighted": True, "component_weight": 0.5}
 WIDTH = 6
@@ -46,44 +47,24 @@ FAST = available("torch", "triton", "cpu")
 EVERY = available("reference", "torch", "triton", "cpu")
 
 
-class Tanh(Head):
+class Tanh(OwnHead):
     """A head of somebody else: bounded logits, a scale per row and a bias for all rows."""
 
-    def __init__(self, hidden: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None):
+    by_row = 2
+
+    def __init__(self, hidden: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None = None):
         if hidden.shape[:-1] != scale.shape or weight.shape[1] != hidden.shape[-1]:
             raise ValueError("shapes disagree")
-        self.hidden, self.scale, self.weight, self.bias = hidden, scale, weight, bias
-        self.asked: list[int] = []  # rows of each call of `take`
+        super().__init__(hidden, scale, weight, bias)
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.hidden.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.hidden.device
-
-    def take(self, rows: Tensor) -> Tanh:
-        self.asked.append(rows.numel())
-        hidden, scale = self.hidden.flatten(0, -2)[rows], self.scale.flatten()[rows]
-        return Tanh(hidden, scale, self.weight, self.bias)
+        return torch.Size((*self.first.shape[:-1], len(self.parts[2])))
 
     def logits(self) -> Tensor:
-        logits = self.scale.unsqueeze(-1) * torch.tanh(self.hidden @ self.weight.T)
-        return logits if self.bias is None else logits + self.bias
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.hidden, self.scale, self.weight, self.bias)
-
-    def with_tensors(self, tensors) -> Tanh:
-        head = Tanh(*tensors)
-        head.asked = self.asked
-        head.budget_bytes = self.budget_bytes
-        return head
+        hidden, scale, weight, bias = self.parts
+        logits = scale.unsqueeze(-1) * torch.tanh(hidden @ weight.T)
+        return logits if bias is None else logits + bias
 
 
 HEADS: dict[str, Callable[..., Head | Tensor]] = {
@@ -95,7 +76,7 @@ HEADS: dict[str, Callable[..., Head | Tensor]] = {
     "logistic, min": lambda mu, log_scale: LogisticHead(mu, log_scale, BINS, clamp="min"),
     "logistic, exact": lambda mu, log_scale: LogisticHead(mu, log_scale, BINS, eps=0.0),
     "user": Tanh,
-    "user, no bias": lambda hidden, scale, weight: Tanh(hidden, scale, weight, None),
+    "user, no bias": Tanh,
 }
 
 
@@ -123,6 +104,10 @@ def head_tensors(kind: str, leading: tuple[int, ...], vocabulary: int) -> dict[s
 def convert(value: Any, dtype: torch.dtype) -> Any:
     floating = isinstance(value, Tensor) and value.is_floating_point()
     return value.to(dtype) if floating else value
+
+
+def single(problem: dict[str, Any]) -> dict[str, Any]:
+    return {name: convert(value, torch.float32) for name, value in problem.items()}
 
 
 def assert_within_bound(

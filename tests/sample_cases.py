@@ -52,6 +52,6 @@ def draws_of_one_row(logits: torch.Tensor, rows: int, seed: int) -> torch.Tensor
     for keys in torch.arange(rows).split(20_000):
         uniforms = block_uniforms(seed, 0, keys, weights.shape[1], weights.dtype)
         chosen = choose_block(sums.expand(len(keys), -1), uniforms)
-        winner = run_race(blocks[chosen], token_uniforms(seed, 0, keys, chosen, weights.dtype))
+        _, winner = run_race(blocks[chosen], token_uniforms(seed, 0, keys, chosen, weights.dtype))
         drawn.append(chosen * SAMPLE_BLOCK + winner)
     return torch.cat(drawn)

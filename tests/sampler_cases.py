@@ -1,4 +1,4 @@
-"""For the tests of samplers: denoisers that note their calls, a head of one's own, all samplers."""
+"""For the tests of samplers: denoisers that note their calls, all samplers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from di4c_fast.heads import Head, LinearHead, LogisticHead
+from di4c_fast.heads import LinearHead, LogisticHead
 from di4c_fast.processes import GaussianProcess
 from di4c_fast.samplers import (
     sample_analytic,
@@ -20,39 +20,14 @@ from di4c_fast.samplers import (
     sample_gaussian,
     sample_masked,
     sample_maskgit,
+    sample_remasked,
     sample_uniform_state,
 )
 from di4c_fast.testing import assert_counts_match
+from tools.own_head import Capped
 
 VOCAB, MASK, D, WIDTH = 11, 10, 14, 6
 PROCESS = GaussianProcess(VOCAB, rate_sigma=1.5, target_sigma=3.0, time_base=0.05)
-
-
-class OwnHead(Head):
-    """A user's own: the logits of a linear layer, capped softly; notes the rows that are taken."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor, log: list[Tensor]):
-        self.parts, self.log = (hidden, weight, bias), log
-
-    shape = property(lambda self: torch.Size((*self.parts[0].shape[:-1], len(self.parts[1]))))
-    dtype = property(lambda self: self.parts[0].dtype)
-    device = property(lambda self: self.parts[0].device)
-
-    def take(self, rows: Tensor) -> Head:
-        hidden, weight, bias = self.parts
-        if hidden.ndim == 3:
-            self.log.append(rows)
-        return OwnHead(hidden.flatten(0, -2)[rows], weight, bias, self.log)
-
-    def logits(self) -> Tensor:
-        hidden, weight, bias = self.parts
-        return 4.0 * torch.tanh((hidden @ weight.T + bias) / 4.0)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.parts
-
-    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Head:
-        return OwnHead(*tensors, self.log)  # type: ignore[arg-type]
 
 
 class Denoiser(nn.Module):
@@ -115,7 +90,8 @@ class Denoiser(nn.Module):
             return LinearHead(h, self.weight, self.biases[: tokens.shape[1]])
         if self.kind == "logistic":
             return LogisticHead(h[..., 0], h[..., 1] - 1.0, VOCAB, clamp="min")
-        head = OwnHead(h, self.weight, self.bias, self.rows)
+        head = Capped(h, self.weight, self.bias)
+        head.taken = self.rows
         return head.logits() if self.kind == "tensor" else head
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -145,6 +121,10 @@ SAMPLERS = {
     "masked": Sampler(sample_masked, masked, 1),
     "masked, whole batch": Sampler(sample_masked, {**masked, "active_only": False}, 1),
     "analytic": Sampler(sample_analytic, masked, 1),
+    "remasked": Sampler(sample_remasked, {**masked, "eta": 0.4}, 1),
+    "remasked, loop": Sampler(
+        sample_remasked, {**masked, "steps": 8, "rule": "loop", "eta": 0.1, "active_only": False}, 1
+    ),
     "uniform": Sampler(sample_uniform_state, {"vocab_size": VOCAB, "steps": 4}, 1),
     "uniform, greedy": Sampler(
         sample_uniform_state, {"vocab_size": VOCAB, "steps": 4, "last_step": "greedy"}, 1
@@ -172,7 +152,7 @@ SAMPLERS = {
     ),
 }  # fmt: skip
 # One of each function.
-FUNCTIONS = ("masked", "analytic", "uniform", "gaussian", "maskgit", "confidence")
+FUNCTIONS = ("masked", "analytic", "remasked", "uniform", "gaussian", "maskgit", "confidence")
 
 
 def prompts(batch: int, length: int, seed: int = 1) -> Tensor:

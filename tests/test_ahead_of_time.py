@@ -24,8 +24,6 @@ PARTS = [
     ("gfx942", ["language", "draw guided"]),
 ]
 KERNELS = {
-    "bins",
-    "bins_gradient",
     "block_sums",
     "marginal",
     "mixture_backward",

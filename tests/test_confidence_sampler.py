@@ -7,11 +7,12 @@ import itertools
 import pytest
 import torch
 from naming import stable_id
-from sampler_cases import MASK, VOCAB, D, Denoiser, OwnHead, constant, prompts
+from sampler_cases import MASK, VOCAB, D, Denoiser, constant, prompts
 from torch import Tensor
 
 from di4c_fast.samplers import sample_confidence
 from di4c_fast.testing import assert_counts_match, assert_draws_match, assert_frequency
+from tools.own_head import Capped
 
 RULES = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
 
@@ -291,17 +292,14 @@ def test_no_tensor_of_all_logits_is_made():
     weight, bias = hidden.new_ones(vocabulary, 8), torch.randn(vocabulary)
     sizes = []
 
-    class Noting(OwnHead):
+    class Noting(Capped):
         budget_bytes = 64 * vocabulary * 4
-
-        def take(self, rows):
-            return Noting(self.parts[0].flatten(0, -2)[rows], weight, bias, [])
 
         def logits(self):
             sizes.append(self.shape.numel())
             return super().logits()
 
-    model = lambda x, t: Noting(hidden[: len(x)], weight, bias, [])  # noqa: E731
+    model = lambda x, t: Noting(hidden[: len(x)], weight, bias)  # noqa: E731
     how = {"mask_id": 0, "temperature": 0.7, "banned_ids": [3], "deferred_ids": [5]}
     fill(model, (2, positions), steps=2, **how)
     assert 0 < max(sizes) <= 64 * vocabulary

@@ -79,14 +79,34 @@ def test_programs_beyond_a_round_count_as_a_round():
     assert more["issue"] == pytest.approx(2 * one["issue"])
 
 
+BOUNDS = {
+    "language": {
+        "row_statistics": 9.5,
+        "block_sums": 16.0,
+        "row_draw": 1.5,
+        "marginal": 13.0,
+        "mixture_forward": 23.0,
+        "mixture_backward": 18.0,
+    },
+    "pixel": {
+        "row_statistics": 20.0,
+        "row_draw": 150.0,
+        "marginal": 18.0,
+        "mixture_forward": 34.0,
+        "mixture_backward": 49.0,
+    },
+}
+
+
 @pytest.mark.skipif(
     not triton.__version__.startswith("3.7."), reason="counts are those of one compiler"
 )
-def test_hot_loops_stay_within_their_instructions():
-    """At the language shape on sm_90; a change that adds instructions has to raise a bound."""
+@pytest.mark.parametrize("shape", BOUNDS)
+def test_hot_loops_stay_within_their_instructions(shape):
+    """On sm_90; a change that adds instructions has to raise a bound."""
     code = (
         "import json; from tools import count\n"
-        "rows = count.counts(count.SHAPES['language'], 'sm_90')\n"
+        f"rows = count.counts(count.SHAPES[{shape!r}], 'sm_90')\n"
         "print(json.dumps([[row.kernel, row.per_logit, row.spills] for row in rows]))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -95,17 +115,11 @@ def test_hot_loops_stay_within_their_instructions():
     )
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout.splitlines()[-1])
-    bounds = {
-        "row_statistics": 9.5,
-        "block_sums": 16.0,
-        "marginal": 13.0,
-        "mixture_forward": 23.0,
-        "mixture_backward": 18.0,
-    }
-    assert {row[0] for row in rows} >= set(bounds)
+    bounds = BOUNDS[shape]
+    assert {row[0] for row in rows} == set(bounds)
     for kernel, per_logit, spills in rows:
         assert spills == 0, kernel
-        assert per_logit <= bounds.get(kernel, 1.5), kernel
+        assert per_logit <= bounds[kernel], kernel
 
 
 def test_settings_name_kernel_and_field():

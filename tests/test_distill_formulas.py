@@ -39,6 +39,7 @@ def argmax_draws(monkeypatch) -> None:
     loss = distill_module.loss
 
     def with_argmax(student, teacher, x0, *, consistency=None, xu=None, **rest):
+        rest.pop("consistency_x", None)
         chosen = None
         if consistency is not None:
             chosen = consistency.logits()[..., :MASK].argmax(-1)
@@ -126,8 +127,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(monkeypatch, times, contro
     expected = dense_loss(student, teacher, out, config)
     expected.backward()
     torch.testing.assert_close(out.loss, expected, **SAME)
-    for ours, p in zip(gradients, student.parameters(), strict=True):
-        torch.testing.assert_close(ours, p.grad, **SAME_GRADIENT)
+    torch.testing.assert_close(gradients, [p.grad for p in student.parameters()], **SAME_GRADIENT)
     assert all(p.grad is None for p in teacher.parameters())
 
 
@@ -176,8 +176,7 @@ def test_the_streaming_backend_gives_the_step_of_the_reference():
         out = step(student, teacher, MIXED, config)
         out.loss.backward()
         results.append([out.loss.detach(), *(p.grad.clone() for p in student.parameters())])
-    for reference, streamed in zip(*results, strict=True):
-        torch.testing.assert_close(streamed, reference, **SAME_GRADIENT)
+    torch.testing.assert_close(results[1], results[0], **SAME_GRADIENT)
 
 
 def test_positions_outside_valid_keep_their_token_and_carry_no_loss(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -19,7 +20,7 @@ from distill_support import (
     UniformNoise,
     rng,
 )
-from distiller_support import adam, adamw, break_gradient, exponential, make
+from distiller_support import BATCHES, adam, adamw, break_gradient, exponential, make, sgd
 
 from di4c_fast.loss.problem import LossTerms
 from di4c_fast.processes import MaskedProcess
@@ -33,8 +34,7 @@ def weights(distiller) -> list[torch.Tensor]:
 
 
 def assert_same(ours, expected, **tolerance) -> None:
-    for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one, other, **(tolerance or {"rtol": 0, "atol": 0}))
+    torch.testing.assert_close(ours, expected, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 # Gradients
@@ -163,17 +163,13 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_optimiser_as_they_are(
     )
     distiller.step(X0)
     before = weights(distiller)
-    state = {
-        key: value.clone()
-        for key, value in distiller.optimizer.state[distiller.student.out.weight].items()
-    }
+    state = copy.deepcopy(distiller.optimizer.state[distiller.student.out.weight])
     break_gradient(distiller)
     metrics = distiller.step(X0)
     assert not math.isfinite(metrics["grad_norm"])
     assert float(metrics["skipped"]) == 1.0
     assert_same(weights(distiller), before)
-    for key, value in distiller.optimizer.state[distiller.student.out.weight].items():
-        assert torch.equal(value, state[key])
+    assert_same(distiller.optimizer.state[distiller.student.out.weight], state)
     metrics = distiller.step(X0)
     assert float(metrics["skipped"]) == 1.0
     assert distiller.iterations == 3
@@ -244,12 +240,14 @@ def test_nothing_is_done_while_the_student_holds_the_average(call, tmp_path):
     distiller = make(average=0.9)
     distiller.step(X0)
     distiller.save(tmp_path / "a")
+    content = (tmp_path / "a").read_bytes()
     argument = X0 if call == "step" else tmp_path / "a"
     with distiller.ema.applied():
         held = distiller.student.out.weight.detach().clone()
         with pytest.raises(RuntimeError, match=rf"{call}\(\) inside EMA\.applied\(\)"):
             getattr(distiller, call)(argument)
         assert torch.equal(distiller.student.out.weight, held)
+    assert (tmp_path / "a").read_bytes() == content
     distiller.step(X0)
     assert distiller.iterations == 2
 
@@ -333,3 +331,36 @@ def test_the_recipe_defaults_to_that_of_the_paper():
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     distiller = Distiller(student, Recorder(False), optimizer, process=PROCESS)
     assert distiller.config == DistillConfig()
+
+
+# GradScaler
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam], ids=["sgd", "adam"])
+def test_a_scaled_run_is_the_unscaled_one(optimizer):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2)
+    options = {"clip_norm": 0.5, "accumulate": 2}
+    scaled, plain = make(optimizer, scaler=scaler, **options), make(optimizer, **options)
+    for batch in BATCHES[:8]:
+        ours, expected = scaled.step(batch), plain.step(batch)
+        torch.testing.assert_close(ours, expected)
+    assert_same(weights(scaled), weights(plain), rtol=1e-6, atol=1e-7)
+    assert scaler.get_scale() == 2.0**18
+    assert scaled.iterations == 4
+
+
+def test_a_scaler_leaves_steps_that_are_not_finite_out_and_halves_its_scale(recwarn):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    distiller = make(adam, exponential, scaler=scaler)
+    break_gradient(distiller)
+    before = weights(distiller)
+    metrics = distiller.step(BATCHES[0])
+    assert all(map(torch.equal, weights(distiller), before))
+    assert float(metrics["skipped"]) == 1.0
+    assert scaler.get_scale() == 4.0
+    assert not distiller.optimizer.state
+    metrics = distiller.step(BATCHES[1])
+    assert float(metrics["skipped"]) == 1.0
+    assert not any(map(torch.equal, weights(distiller), before))
+    assert distiller.iterations == 2
+    assert not recwarn.list

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from counting_head import CountingHead
 from process_cases import SMALL, exact, posterior, rng
 from process_cases import VOCAB as V
 from scipy import stats
@@ -17,6 +16,7 @@ from di4c_fast.heads import LogisticHead
 from di4c_fast.processes import GaussianProcess, gaussian
 from di4c_fast.testing import P_VALUE, assert_counts_match, assert_draws_match
 from di4c_fast.training import DistillConfig, distill_step
+from tools.own_head import OwnHead
 
 # Times
 
@@ -110,23 +110,21 @@ def test_step_to_time_zero_draws_from_the_denoiser():
 
 
 def test_pieces_of_positions_do_not_change_the_draws(monkeypatch):
-    taken: list[Tensor] = []
-
-    logits = torch.randn(2, 3, 9, V, generator=rng(13))
+    head = OwnHead(torch.randn(2, 3, 9, V, generator=rng(13)))
     arguments = (
         torch.randint(0, V, (2, 9), generator=rng(14)),
         torch.tensor([0.5, 0.9]),
         torch.tensor([0.2, 0.8]),
-        CountingHead(logits, taken),
+        head,
         7,
     )
     whole = SMALL.teacher_step(*arguments, generator=rng(15))
-    assert [rows.shape[-1] for rows in taken] == [9]
-    taken.clear()
+    assert [rows.shape[-1] for rows in head.taken] == [9]
+    head.taken.clear()
     monkeypatch.setattr(gaussian, "_PIECE", {"cpu": 1, "other": 1})
     monkeypatch.setattr(gaussian, "_FEWEST_POSITIONS", 2)
     assert torch.equal(SMALL.teacher_step(*arguments, generator=rng(15)), whole)
-    assert [rows.shape[-1] for rows in taken] == [2, 2, 2, 2, 1]
+    assert [rows.shape[-1] for rows in head.taken] == [2, 2, 2, 2, 1]
 
 
 class Largest(TorchDispatchMode):
@@ -208,13 +206,6 @@ def test_posterior_steps_depend_on_their_row_keys_alone(monkeypatch):
     assert torch.equal(part.flip(0), whole[7:9])
     again = SMALL.posterior_step(x0, xt, 0.8, 0.3, seed=9, step=4, row_keys=keys)
     assert torch.equal(again, whole)
-
-
-@pytest.mark.parametrize("law", ["target", "uniform"])
-def test_initial_tokens_follow_their_law(law):
-    tokens = SMALL.initial(3, 0, torch.arange(20_000), law)
-    expected = SMALL.transitions.target if law == "target" else torch.ones(V)
-    assert_draws_match(tokens, expected)
 
 
 # In a distillation step

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
+from process_cases import exact
 from sampler_cases import Denoiser, Tabular
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -20,10 +22,7 @@ PROCESS = GaussianProcess(V, rate_sigma=1.2, target_sigma=2.0, time_base=0.05, t
 ROWS = torch.tensor(list(itertools.product(range(V), repeat=D)))
 
 
-def matrix(s: float, t: float) -> Tensor:
-    """Q(s → t) from the matrix exponential."""
-    passed = PROCESS.time_base * (PROCESS.time_exponential**t - PROCESS.time_exponential**s)
-    return torch.matrix_exp(PROCESS.transitions.rate * passed)
+matrix = functools.partial(exact, PROCESS)
 
 
 class Oracle:
@@ -43,16 +42,15 @@ class Oracle:
         return self.probabilities(float(t[0])).log()[tokens @ torch.tensor([V, 1])]
 
 
-def counts_of(tokens: Tensor) -> Tensor:
-    return torch.bincount(tokens @ torch.tensor([V, 1]), minlength=STATES)
-
-
 class Table(Tabular):
     def __init__(self, seed: int, latent: bool = False):
         super().__init__(seed, latent, size=(D, V))
 
     def probabilities(self, t: float, component: int = 0) -> Tensor:
         return (self.table[0, component].double() * (0.5 + t)).softmax(-1)
+
+
+counts_of = Table(0).counts_of
 
 
 def step_matrix(model, t: float, s: float | None, component: int = 0) -> Tensor:

@@ -15,7 +15,12 @@ FILES = sorted(
 )
 SOURCES = [path for path in FILES if path.suffix == ".py"]
 # Calls whose signature is that of a public call of this package or of another repository.
-PUBLIC = ("di4c_fast/loss/api.py", "di4c_fast/draw/api.py", "di4c_fast/integrations/")
+PUBLIC = (
+    "di4c_fast/loss/api.py",
+    "di4c_fast/draw/api.py",
+    "di4c_fast/training/step.py",
+    "di4c_fast/integrations/",
+)
 SAMPLERS = "di4c_fast/samplers/"
 
 

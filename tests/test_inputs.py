@@ -81,7 +81,7 @@ def tensor_cases(
     cases: Cases = {
         "not a tensor": (3, TypeError, f"{name} must be a Tensor, got int 3"),
         "list": ([[0]], TypeError, f"{name} must be a Tensor, got list [[0]]"),
-        "device": (zeros(*sizes, dtype=dtype, device="meta"), ValueError, there),
+        "device": (zeros(*sizes, dtype=dtype, device="meta"), there),
     }
     for other in (torch.int16, torch.int32, torch.int64, torch.float64):
         said = (
@@ -151,12 +151,10 @@ CASES: Cases = {
     ),
     "student: rows": (
         {"student": zeros(B * N, D, V)},
-        ValueError,
         f"got {(B * N, D, V)}; rows of all components become one with student.unflatten(0, (B, N))",
     ),
     "student: head of rows": (
         {"student": LinearHead(zeros(N, D, 4), zeros(V, 4))},
-        ValueError,
         f"{STUDENT.format((N, D, V))}; rows of all components become one with student.unflatten(B",
     ),
     **head_cases(
@@ -178,35 +176,29 @@ CASES: Cases = {
     **tensor_cases("consistency_x", "B, K, D", (B, K, D)),
     **tensor_cases("valid", "B, D", (B, D), torch.bool, ids=False),
     **tensor_cases("log_weights", "B, N", (B, N), torch.float64, ids=False),
-    "x0: mask where it counts": ({"x0": changed("x0", AT, MASK)}, ValueError, not_masked("x0", AT)),
+    "x0: mask where it counts": ({"x0": changed("x0", AT, MASK)}, not_masked("x0", AT)),
     "consistency_x: mask where it counts": (
         {"consistency_x": changed("consistency_x", DRAW, MASK), "xu": None},
-        ValueError,
         not_masked("consistency_x", DRAW),
     ),
     "consistency_x: against xu": (
         {"consistency_x": changed("consistency_x", SHOWN, OTHER)},
-        ValueError,
         f"consistency_x must equal xu at ... that xu has revealed, got {OTHER} at index {SHOWN}",
     ),
     "xt: without mask_id": (
         {"mask_id": None, "xu": None},
-        ValueError,
         "xt needs mask_id: without it there are no masked positions",
     ),
     "xu: without mask_id": (
         {"mask_id": None, "xt": None},
-        ValueError,
         "xu needs mask_id: without it no position is revealed",
     ),
     "xu: without consistency": (
         {"consistency": None, "consistency_x": None},
-        ValueError,
         "xu needs consistency",
     ),
     "consistency_x: without consistency": (
         {"consistency": None, "xu": None},
-        ValueError,
         "consistency_x needs consistency: the student's logits at x_u",
     ),
     **MASK_IDS,
@@ -220,7 +212,6 @@ CASES: Cases = {
     },
     "log_weights: all -inf": (
         {"log_weights": changed("log_weights", 1, -INF)},
-        ValueError,
         "log_weights must leave at least one component of every example a weight above -inf",
     ),
     **option_cases(
@@ -297,8 +288,8 @@ PART = {
 }
 ROWS: Cases = {
     **{n: c for n, c in tensor_cases("x", "B, D", (B, D)).items() if "shape" not in n},
-    "x: rank 1": ({"x": tokens(D)}, ValueError, f"{SHAPE} {(D,)}"),
-    "x: rank 4": ({"x": tokens(1, B, K, D)}, ValueError, f"{SHAPE} {(1, B, K, D)}"),
+    "x: rank 1": ({"x": tokens(D)}, f"{SHAPE} {(D,)}"),
+    "x: rank 4": ({"x": tokens(1, B, K, D)}, f"{SHAPE} {(1, B, K, D)}"),
     **{
         f"x: shape {sizes}": (
             {"x": tokens(*sizes)},
@@ -313,11 +304,10 @@ ROWS: Cases = {
     },
     "x: range of rows": (
         {"x": changed("consistency_x", (1, 1, 1), V), "valid": None},
-        ValueError,
         f"x must hold token ids in [0, {V}), got {V} at index (1, 1, 1)",
     ),
-    "x: mask where it counts": ({"x": changed("x0", AT, MASK)}, ValueError, not_masked("x", "...")),
-    "xt: without mask_id": ({"mask_id": None}, ValueError, "xt needs mask_id"),
+    "x: mask where it counts": ({"x": changed("x0", AT, MASK)}, not_masked("x", "...")),
+    "xt: without mask_id": ({"mask_id": None}, "xt needs mask_id"),
     **option_cases("backend", ValueError, "be one of 'auto'...", {"'numpy'": "numpy"}),
     **PART,
     **MASK_IDS,

@@ -177,14 +177,12 @@ def test_origin_fills_positions_at_random_and_computes_each_once():
     rows = []
     taken = LinearHead.take
 
-    class Spy:
-        def __call__(self, head, index):
-            rows.append(index.numel())
-            return taken(head, index)
+    def spy(head, index):
+        rows.append(index.numel())
+        return taken(head, index)
 
-    spy = Spy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LinearHead, "take", lambda head, index: spy(head, index))
+        patch.setattr(LinearHead, "take", spy)
         with dream.accelerate(model, seed=1):
             output = model.diffusion_generate(prompt_of(2000, 4), config)
     assert bool((output.sequences != MASK).all())
@@ -240,7 +238,7 @@ def test_an_output_class_of_our_own_where_the_model_has_none():
     [
         ({"model": object()}, TypeError, "model must have Dream's method _sample"),
         ({"exclude_mask": 1}, TypeError, "exclude_mask must be True or False"),
-        ({"confidence_dtype": "bf16"}, ValueError, "confidence_dtype must be None or one of"),
+        ({"confidence_dtype": "bf16"}, "confidence_dtype must be None or one of"),
         ({"nonsense": 1}, TypeError, "nonsense"),
     ]
 )
@@ -252,17 +250,13 @@ def test_wrong_arguments_are_named(wrong: Wrong):
 
 @wrong(
     [
-        ({"alg": "greedy"}, ValueError, "alg must be one of 'origin', 'maskgit_plus'"),
-        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
-        ({"temperature": -0.5}, ValueError, "temperature must be finite and at least 0, got -0.5"),
-        ({"top_p": 0.0}, ValueError, "top_p must be in (0, 1], got 0.0"),
-        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
-        ({"eps": 0.0}, ValueError, "t_min must be in (0, 1), got 0.0"),
-        (
-            {"max_length": 5},
-            ValueError,
-            "prompt must have shape ... P <= D = 5, got (2, 6)",
-        ),
+        ({"alg": "greedy"}, "alg must be one of 'origin', 'maskgit_plus'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
+        ({"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"eps": 0.0}, "t_min must be in (0, 1), got 0.0"),
+        ({"max_length": 5}, "prompt must have shape ... P <= D = 5, got (2, 6)"),
     ]
 )
 def test_wrong_configurations_are_named_when_generating(wrong: Wrong):

@@ -243,20 +243,19 @@ def test_modules_of_others_are_refused(wrong: Wrong):
 
 @wrong(
     [
-        ({"gen_length": 9}, ValueError, "gen_length must be a multiple of block_length, 4, got 9"),
-        ({"steps": 5}, ValueError, "steps must be a multiple of the number of blocks, 2, got 5"),
-        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
-        ({"gen_length": 0}, ValueError, "gen_length must be at least 1, got 0"),
+        ({"gen_length": 9}, "gen_length must be a multiple of block_length, 4, got 9"),
+        ({"steps": 5}, "steps must be a multiple of the number of blocks, 2, got 5"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"gen_length": 0}, "gen_length must be at least 1, got 0"),
         ({"block_length": 1.0}, TypeError, "block_length must be an int"),
-        ({"remasking": "entropy"}, ValueError, "remasking must be one of 'low_confidence', 'ran"),
-        ({"temperature": -1.0}, ValueError, "temperature must be finite and at least 0"),
-        ({"cfg_scale": -1.0}, ValueError, "guidance_scale must be finite and at least 0"),
-        ({"prompt": torch.zeros(3).long()}, ValueError, "prompt must have 2 dimensions"),
+        ({"remasking": "entropy"}, "remasking must be one of 'low_confidence', 'ran"),
+        ({"temperature": -1.0}, "temperature must be finite and at least 0"),
+        ({"cfg_scale": -1.0}, "guidance_scale must be finite and at least 0"),
+        ({"prompt": torch.zeros(3).long()}, "prompt must have 2 dimensions"),
         ({"prompt": torch.zeros(1, 3)}, TypeError, "prompt must have dtype torch.int64"),
         ({"attention_mask": [1]}, TypeError, "attention_mask must be a Tensor"),
         (
             {"attention_mask": torch.ones(2, 3)},
-            ValueError,
             "attention_mask must have shape (B, P) = (2, 6), got (2, 3)",
         ),
         ({"nonsense": 1}, TypeError, "nonsense"),

@@ -161,8 +161,7 @@ def test_averaged_weights_are_used_and_restored():
         assert not torch.equal(plain.restore_model_and_sample(1, eps=1 - 1e-9), tokens)
     assert torch.equal(tokens, expected)
     assert model.backbone.training
-    for name, value in model.backbone.state_dict().items():
-        assert torch.equal(value, live[name])
+    torch.testing.assert_close(model.backbone.state_dict(), live, rtol=0, atol=0)
 
 
 def test_the_mode_of_the_network_stays_as_it_is():
@@ -317,9 +316,9 @@ def test_what_is_no_mdlm_is_named():
 
 @wrong(
     [
-        ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"num_steps": 2.0}, TypeError, "num_steps must be an int"),
-        ({"eps": 0.0}, ValueError, "t_min must be in (0, 1), got 0"),
+        ({"eps": 0.0}, "t_min must be in (0, 1), got 0"),
     ]
 )
 def test_wrong_arguments_are_named(wrong: Wrong):

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-import types
 
 import pytest
 import torch
-from dit_models import DIT, MASK, VOCAB, LogLinear, ancestral_law, probabilities
+from dit_models import (
+    BOS,
+    EOS,
+    MASK,
+    SDTT,
+    VOCAB,
+    ancestral_law,
+    probabilities,
+)
 from torch import Tensor, nn
 from wrong_arguments import Wrong, wrong
 
@@ -15,36 +22,6 @@ from di4c_fast.heads import LinearHead, TensorHead
 from di4c_fast.integrations.sdtt import accelerate_sdtt, as_model, latent_dim
 from di4c_fast.samplers import sample_masked
 from di4c_fast.testing import assert_counts_match
-
-BOS, EOS = 0, 1
-
-
-class SDTT(nn.Module):
-    """The names of the Lightning module that sampling touches."""
-
-    def __init__(
-        self, *, student: bool = False, time_conditioning: bool = False, eps: float = 1e-5, T=0
-    ):
-        super().__init__()
-        self.backbone, self.noise = DIT(student=student), LogLinear()
-        self.mask_index, self.time_conditioning, self.T = MASK, time_conditioning, T
-        self.sampling_eps = eps
-        self.tokenizer = types.SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS)
-        self.config = types.SimpleNamespace(model=types.SimpleNamespace(length=11))
-
-    @property
-    def device(self):
-        return next(self.parameters()).device
-
-    def _t_to_sigma(self, t):
-        assert t.ndim == 1
-        if self.T:
-            t = (t * self.T).int() / self.T + 1 / self.T
-        sigma, rate = self.noise(t)
-        return sigma[:, None], None, rate
-
-    def sample(self, *arguments, **options):
-        return "original"
 
 
 def pair_counts(tokens: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from counting_head import CountingHead
 from process_cases import MASK, VOCAB, rng
 
 from di4c_fast.processes import MaskedProcess, masked
 from di4c_fast.testing import assert_counts_match, assert_frequency
+from tools.own_head import OwnHead
 
 
 def test_levels_quantise_upwards_to_an_even_grid():
@@ -55,7 +55,7 @@ def test_examples_of_a_batch_step_by_their_own_times():
 
 def test_only_rows_that_unmask_are_computed():
     xt = torch.randint(0, VOCAB, (2, 40), generator=rng(12))
-    head = CountingHead(torch.randn(2, 40, VOCAB, generator=rng()))
+    head = OwnHead(torch.randn(2, 40, VOCAB, generator=rng()))
     xu = MaskedProcess(MASK).teacher_step(
         xt, torch.full((2,), 0.9), torch.full((2,), 0.8), head, 6, generator=rng(1)
     )
@@ -69,7 +69,7 @@ def test_only_rows_that_unmask_are_computed():
 
 def test_rows_are_taken_in_pieces_no_larger_than_the_teacher_output(monkeypatch):
     monkeypatch.setattr(masked, "_SMALL_PIECE", 1)
-    head = CountingHead(torch.randn(2, 10, VOCAB))
+    head = OwnHead(torch.randn(2, 10, VOCAB))
     xt = torch.full((2, 10), MASK)
     xu = MaskedProcess(MASK).teacher_step(xt, torch.ones(2), torch.zeros(2), head, 7)
     assert [rows.numel() for rows in head.taken] == [20] * 7

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from counting_head import CountingHead
 from process_cases import MASK, VOCAB, rng
 from sampler_cases import reveal_law
 from torch import nn
@@ -17,6 +16,7 @@ from di4c_fast.heads import LinearHead
 from di4c_fast.processes import MaskGITProcess, maskgit
 from di4c_fast.testing import assert_counts_match
 from di4c_fast.training import DistillConfig, distill_step
+from tools.own_head import OwnHead
 
 
 def test_a_step_adds_to_the_ratio_and_ends_at_one():
@@ -101,7 +101,7 @@ def test_equal_confidences_reveal_the_lowest_positions():
 def test_logits_are_computed_once_per_masked_position_for_all_draws(monkeypatch):
     monkeypatch.setattr(maskgit, "_PIECE", 3 * VOCAB)
     xt = torch.tensor([[MASK, 0, MASK, MASK], [1, 1, MASK, 0], [MASK, MASK, MASK, MASK]])
-    head = CountingHead(torch.randn(3, 4, VOCAB, generator=rng()))
+    head = OwnHead(torch.randn(3, 4, VOCAB, generator=rng()))
     # The second example keeps its one mask, so that it needs no token.
     step(MaskGITProcess(MASK), xt, [1.0] * 3, [0.2, 0.9, 0.2], head, 7, generator=rng())
     rows = torch.cat(head.taken).tolist()

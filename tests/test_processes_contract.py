@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counting_head import CountingHead
 from process_cases import MASK, PROCESSES, VOCAB, rng
 from scipy import stats
 from torch import Tensor
@@ -13,13 +12,18 @@ from di4c_fast.heads import LinearHead, LogisticHead
 from di4c_fast.processes import MaskedProcess, MaskGITProcess, Process, gaussian, masked, maskgit
 from di4c_fast.processes.reveal import SCHEDULES, masked_share
 from di4c_fast.testing import P_VALUE, assert_frequency
+from tools.own_head import OwnHead
 
-every = pytest.mark.parametrize("name", PROCESSES)
 with_masks = pytest.mark.parametrize("name", [name for name in PROCESSES if name != "gaussian"])
 # The first training time; the loss's mask; the time of the component term.
 FACTS = {"gaussian": (0.011, None, 0.01), "masked": (1e-5, MASK, None)}
 PIECES = {"gaussian": (gaussian, "_PIECE", dict.fromkeys(("cpu", "other"), 1))}
 PIECES |= {"masked": (masked, "_SMALL_PIECE", 1)}
+
+
+@pytest.fixture(params=PROCESSES)
+def name(request) -> str:
+    return request.param
 
 
 def step(name: str, xt: Tensor, t, u, head, draws: int = 4, seed: int = 0, **more) -> Tensor:
@@ -31,7 +35,6 @@ def some_tokens(*shape: int, seed: int = 0, vocabulary: int = VOCAB) -> Tensor:
     return torch.randint(0, vocabulary, shape, generator=rng(seed))
 
 
-@every
 def test_it_is_a_process(name):
     process = PROCESSES[name]
     assert isinstance(process, Process)
@@ -49,7 +52,6 @@ def assert_uniform(t: Tensor, low: float, high: float) -> None:
     assert stats.kstest((t.numpy() - low) / (high - low), "uniform").pvalue > P_VALUE
 
 
-@every
 def test_times_are_uniform_below_and_above_the_low_time(name):
     process, first = PROCESSES[name], FACTS.get(name, (1e-5,))[0]
     t = process.sample_times(20_000, generator=rng())
@@ -68,7 +70,6 @@ def test_times_are_uniform_below_and_above_the_low_time(name):
         assert process.sample_times(0, stratified=stratified).shape == (0,)
 
 
-@every
 def test_stratified_times_split_the_batch_and_keep_the_law_of_each_example(name):
     process, generator = PROCESSES[name], rng(4)
     for seed in range(20):
@@ -79,7 +80,6 @@ def test_stratified_times_split_the_batch_and_keep_the_law_of_each_example(name)
         assert_uniform(column, FACTS.get(name, (1e-5,))[0], 1.0)
 
 
-@every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [1e-9, 1e-5, 1e-3, 0.2, 1.0])
 def test_steps_from_times_of_any_dtype_end_before_them(name, dtype, length):
@@ -113,7 +113,6 @@ def test_each_example_is_masked_at_the_share_of_its_own_time(process):
     assert torch.equal(xt[~noised], x0[~noised])
 
 
-@every
 def test_positions_outside_valid_stay_and_may_hold_anything(name):
     valid = torch.arange(50).expand(3, -1) < 40
     x0 = some_tokens(3, 50, vocabulary=MASK)
@@ -135,7 +134,6 @@ def test_positions_outside_valid_stay_and_may_hold_anything(name):
         assert torch.equal(xu[:, :, :40], step(name, known, 0.9, 0.1, head)[:, :, :40])
 
 
-@every
 def test_the_generator_alone_decides(name):
     x0, t = some_tokens(2, 30, vocabulary=MASK), torch.tensor([0.4, 0.6])
     first, again, other = (PROCESSES[name].corrupt(x0, t, generator=rng(s)) for s in (7, 7, 8))
@@ -150,7 +148,6 @@ def test_the_generator_alone_decides(name):
     assert bool((xt == MASK).all())
 
 
-@every
 def test_nothing_comes_of_an_empty_batch(name):
     nothing, times = torch.empty(0, 3, dtype=torch.int64), torch.empty(0)
     assert PROCESSES[name].corrupt(nothing, times).shape == (0, 3)
@@ -162,7 +159,7 @@ def test_nothing_comes_of_an_empty_batch(name):
 
 @with_masks
 def test_tokens_that_are_there_stay_and_cost_nothing(name):
-    xt, head = some_tokens(2, 40, seed=11), CountingHead(torch.randn(2, 40, VOCAB))
+    xt, head = some_tokens(2, 40, seed=11), OwnHead(torch.randn(2, 40, VOCAB))
     xt[:, ::2] = MASK
     xu = step(name, xt, 0.9, 0.1, head, 5)
     known = (xt != MASK).unsqueeze(1).expand_as(xu)
@@ -189,7 +186,6 @@ def test_draw_k_follows_component_k_of_the_teacher(name, draws):
     assert torch.equal(xu, expected.unsqueeze(-1).expand_as(xu))
 
 
-@every
 def test_heads_and_pieces_do_not_change_the_draws(name, monkeypatch):
     # In float64, where no draw hangs on the rounding of a product.
     hidden = torch.randn(2, 9, 3, generator=rng(13)).double()

@@ -218,17 +218,13 @@ def test_token_rows_equal_the_authors_correlation_and_joint_likelihood(case, bac
     domain, name = case
     _, cases, recorded = _recording(domain)
     tensors = recorded[name]
-    score = di4c_fast.correlation
-    if not cases[name]["control_variate"]:
-
-        def score(*args, **kwargs):
-            return -di4c_fast.mixture_log_prob(*args, **kwargs)
-
+    controlled = cases[name]["control_variate"]
+    score, sign = (di4c_fast.correlation, 1) if controlled else (di4c_fast.mixture_log_prob, -1)
     student = _head(tensors, "student", cases[name])
     masks = {"xt": tensors.get("xt"), "mask_id": cases[name].get("mask_id"), "backend": backend}
     tolerance = {"rtol": TOLERANCE[torch.float64], "atol": TOLERANCE[torch.float64]}
-    at_data = score(student, tensors["x0"], **masks)
+    at_data = sign * score(student, tensors["x0"], **masks)
     torch.testing.assert_close(at_data, tensors["data_correlation"], **tolerance)
     if "consistency_x" in tensors:
-        at_draws = score(student, tensors["consistency_x"], **masks).mean(1)
+        at_draws = sign * score(student, tensors["consistency_x"], **masks).mean(1)
         torch.testing.assert_close(at_draws, tensors["consistency_correlation"], **tolerance)

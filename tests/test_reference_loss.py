@@ -15,11 +15,12 @@ from loss_cases import (
     naive_terms,
     run_loss,
 )
+from loss_heads import BINS, HEADS, head_tensors
 from torch import Tensor
 
 import di4c_fast
-from di4c_fast import LinearHead, LogisticHead
 
+BOTH = {"revealed": True, "weighted": True}
 PROBLEMS = {
     "plain": {},
     "one component": {"components": 1, "draws": 1},
@@ -28,22 +29,15 @@ PROBLEMS = {
     "teacher of three components": {"teacher_components": 3},
     "component weights": {"weighted": True, "component_weight": 0.4},
     "mask": {"mask_id": 6},
-    "mask in the middle, revealed": {"mask_id": 3, "revealed": True, "weighted": True},
+    "mask in the middle, revealed": {"mask_id": 3, **BOTH},
     "mask first, padded": {"mask_id": 0, "revealed": True, "padded": True},
     "mask, all positions count": {"mask_id": 3, "xt": None},
     "padded, no mask": {"padded": True, "component_weight": 1.0},
-    "no control variate": {
-        "mask_id": 6,
-        "revealed": True,
-        "weighted": True,
-        "control_variate": False,
-        "component_weight": 0.3,
-    },
+    "no control variate": {"mask_id": 6, **BOTH, "control_variate": False, "component_weight": 0.3},
     "weights per example": {
         "batch": 3,
         "mask_id": 2,
-        "revealed": True,
-        "weighted": True,
+        **BOTH,
         "data_weight": torch.tensor([0.3, 0.0, 2.0]),
         "teacher_weight": torch.tensor([1.0, 0.5, 0.0]),
         "consistency_weight": torch.tensor([0.7, 1.0, 0.2]),
@@ -93,19 +87,12 @@ def tiny(**settings) -> dict:
 CHECKED = {
     "everything": {
         "mask_id": 1,
-        "revealed": True,
-        "weighted": True,
+        **BOTH,
         "component_weight": torch.tensor([0.5, 0.2]),
         "data_weight": torch.tensor([0.3, 1.5]),
     },
     "padded": {"padded": True, "weighted": True, "teacher_components": 2},
-    "no control variate": {
-        "mask_id": 3,
-        "revealed": True,
-        "weighted": True,
-        "control_variate": False,
-        "component_weight": 0.7,
-    },
+    "no control variate": {"mask_id": 3, **BOTH, "control_variate": False, "component_weight": 0.7},
 }
 
 
@@ -142,36 +129,16 @@ def test_gradients_equal_finite_differences(backend, case, excluded):
     assert torch.autograd.gradcheck(function, (student, log_weights))
 
 
-@pytest.mark.parametrize("bias_shape", [None, (4,), (3, 4)], ids=["no-bias", "V", "DV"])
-def test_linear_head_gradients_equal_finite_differences(backend, bias_shape):
-    problem = tiny(mask_id=2, revealed=True)
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 2, 3, 2, generator=g, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 2, generator=g, dtype=torch.float64, requires_grad=True)
-    inputs = [hidden, weight]
-    if bias_shape is not None:
-        inputs.append(torch.randn(bias_shape, generator=g, dtype=torch.float64).requires_grad_())
+@pytest.mark.parametrize("kind", [kind for kind in HEADS if kind != "tensor"])
+def test_head_gradients_equal_finite_differences(backend, kind):
+    masks = {} if kind.startswith("logistic") else {"mask_id": 2, "revealed": True}
+    problem = tiny(vocabulary=BINS, component_weight=0.5, **masks)
+    inputs = [t.requires_grad_() for t in head_tensors(kind, (2, 2, 3), BINS).values()]
 
     def function(*tensors: Tensor) -> Tensor:
-        return run_loss(
-            problem | {"student": LinearHead(*tensors), "component_weight": 0.5}, backend=backend
-        )
+        return run_loss(problem | {"student": HEADS[kind](*tensors)}, backend=backend)
 
     assert torch.autograd.gradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("clamp", ["left", "min"])
-def test_logistic_head_gradients_equal_finite_differences(backend, clamp):
-    problem = tiny(mask_id=None)
-    g = torch.Generator().manual_seed(0)
-    mu = (torch.rand(2, 2, 3, generator=g, dtype=torch.float64) - 0.5).requires_grad_()
-    log_scale = torch.randn(2, 2, 3, generator=g, dtype=torch.float64).requires_grad_()
-
-    def function(mu: Tensor, log_scale: Tensor) -> Tensor:
-        head = LogisticHead(mu, log_scale, 4, clamp=clamp)
-        return run_loss(problem | {"student": head, "component_weight": 0.5}, backend=backend)
-
-    assert torch.autograd.gradcheck(function, (mu, log_scale))
 
 
 @pytest.mark.parametrize("score", [di4c_fast.mixture_log_prob, di4c_fast.correlation])

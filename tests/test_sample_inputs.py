@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sample_cases import normal, streamed
+from sample_cases import streamed
 from wrong_arguments import Wrong, wrong
 
 from di4c_fast.draw.api import sample
@@ -51,68 +51,50 @@ def test_unconditional_logits_that_leave_no_distribution_are_named():
     assert streamed(logits, guidance=(unconditional, 1.0), seed=0).token[2] != 1
 
 
-def test_unchecked_rows_are_marked_and_leave_the_others_alone():
-    logits = normal(4, 300)
-    expected = streamed(logits, seed=0, want="all")
-    logits[1] = -INF
-    logits[2, 5] = math.nan
-    draw = streamed(logits, seed=0, want="all", check=False)
-    assert draw.token[1:3].tolist() == [-1, -1]
-    assert draw.argmax[1:3].tolist() == [-1, -1]
-    assert draw.log_prob[1:3].isnan().all()
-    for value, before in zip(draw, expected, strict=True):
-        assert value[[0, 3]].equal(before[[0, 3]])
-
-
 WRONG = [
     ({"logits": [0.0]}, TypeError, "logits must be a Tensor of logits or a Head"),
     ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits must be floating point"),
-    ({"logits": torch.zeros(2, 0)}, ValueError, "at least one column, got shape (2, 0)"),
-    ({"logits": torch.tensor(0.0)}, ValueError, "must have at least 1 dim"),
-    ({"temperature": -0.1}, ValueError, "temperature must be finite and at least 0, got -0.1"),
-    ({"temperature": math.nan}, ValueError, "temperature must be finite"),
+    ({"logits": torch.zeros(2, 0)}, "at least one column, got shape (2, 0)"),
+    ({"logits": torch.tensor(0.0)}, "must have at least 1 dim"),
+    ({"temperature": -0.1}, "temperature must be finite and at least 0, got -0.1"),
+    ({"temperature": math.nan}, "temperature must be finite"),
     ({"temperature": True}, TypeError, "temperature must be a number, got bool True"),
     ({"temperature": "hot"}, TypeError, "temperature must be a number, got str 'hot'"),
     (
         {"temperature": torch.tensor([1.0, -1.0])},
-        ValueError,
         "temperature must be finite and at least 0, got -1.0 at index (1,)",
     ),
-    ({"temperature": torch.ones(3)}, ValueError, "temperature must have shape ... = (2,)"),
+    ({"temperature": torch.ones(3)}, "temperature must have shape ... = (2,)"),
     ({"temperature": torch.tensor(1)}, TypeError, "temperature must be floating point"),
-    ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+    ({"top_k": 0}, "top_k must be at least 1, got 0"),
     ({"top_k": 2.0}, TypeError, "top_k must be an int, got float 2.0"),
-    ({"top_p": 0.0}, ValueError, "top_p must be in (0, 1], got 0.0"),
-    ({"top_p": 1.5}, ValueError, "top_p must be in (0, 1], got 1.5"),
+    ({"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
+    ({"top_p": 1.5}, "top_p must be in (0, 1], got 1.5"),
     ({"top_p": "0.9"}, TypeError, "top_p must be a number, got str '0.9'"),
     ({"guidance": torch.zeros(2, 5)}, TypeError, "guidance must be a pair (unconditional"),
-    ({"guidance": (torch.zeros(2, 4), 1.0)}, ValueError, "guidance[0] must have ... = (2, 5)"),
+    ({"guidance": (torch.zeros(2, 4), 1.0)}, "guidance[0] must have ... = (2, 5)"),
     ({"guidance": (torch.zeros(2, 5), None)}, TypeError, "guidance[1] must be a number"),
-    ({"guidance": (torch.zeros(2, 5), INF)}, ValueError, "guidance[1] must be finite"),
+    ({"guidance": (torch.zeros(2, 5), INF)}, "guidance[1] must be finite"),
     ({"guidance": (None, 1.0)}, TypeError, "guidance[0] must be a Tensor of logits"),
-    ({"mask_id": 5}, ValueError, "mask_id must be in [0, V) = [0, 5), got 5"),
-    ({"mask_id": -1}, ValueError, "mask_id must be in ..., got -1"),
+    ({"mask_id": 5}, "mask_id must be in [0, V) = [0, 5), got 5"),
+    ({"mask_id": -1}, "mask_id must be in ..., got -1"),
     ({"mask_id": 1.0}, TypeError, "mask_id must be an int"),
-    ({"logits": torch.zeros(2, 1), "mask_id": 0}, ValueError, "excludes the only class"),
+    ({"logits": torch.zeros(2, 1), "mask_id": 0}, "excludes the only class"),
     ({"seed": 1.5}, TypeError, "seed must be an int, got float 1.5"),
-    ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed must have shape"),
+    ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed must have shape"),
     ({"seed": torch.tensor(1.0)}, TypeError, "seed must have dtype torch.int64"),
-    ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed and generator cannot both"),
+    ({"seed": 1, "generator": torch.Generator()}, "seed and generator cannot both"),
     ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got int 3"),
     ({"step": "1"}, TypeError, "step must be an int"),
-    ({"step": torch.arange(2)}, ValueError, "step must have shape"),
-    ({"row_keys": torch.arange(3)}, ValueError, "row_keys must have shape ... = (2,)"),
+    ({"step": torch.arange(2)}, "step must have shape"),
+    ({"row_keys": torch.arange(3)}, "row_keys must have shape ... = (2,)"),
     ({"row_keys": torch.ones(2)}, TypeError, "row_keys must have dtype torch.int64"),
-    (
-        {"row_keys": torch.empty(2, dtype=torch.int64, device="meta")},
-        ValueError,
-        "device of logits",
-    ),
-    ({"backend": "cuda"}, ValueError, "backend must be one of ..., got 'cuda'"),
-    ({"want": "logprob"}, ValueError, "want must hold names out of ..., got 'logprob'"),
-    ({"want": ("log_prob", "token")}, ValueError, "want must hold ..., got 'token'"),
-    ({"confidence_dtype": torch.int64}, ValueError, "confidence_dtype must be None or one of"),
-    ({"budget_bytes": 0}, ValueError, "budget_bytes must be at least 1, got 0"),
+    ({"row_keys": torch.empty(2, dtype=torch.int64, device="meta")}, "device of logits"),
+    ({"backend": "cuda"}, "backend must be one of ..., got 'cuda'"),
+    ({"want": "logprob"}, "want must hold names out of ..., got 'logprob'"),
+    ({"want": ("log_prob", "token")}, "want must hold ..., got 'token'"),
+    ({"confidence_dtype": torch.int64}, "confidence_dtype must be None or one of"),
+    ({"budget_bytes": 0}, "budget_bytes must be at least 1, got 0"),
 ]
 
 

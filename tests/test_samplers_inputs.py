@@ -121,6 +121,15 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
         ({"condition": "time"}, V, "condition must be one of 't', 'sigma'"),
         ({"denoise": 1}, T, "denoise must be True or False"),
     ],
+    "remasked": [
+        ({"rule": "conf"}, V, "rule must be one of 'cap', 'rescale', 'loop', got 'conf'"),
+        ({"eta": 1.5}, V, "eta must be in [0, 1], got 1.5"),
+        ({"eta": "a"}, T, "eta must be a number"),
+        ({"rule": "loop", "eta": 0.2}, V, "eta must be in [0, 0.111111], got 0.2"),
+        ({"t_on": 1.0}, V, "t_on must be in (0, 1), got 1.0"),
+        ({"t_off": 0.6}, V, "t_off must be in [0, 0.55), got 0.6"),
+        ({"alpha_on": 1.0}, V, "alpha_on must be in (0, 1), got 1.0"),
+    ],
     "uniform": [
         ({"vocab_size": None}, T, "vocab_size must be an int, got NoneType"),
         ({"signal": "linear"}, V, "signal must be one of 'log_linear', 'cosine'"),

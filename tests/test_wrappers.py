@@ -162,8 +162,8 @@ def test_a_shifted_student_is_distilled_saved_and_resumed(tmp_path):
     resumed.load(tmp_path / "a")
     for distiller in (whole, resumed):
         distiller.step(TOKENS)
-    for name, value in whole.student.state_dict().items():
-        assert torch.equal(resumed.student.state_dict()[name], value)
+    states = [distiller.student.state_dict() for distiller in (whole, resumed)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
     tokens = sample_masked(whole.student, (2, D), mask_id=M, steps=3, latent_dim=1, seed=0)
     assert tokens.shape == (2, D)
 
@@ -181,18 +181,16 @@ def test_a_module_that_fails_leaves_no_hook():
         ({"module": 3}, TypeError, "module must be the name of a submodule, got int 3"),
         (
             {"module": "tim"},
-            ValueError,
             "module must name a submodule of the model, such as ['embed', 'time', ... got 'tim'",
         ),
-        ({"module": ""}, ValueError, "module must name a submodule of the model"),
+        ({"module": ""}, "module must name a submodule of the model"),
         (
             {"model": nn.Linear(2, 2)},
-            ValueError,
             "module must name a submodule of the model, which has none, got 'time'",
         ),
-        ({"width": 0}, ValueError, "width must be at least 1, got 0"),
-        ({"latent_dim": 0}, ValueError, "dim must be at least 1, got 0"),
-        ({"frequencies": 7}, ValueError, "frequencies must be even, got 7"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"latent_dim": 0}, "dim must be at least 1, got 0"),
+        ({"frequencies": 7}, "frequencies must be even, got 7"),
         ({"scale": "1"}, TypeError, "scale must be a number"),
         ({"copy": None}, TypeError, "copy must be True or False, got NoneType"),
     ]
@@ -331,18 +329,16 @@ class NoEmbeddings(nn.Linear):
         ({"model": "bert"}, TypeError, "model must be an nn.Module, got str 'bert'"),
         (
             {"model": TimeModel()},
-            ValueError,
             "model must have get_input_embeddings() and take inputs_embeds... got TimeModel; ",
         ),
         (
             {"model": NoEmbeddings(2, 2)},
-            ValueError,
             "the input embeddings of model must be an nn.Embedding, got Conv1d",
         ),
-        ({"latent_dim": 0}, ValueError, "dim must be at least 1, got 0"),
+        ({"latent_dim": 0}, "dim must be at least 1, got 0"),
         ({"mask_key": 1}, TypeError, "mask_key must be True or False, got int 1"),
         ({"copy": 1}, TypeError, "copy must be True or False, got int 1"),
-        ({"frequencies": 2}, ValueError, "frequencies must be at least 4, got 2"),
+        ({"frequencies": 2}, "frequencies must be at least 4, got 2"),
     ]
 )
 def test_a_token_names_what_is_wrong(wrong: Wrong):

@@ -31,7 +31,8 @@ class Wrong(NamedTuple):
 
 
 def wrong(cases: Sequence[tuple] | Mapping[str, tuple]) -> pytest.MarkDecorator:
-    """Parametrises a test over `wrong`, the cases as `Wrong`."""
+    """Parametrises a test over `wrong`, the cases as `Wrong`: of `ValueError` if they name none."""
     if not isinstance(cases, Mapping):
-        cases = {f"{number}-{stable_id(case[2])}": case for number, case in enumerate(cases)}
-    return pytest.mark.parametrize("wrong", [Wrong(*c) for c in cases.values()], ids=list(cases))
+        cases = {f"{number}-{stable_id(case[-1])}": case for number, case in enumerate(cases)}
+    found = [Wrong(what, *(kind or [ValueError]), said) for what, *kind, said in cases.values()]
+    return pytest.mark.parametrize("wrong", found, ids=list(cases))

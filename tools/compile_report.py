@@ -36,6 +36,9 @@ TARGETS: dict[str, tuple[str, Any, int, int]] = {
 }
 
 
+CONFIGS = {"gfx942": "amd_instinct_mi300x.json"}  # launch parameters of kernels/configs
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """One use of the kernels. `weight_*` say which terms are asked for."""
@@ -79,6 +82,8 @@ SHAPES: dict[str, Shape | DrawShape] = {
     "image fp16": Shape(2, 32, 1, 32, 256, 1025, torch.float16),
     "pixel": Shape(8, 16, 1, 16, 3072, 256, torch.float32, logistic="left"),
     "pixel min": Shape(8, 16, 1, 16, 3072, 256, torch.float32, logistic="min"),
+    "pixel 32": Shape(4, 32, 32, 32, 3072, 256, torch.float32, logistic="min"),
+    "pixel many": Shape(2, 64, 1, 64, 3072, 256, torch.float32, logistic="left"),
     "pixel single": Shape(128, 1, 1, 0, 3072, 256, torch.float32, logistic="left"),
     "many components": Shape(1, 64, 1, 64, 1024, 50258, mask=True),
     "cross entropy": Shape(1, 1, 1, 0, 8192, 128256, marginals=False, component=False, padded=True),
@@ -146,10 +151,15 @@ class _NoDevice:
 @contextlib.contextmanager
 def compile_only(target_name: str) -> Iterator[list[Launch]]:
     """Within the block, launches of Triton kernels compile for the target and are listed."""
+    from di4c_fast.kernels.triton import tuning
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    import di4c_fast.passes.triton  # noqa: F401 makes the launch parameters known
+
+    config = CONFIGS.get(target_name)
+    own = {} if config is None else tuning.load_config(tuning.CONFIGS / config)
     backend, architecture, warp_size, _ = TARGETS[target_name]
     launches: list[Launch] = []
     original: Callable[..., Any] = JITFunction.run
@@ -165,7 +175,8 @@ def compile_only(target_name: str) -> Iterator[list[Launch]]:
     driver.set_active(_NoDevice(GPUTarget(backend, architecture, warp_size), index))
     JITFunction.run = run
     try:
-        yield launches
+        with tuning.override(**own):
+            yield launches
     finally:
         JITFunction.run = original
         # Where there is no GPU there is no driver to go back to.
@@ -193,14 +204,15 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
         visit = base.Visit(0, total, positions, _meta(total, **integers), _meta(**integers))
 
     def operand(number: int) -> base.Operand:
-        if not (shape.logistic or shape.padded):
+        if shape.logistic:
+            mu = _meta(size, number, positions)
+            bins = base.Bins(mu, 1e-6, shape.logistic)
+            batch, component, position = mu.stride()
+            return base.Operand(mu, (0, batch, component, position), number, vocabulary, bins)
+        if not shape.padded:
             logits = _meta(size, number, positions, vocabulary, dtype=shape.dtype)
             return base.Operand.of_all(logits)
-        chunk = _meta(total, number, row, dtype=shape.dtype)[..., :vocabulary]
-        if shape.logistic:
-            mu = _meta(total, number)
-            triton.logistic_logits(mu, mu, chunk, eps=1e-6, clamp=shape.logistic)
-        return base.Operand.of_chunk(chunk)
+        return base.Operand.of_chunk(_meta(total, number, row, dtype=shape.dtype)[..., :vocabulary])
 
     def sums(number: int) -> base.RowSums:
         return base.RowSums(_meta(total, number), _meta(total, number))
@@ -250,10 +262,6 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
             known = dataclasses.replace(statistics, q=none, q_teacher=none)
             again = chunk._replace(statistics=known)
         triton.backward(again, factors, student)
-    if shape.logistic:
-        gradient = student.of_visit(visit)
-        mu = _meta(total, components)
-        triton.logistic_gradient(mu, mu, gradient, eps=1e-6, clamp=shape.logistic)
 
 
 def launch_draw(shape: DrawShape) -> None:
@@ -349,7 +357,8 @@ def _amd_number(text: str, field: str) -> int:
 
 
 def report(targets: list[str], shapes: list[str]) -> Iterator[Resources]:
-    """Compile for every target and shape; one row per kernel, in the order of launches."""
+    """Compile for every target and shape, with and without the component term; one row per
+    kernel, in the order of launches."""
     for target_name in targets:
         for shape_name in shapes:
             with compile_only(target_name) as launches:
@@ -357,7 +366,8 @@ def report(targets: list[str], shapes: list[str]) -> Iterator[Resources]:
                 if isinstance(shape, DrawShape):
                     launch_draw(shape)
                 else:
-                    launch_everything(shape)
+                    for component in {shape.component, False}:
+                        launch_everything(dataclasses.replace(shape, component=component))
             seen = set()
             for launch in launches:
                 row = resources(shape_name, target_name, launch)

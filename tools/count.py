@@ -104,7 +104,9 @@ def _logits(launch: Launch) -> Tensor:
 def bytes_moved(launch: Launch, active: float) -> float:
     """Through device memory, every array once; `active` is the share of positions."""
     a, vocabulary = launch.arguments, launch.arguments["V"]
-    size = _logits(launch).dtype.itemsize
+    size = float(_logits(launch).dtype.itemsize)
+    if any(a.get(name) is not None for name in ("BINS", "Z_BINS", "X_BINS")):
+        size = 8 / vocabulary  # two numbers per row
     slots = a["slots"] * active if "slots" in a else 0.0
     row = slots * vocabulary
     if launch.name == "row_statistics":
@@ -121,9 +123,7 @@ def bytes_moved(launch: Launch, active: float) -> float:
     once = rows * vocabulary * size * (1 + a.get("GUIDED", False))
     if launch.name == "block_sums":
         return once * active + parts
-    if launch.name == "row_draw":
-        return (once if a["WHOLE"] else parts) * active
-    return once  # bins, and the way back
+    return (once if a["WHOLE"] else parts) * active
 
 
 def count(launch: Launch, active: float) -> Count | None:

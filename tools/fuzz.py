@@ -47,15 +47,8 @@ from di4c_fast.draw.request import SampleRequest
 from di4c_fast.reference import draw as reference
 from di4c_fast.testing import assert_close_to_reference
 
-from .fuzz_cases import (
-    Capped,
-    Case,
-    Draws,
-    loss_case,
-    make_head,
-    sample_case,
-    sampler_case,
-)
+from .fuzz_cases import Case, Draws, loss_case, make_head, sample_case, sampler_case
+from .own_head import Capped
 
 BACKENDS = ("torch", "triton", "cpu")
 # Rounding errors allowed per number that is added up, beside twice the reference's own.

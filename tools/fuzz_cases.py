@@ -1,4 +1,4 @@
-"""Random cases of the fuzzer: what is random in them, a head of one's own, and their arguments.
+"""Random cases of the fuzzer: what is random in them, and their arguments.
 
 A case is a function of its number and kind. Sizes are small, so that there can be many of them;
 what has broken something before (extreme logits, layouts, weights of 0, rows without a class,
@@ -8,7 +8,7 @@ NaN) is likely.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,46 +21,12 @@ from di4c_fast.reference.draw import draw_ref
 from di4c_fast.reference.loss import log_softmax_ref
 from di4c_fast.rng import draw_seed
 
+from .own_head import Capped
+
 Case = dict[str, Any]
 NEG_INF = float("-inf")
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SMALL_DTYPES = (torch.float32, torch.float16)
-
-
-class Capped(Head):
-    """A head of one's own: the logits of a linear layer between -5 and 5."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor):
-        self.hidden, self.weight = hidden, weight
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.hidden.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.hidden.device
-
-    def take(self, rows: Tensor) -> Capped:
-        return Capped(self.hidden.flatten(0, -2)[rows], self.weight)
-
-    def logits(self) -> Tensor:
-        return 5 * torch.tanh(self.hidden @ self.weight.T / 5)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.hidden, self.weight)
-
-    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Capped:
-        hidden, weight = tensors
-        assert hidden is not None
-        assert weight is not None
-        head = Capped(hidden, weight)
-        head.budget_bytes = self.budget_bytes
-        return head
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -328,6 +294,7 @@ def sampler_case(seed: int, small: bool) -> Case:
     name, options = d.pick(
         ("sample_masked", {**masked, **warm, "active_only": d.chance(0.5)}),
         ("sample_analytic", masked),
+        ("sample_remasked", {**masked, **warm, "rule": d.pick("cap", "rescale"), "eta": 0.4}),
         ("sample_uniform_state", {"last_step": d.pick("ancestral", "greedy")}),
         ("sample_maskgit", {**masked, **warm, "resample": d.chance(0.5)}),
         ("sample_gaussian", {"last": d.pick("argmax", "draw")}),

@@ -6,6 +6,7 @@ from .mutations import Mutation
 
 LOSS, DRAW = "test_loss_conformance.py", "test_draw_conformance.py"
 VECTORS, PASSES = "test_cpu_vectors.py", "test_cpu_passes.py"
+MEMORY = "test_loss_memory.py"
 
 
 def _rows(name: str, before: str, after: str, tests: str, select: str) -> Mutation:
@@ -223,7 +224,7 @@ CPU = [
     ),
     _draw(
         "race with the numbers of the first block",
-        "TOKENS, chosen * BLOCK / 4,",
+        "TOKENS, first_column / 4,",
         "TOKENS, 0,",
         "torch_backend",
     ),
@@ -362,5 +363,33 @@ CPU = [
         "e = arena.floats(0);",
         PASSES,
         "every_width",
+    ),
+    _rows(
+        "streamed rows without their end",
+        "  memcpy(to + v, from + v, bytes - v);",
+        "",
+        MEMORY,
+        "large_gradients",
+    ),
+    _rows(
+        "streamed rows in the dtype of the sums",
+        "for (; dtype != FP32 && v < n; v += W)",
+        "for (; dtype == 9 && v < n; v += W)",
+        MEMORY,
+        "large_gradients",
+    ),
+    Mutation(
+        "memory that is used again is not cleared",
+        "kernels/cpu/mixture.h",
+        "for (i64 at = 0; streams && at < bytes;",
+        "for (i64 at = 0; streams && at < 0;",
+        MEMORY,
+        "large_gradients",
+    ),
+    _draw(
+        "whole blocks raced relative to 0",
+        "columns.exponentials(s.shift);\n      for",
+        "columns.exponentials(0.0f);\n      for",
+        "large_logits or torch_backend",
     ),
 ]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import check_choice, without_autocast
+from ..checks import check_choice, check_whole, without_autocast
+from ..groups import shared_errors
 from ..heads import HeadLike
 from ..reference import draw as reference
 from ..rng import Integer
@@ -107,24 +108,26 @@ def sample(
     >>> torch.testing.assert_close(draw.log_prob, expected)
     """
     check_choice(backend, "backend", backends.names())
-    request = prepare_request(
-        logits,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        guidance=guidance,
-        mask_id=mask_id,
-        seed=seed,
-        step=step,
-        row_keys=row_keys,
-        generator=generator,
-        want=want,
-        confidence_dtype=confidence_dtype,
-        check=check,
-        budget_bytes=budget_bytes,
-    )
+    with shared_errors(logits):
+        request = prepare_request(
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=guidance,
+            mask_id=mask_id,
+            seed=seed,
+            step=step,
+            row_keys=row_keys,
+            generator=generator,
+            want=want,
+            confidence_dtype=confidence_dtype,
+            check=check,
+            budget_bytes=budget_bytes,
+        )
     with without_autocast(request.head.device):
         if backend == "reference":
+            check_whole(request.head)
             fields = reference.sample_rows(request)
         else:
             fields = driver.sample_rows(request, backend)

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from .. import backends, record
 from ..checks import check_values
+from ..groups import of_first_rank
 from ..heads import Head
 from ..memory import empty
+from ..passes import torch_draw
 from ..passes.base import Drawn, DrawOptions, Operand, Visit, padded
 from .filters import FIRST_LOOK, NEG_INF, filter_literal_, filter_scaled_, guide, row_peak
 from .law import block_sums
@@ -61,6 +63,12 @@ def _(tensors: list[Tensor], text: str, backend: str) -> list[Tensor]:
 
 def _run(request: SampleRequest, backend: str) -> list[Tensor]:
     passes = backends.passes_for(backend, request.head.device, request.dtype)
+    shard = request.head.shard
+    if shard is not None:
+        tensors = (request.row_keys, request.step)
+        shard.agree(request.facts(), request.head.device, *tensors)
+        seed, mask_id = of_first_rank(request.seed, shard.group), shard.column(request.mask_id)
+        request = dataclasses.replace(request, seed=seed, mask_id=mask_id)
     rows, on_cpu = request.rows, request.head.device.type == "cpu"
     guided = request.confidence is not None and request.unconditional is not None
     prepared = request.filtered or request.literal or guided
@@ -68,7 +76,7 @@ def _run(request: SampleRequest, backend: str) -> list[Tensor]:
     size = _group_rows(request, sources, _COPIES if prepared and not on_cpu else 0)
     part = size
     if prepared and on_cpu:
-        part = max(1, _CHUNK_BYTES // (request.vocabulary * request.dtype.itemsize))
+        part = max(1, _CHUNK_BYTES // (request.share * request.dtype.itemsize))
     found, look, options = [], FIRST_LOOK, request.options()
     for begin in range(0, rows, size) if rows else (0,):
         end = min(begin + size, rows)
@@ -81,7 +89,7 @@ def _run(request: SampleRequest, backend: str) -> list[Tensor]:
                 logits = [operand.logits[:, 0] for operand in given]
                 fields, look = _draw_prepared(request, passes, logits, keys, asked, look)
             else:
-                fields = _fields(request, _draw(passes, given, keys, asked), {})
+                fields = _fields(request, _draw(request, passes, given, keys, asked), {})
             found.append(fields)
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
@@ -114,19 +122,24 @@ class _Source:
 def _group_rows(request: SampleRequest, sources: list[_Source], copies: int) -> int:
     """How many rows are worked on together; all of them if nothing has to be computed for them."""
     copies += sum(source.operand is None for source in sources)
+    if request.head.shard is not None:  # all ranks draw the same rows together
+        copies = len(sources)
     if copies == 0:
         return max(1, request.rows)
     budget = request.budget_bytes or request.head.budget_bytes
     if budget is None:
         budget = BUDGET_CPU if request.head.device.type == "cpu" else BUDGET_GPU
-    bytes_per_row = request.vocabulary * request.dtype.itemsize * copies
+    bytes_per_row = request.share * request.dtype.itemsize * copies
     return max(MIN_GROUP_ROWS, budget // bytes_per_row)
 
 
-def _draw(passes: Any, given: list[Operand], keys: Tensor, options: DrawOptions) -> Drawn:
+def _draw(
+    request: SampleRequest, passes: Any, given: list[Operand], keys: Tensor, options: DrawOptions
+) -> Drawn:
     x, *y = given
-    visit = Visit(0, len(keys), max(1, len(keys)))
-    return passes.draw(x, y[0] if y else None, visit, keys, options)
+    visit, shard = Visit(0, len(keys), max(1, len(keys))), request.head.shard
+    arguments = (x, y[0] if y else None, visit, keys, options)
+    return passes.draw(*arguments) if shard is None else torch_draw.draw(*arguments, shard)
 
 
 _FORMULAS: dict[str, Callable[[Drawn], Any]] = {
@@ -157,7 +170,7 @@ def _draw_prepared(
 ) -> tuple[list[Tensor], int]:
     """The fields of rows (r, V) that guidance, temperature and filters are applied to here."""
     dtype, vocabulary, mask_id = request.dtype, request.vocabulary, request.mask_id
-    temperature = options.temperature
+    temperature, shard = options.temperature, request.head.shard
     left: float | Tensor = 0.0 if options.greedy else 1.0  # of the temperature, for the passes
     if isinstance(temperature, Tensor):
         left = (temperature != 0.0).to(dtype)
@@ -166,6 +179,8 @@ def _draw_prepared(
     if len(given) == 2:
         logits = guide(logits, given[1], options.guidance, request.confidence_dtype or dtype)
     peak = row_peak(logits, mask_id).to(dtype)
+    if shard is not None:
+        (peak,) = shard.maximum(peak)
     buffer = empty((len(keys), padded(vocabulary)), dtype=dtype, device=keys.device)
     columns = buffer[:, :vocabulary].copy_(logits).sub_(peak)
     if mask_id is not None:
@@ -175,24 +190,31 @@ def _draw_prepared(
         literal = _Literal(request, logits, temperature if options.tempered else None)
     elif "raw_prob" in request.want:
         raw_total = block_sums(columns.exp()).sum(-1)
+        if shard is not None:
+            (raw_total,) = shard.sum(raw_total)
     if options.tempered:
         columns.div_(temperature)
     if request.filtered and literal is not None:
         columns.masked_fill_(literal.logits == NEG_INF, NEG_INF)
     elif request.filtered:
-        look = filter_scaled_(columns, request.top_p, request.top_k, look)
+        look = filter_scaled_(columns, request.top_p, request.top_k, look, shard)
 
     wanted = options.wanted - ({"raw_prob"} if literal is None else CONFIDENCES)
     simple = dataclasses.replace(options, mask_id=None, temperature=left, wanted=wanted)
-    drawn = _draw(passes, [Operand.of_chunk(columns.unsqueeze(1))], keys, simple)
+    drawn = _draw(request, passes, [Operand.of_chunk(columns.unsqueeze(1))], keys, simple)
     moved = drawn.shift + (peak / (temperature if options.tempered else 1.0))[:, 0]
     drawn = dataclasses.replace(drawn, shift=moved)
     place = drawn.token.clamp_min(0).unsqueeze(-1)
+    if shard is not None:
+        place = (place - shard.start).clamp(0, logits.shape[1] - 1)
     others = {}
     if literal is not None:
         others = literal.fields(request.want, place)
     elif raw_total is not None:
-        others["raw_prob"] = (logits.gather(1, place).to(dtype) - peak)[:, 0].exp() / raw_total
+        weight = (logits.gather(1, place).to(dtype) - peak)[:, 0].exp()
+        if shard is not None:
+            (weight,) = shard.sum(torch.where(shard.owns(drawn.token), weight, 0.0))
+        others["raw_prob"] = weight / raw_total
     return _fields(request, drawn, others), look
 
 

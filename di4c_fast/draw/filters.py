@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..groups import Shard
+
 NEG_INF = float("-inf")
 FIRST_LOOK = 128  # candidates of the first look at a row
 _LOOK_GROWTH = 8  # and how many times more for the next
@@ -34,6 +36,8 @@ def row_peak(logits: Tensor, mask_id: int | None) -> Tensor:
     if mask_id is None:
         return logits.amax(-1, keepdim=True)
     sides = [side for side in (logits[:, :mask_id], logits[:, mask_id + 1 :]) if side.shape[1]]
+    if not sides:  # the only column of a shard
+        return torch.full_like(logits, NEG_INF)
     peaks = [side.amax(-1, keepdim=True) for side in sides]
     return peaks[0] if len(peaks) == 1 else torch.maximum(*peaks)
 
@@ -52,40 +56,57 @@ def filter_literal_(logits: Tensor, top_p: float | None, top_k: int | None) -> T
 
 
 def filter_scaled_(
-    logits: Tensor, top_p: float | None, top_k: int | None, look: int = FIRST_LOOK
+    logits: Tensor,
+    top_p: float | None,
+    top_k: int | None,
+    look: int = FIRST_LOOK,
+    shard: Shard | None = None,
 ) -> int:
     """`filter_literal_` for fp32 and fp64 logits (R, V) whose largest entry per row is 0.
 
     Top-p keeps a token if the more probable ones, and the equally probable ones of lower id,
     have at most the probability `top_p` together. On a CPU the `look` largest logits are sorted
-    first, and more only for rows where they do not reach `top_p`.
+    first, and more only for rows where they do not reach `top_p`. With `shard` the logits are
+    columns of one rank, and what is kept is what would be of the whole rows.
 
     Returns:
         A good `look` for more rows of the same model. It changes the speed, never the result.
     """
     if top_p is not None:
-        look = _keep_top_p_(logits, top_p, look)
+        look = _keep_top_p_(logits, top_p, look, shard)
     if top_k is not None:
-        _keep_top_k_(logits, top_k)
+        _keep_top_k_(logits, top_k, shard)
     return look
 
 
-def _keep_top_k_(logits: Tensor, top_k: int) -> None:
-    smallest = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+def _largest(logits: Tensor, count: int, shard: Shard | None) -> Tensor:
+    """The `count` largest logits of every row of all ranks, in descending order."""
+    own = logits.topk(min(count, logits.shape[-1]), dim=-1).values
+    if shard is None:
+        return own
+    own = torch.nn.functional.pad(own, (0, count - own.shape[1]), value=NEG_INF)
+    return torch.cat(shard.gather(own).unbind(), dim=-1).topk(count, dim=-1).values
+
+
+def _keep_top_k_(logits: Tensor, top_k: int, shard: Shard | None = None) -> None:
+    smallest = _largest(logits, top_k, shard)[:, -1:]
     logits.masked_fill_(logits < smallest, NEG_INF)
 
 
-def _keep_top_p_(logits: Tensor, top_p: float, look: int) -> int:
+def _keep_top_p_(logits: Tensor, top_p: float, look: int, shard: Shard | None) -> int:
     rows, vocabulary = logits.shape
     total = logits.exp().sum(-1, keepdim=True)
     on_host = logits.device.type == "cpu"  # where asking how many rows are left costs no sync
+    if shard is not None:
+        (total,), vocabulary = shard.sum(total), shard.vocabulary
+        on_host = True  # a sync costs less than an exchange of whole rows
     look = min(look, vocabulary) if on_host else vocabulary
     smallest = logits.new_empty(rows, 1)  # the last logit that is kept
     kept = torch.empty(rows, 1, dtype=torch.int64, device=logits.device)
     ties = torch.empty_like(kept)  # how many of those equal to it are kept
     left: slice | Tensor = slice(None)  # rows whose candidates did not reach top_p yet
     while True:
-        ordered = logits[left].topk(look, dim=-1).values
+        ordered = _largest(logits[left], look, shard)
         reached = (ordered.exp() / total[left]).cumsum(-1)
         kept[left] = counts = 1 + (reached[:, :-1] <= top_p).sum(-1, keepdim=True)
         smallest[left] = last = ordered.gather(1, counts - 1)
@@ -96,6 +117,8 @@ def _keep_top_p_(logits: Tensor, top_p: float, look: int) -> int:
         left = short.nonzero()[:, 0] if isinstance(left, slice) else left[short]
         look = min(look * _LOOK_GROWTH, vocabulary)
     equal = logits == smallest
+    if shard is not None:  # ties of lower ids first
+        ties -= shard.sum_before(equal.sum(-1, keepdim=True))
     logits.masked_fill_(logits < smallest, NEG_INF)
     if not on_host or bool((equal.sum(-1, keepdim=True) > ties).any()):
         logits.masked_fill_(equal & (equal.cumsum(-1) > ties), NEG_INF)

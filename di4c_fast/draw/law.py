@@ -81,6 +81,10 @@ def token_uniforms(
     return uniform(seed, step, row_keys, SAMPLE_BLOCK, stream=TOKENS, first=first, dtype=dtype)
 
 
-def run_race(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The winner of an exponential race within a block, (R, W) -> (R,); weight 0 never wins."""
-    return (weights / exponential(uniforms)).argmax(-1)
+def run_race(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The speed w / E and the column of the winner of an exponential race within a block.
+
+    (R, W) -> (R,) each; weight 0 never wins.
+    """
+    speed, winner = (weights / exponential(uniforms)).max(-1)
+    return speed, winner

@@ -17,6 +17,7 @@ from ..checks import (
     check_mask_id,
     check_number,
     check_same_device,
+    check_same_shard,
     check_shape,
     check_values,
     check_within,
@@ -82,6 +83,15 @@ class SampleRequest:
     check: bool
     budget_bytes: int | None
 
+    def facts(self) -> dict[str, Any]:
+        """What ranks that share the vocabulary have to agree about, beside integers of tensors."""
+        names = ("guidance_scale", "temperature", "top_k", "top_p", "mask_id", "want")
+        facts = {name: getattr(self, name) for name in names}
+        facts = {n: "a tensor" if isinstance(v, Tensor) else v for n, v in facts.items()}
+        budget = self.budget_bytes or self.head.budget_bytes
+        shape, guided = tuple(self.head.shape[:-1]), self.unconditional is not None
+        return facts | {"shape": shape, "guided": guided, "budget_bytes": budget}
+
     @property
     def rows(self) -> int:
         return self.head.shape[:-1].numel()
@@ -89,6 +99,11 @@ class SampleRequest:
     @property
     def vocabulary(self) -> int:
         return self.head.shape[-1]
+
+    @property
+    def share(self) -> int:
+        """The columns that memory is planned for: the same number on all ranks of a group."""
+        return self.vocabulary if self.head.shard is None else self.head.shard.share
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,7 +164,7 @@ def prepare_request(
 ) -> SampleRequest:
     """Check the arguments of `sample` and normalise them; see there for their meaning."""
     head = as_head(logits, "logits")
-    vocabulary = head.shape[-1]
+    vocabulary = head.vocabulary
     if vocabulary < 1:
         raise ValueError(f"logits must have at least one column, got shape {tuple(head.shape)}")
     heat = _per_row(temperature, "temperature", head, minimum=0.0)
@@ -173,6 +188,8 @@ def prepare_request(
     if confidence_dtype is not None and confidence_dtype not in CONFIDENCE_DTYPES:
         known = ", ".join(str(dtype) for dtype in CONFIDENCE_DTYPES)
         raise ValueError(f"confidence_dtype must be None or one of {known}, got {confidence_dtype}")
+    if confidence_dtype is not None and head.shard is not None:
+        raise ValueError("confidence_dtype needs whole rows: it must be None for a shard of logits")
     if budget_bytes is not None:
         check_int(budget_bytes, "budget_bytes", minimum=1)
     if check is not None:
@@ -230,6 +247,7 @@ def _prepare_guidance(guidance: Any, head: Head) -> tuple[Head, float | Tensor]:
         )
     unconditional = as_head(guidance[0], "guidance[0]")
     check_shape(unconditional, "guidance[0]", "the shape of logits", head.shape)
+    check_same_shard(unconditional, "guidance[0]", head, "logits")
     check_same_device(unconditional, "guidance[0]", head, "logits")
     return unconditional.within(head.work_dtype), _per_row(guidance[1], "guidance[1]", head)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int64, check_values
+from ..groups import Shard
 from ..passes.base import Operand
 
 
@@ -30,10 +31,13 @@ class Head(abc.ABC):
     budget_bytes: int | None = None
     """How much memory the logits of a chunk may take; None: what the backend finds best."""
 
+    shard: Shard | None = None
+    """Which columns of the vocabulary these are, where other ranks hold the others."""
+
     @property
     @abc.abstractmethod
     def shape(self) -> torch.Size:
-        """The logical shape of the logits."""
+        """The logical shape of the logits; of a shard, that of its columns."""
 
     @property
     @abc.abstractmethod
@@ -69,6 +73,11 @@ class Head(abc.ABC):
         """The same head over other tensors, given in the order of `tensors()`."""
 
     # What follows works for every head; the built-in ones have faster ways.
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the columns of all ranks together."""
+        return self.shape[-1] if self.shard is None else self.shard.vocabulary
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -133,6 +142,8 @@ class Head(abc.ABC):
 
     def exclude(self, columns: Tensor) -> Head:
         """The same head with -inf in the given columns, (E,) int64."""
+        if self.shard is not None:
+            columns = columns[self.shard.owns(columns)] - self.shard.start
         return ExcludingHead(self, columns)
 
     def unflatten(self, batch: int, components: int) -> Head:
@@ -172,6 +183,10 @@ class Head(abc.ABC):
         for i, part in zip(wanted, found, strict=True):
             if part is not None:
                 sums[i] += part  # type: ignore[operator]
+
+    def share_gradients(self, sums: list[Tensor | None]) -> list[Tensor | None]:
+        """`sums` with what the ranks of a sharded vocabulary have to add up."""
+        return sums
 
     def _row_numbers(self) -> Tensor:
         return torch.arange(self.shape[:-1].numel(), device=self.device).view(self.shape[:-1])
@@ -248,8 +263,9 @@ class BuiltInHead(Head):
         return head, self.map_rows(lambda _: others.pop(0))
 
     def encode(self) -> str:
+        shard = None if self.shard is None else tuple(self.shard)
         options = [repr(getattr(self, name)) for name in self.options]
-        return ",".join([repr(type(self).__name__), *options])
+        return ",".join([repr(type(self).__name__), repr(shard), *options])
 
 
 class ExcludingHead(Head):
@@ -258,7 +274,7 @@ class ExcludingHead(Head):
     def __init__(self, inner: Head, columns: Tensor):
         check_int64(columns, "columns")
         self.inner, self.columns = inner, columns
-        self.budget_bytes = inner.budget_bytes
+        self.budget_bytes, self.shard = inner.budget_bytes, inner.shard
 
     @property
     def shape(self) -> torch.Size:
@@ -289,6 +305,9 @@ class ExcludingHead(Head):
     def logits_at(self, rows: Tensor, tokens: Tensor) -> Tensor:
         excluded = torch.isin(tokens, self.columns)
         return self.inner.logits_at(rows, tokens).masked_fill(excluded, -math.inf)
+
+    def share_gradients(self, sums: list[Tensor | None]) -> list[Tensor | None]:
+        return self.inner.share_gradients(sums)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.inner.tensors()

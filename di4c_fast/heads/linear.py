@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, check_int, check_rank, check_same_device
+from ..checks import check_bool, check_floating, check_int, check_rank, check_same_device
+from ..groups import make_shard, unwrap
 from .base import BuiltInHead, set_leading, take_leading
 
 
@@ -22,21 +23,32 @@ class LinearHead(BuiltInHead):
 
     Args:
         hidden: (..., C), floating point; the last leading dimension counts positions (D).
-        weight: (V, C); may be a slice of a larger tied embedding. Cast to the dtype of `hidden`
-            for the product, so that half-precision activations meet fp32 master weights as
-            they do under autocast.
+        weight: (V, C); may be a slice of a larger tied embedding, or a DTensor `Shard(0)`, which
+            says `columns` itself. Cast to the dtype of `hidden` for the product, so that
+            half-precision activations meet fp32 master weights as they do under autocast.
         bias: (V,), or (D, V) for one row per position as in MaskGIT; None for no bias.
         budget_bytes: how much memory the logits of a chunk, and what is kept between the two
             sweeps of the loss, may take; None for the default of the backend that runs.
+        columns: (start, stop), the columns of the vocabulary that `weight` and `bias` of this rank
+            are. The ranks of the group hold all columns between them, each one once, in shards of
+            any width; the hidden states are the same on every rank. Token ids and `mask_id` of
+            all functions stay those of the whole vocabulary, and every rank gets the value that
+            one process with all of it gets. None: this is the whole vocabulary.
+        group: the process group, with `columns`; None for the default group.
+        vocabulary: V, with `columns`. None: the ranks tell each other their columns, so all of
+            them build the head together; on a GPU that waits for the device.
+        reduce_hidden_grad: the gradient of `hidden` is added up over the ranks; False leaves to
+            every rank its own part. Gradients of `weight` and `bias` are those of its columns.
 
     Differentiable with respect to `hidden`, `weight` and `bias`. On a CPU the products of half
-    precision are computed in fp32.
+    precision are computed in fp32; on a GPU those of fp32 follow PyTorch's switch for TF32,
+    `torch.backends.cuda.matmul`.
 
     Raises:
         TypeError, ValueError: wrong kinds, ranks, sizes, dtypes or devices.
     """
 
-    options = ("budget_bytes",)
+    options = ("budget_bytes", "reduce_hidden_grad")
 
     def __init__(
         self,
@@ -45,28 +57,23 @@ class LinearHead(BuiltInHead):
         bias: Tensor | None = None,
         *,
         budget_bytes: int | None = None,
+        group: Any = None,
+        columns: tuple[int, int] | None = None,
+        vocabulary: int | None = None,
+        reduce_hidden_grad: bool = True,
     ):
-        check_floating(hidden, "hidden")
-        check_floating(weight, "weight")
-        check_rank(hidden, "hidden", minimum=2)
-        check_rank(weight, "weight", exactly=2)
-        if weight.shape[1] != hidden.shape[-1]:
-            raise ValueError(
-                f"weight must have shape (V, C) with C = {hidden.shape[-1]}, the last size of "
-                f"hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
-            )
-        check_same_device(weight, "weight", hidden, "hidden")
-        if bias is not None:
-            check_floating(bias, "bias")
-            check_same_device(bias, "bias", hidden, "hidden")
-            allowed = [(weight.shape[0],), (hidden.shape[-2], weight.shape[0])]
-            if tuple(bias.shape) not in allowed:
-                raise ValueError(
-                    f"bias must have shape (V,) = {allowed[0]} or (D, V) = {allowed[1]}, "
-                    f"got {tuple(bias.shape)}"
-                )
-        if budget_bytes is not None:
-            check_int(budget_bytes, "budget_bytes", minimum=1)
+        weight, found = unwrap(weight, 0, "weight")
+        bias, _ = unwrap(bias, -1, "bias")
+
+        def check() -> tuple[int, Any]:
+            _check(hidden, weight, bias, budget_bytes)
+            check_bool(reduce_hidden_grad, "reduce_hidden_grad")
+            biased = None if bias is None else (bias.ndim, bias.dtype)
+            kinds = (hidden.dtype, weight.dtype, weight.shape[1], biased, reduce_hidden_grad)
+            return weight.shape[0], ("linear", *kinds)
+
+        self.shard = make_shard(check, weight, found, group, columns, vocabulary)
+        self.reduce_hidden_grad = reduce_hidden_grad
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.budget_bytes = budget_bytes
         # The position of each row, where the rows are no longer those of a (..., D, C) tensor.
@@ -156,9 +163,15 @@ class LinearHead(BuiltInHead):
 
     def new_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         sums = super().new_gradients(needs)
-        if needs[0]:  # written once, so in its own dtype
+        if needs[0] and self.shard is None:  # written once, so in its own dtype
             sums[0] = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
         return sums
+
+    def share_gradients(self, sums: list[Tensor | None]) -> list[Tensor | None]:
+        hidden, *others = sums
+        if self.shard is None or not self.reduce_hidden_grad or hidden is None:
+            return sums
+        return [*self.shard.sum(hidden), *others]
 
     def add_gradient(
         self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, passes: Any = None
@@ -187,3 +200,27 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left.t(), right, out_dtype=total.dtype)
     else:
         total.addmm_(left.t().to(total.dtype), right.to(total.dtype))
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, budget_bytes: int | None) -> None:
+    check_floating(hidden, "hidden")
+    check_floating(weight, "weight")
+    check_rank(hidden, "hidden", minimum=2)
+    check_rank(weight, "weight", exactly=2)
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must have shape (V, C) with C = {hidden.shape[-1]}, the last size of "
+            f"hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    check_same_device(weight, "weight", hidden, "hidden")
+    if bias is not None:
+        check_floating(bias, "bias")
+        check_same_device(bias, "bias", hidden, "hidden")
+        allowed = [(weight.shape[0],), (hidden.shape[-2], weight.shape[0])]
+        if tuple(bias.shape) not in allowed:
+            raise ValueError(
+                f"bias must have shape (V,) = {allowed[0]} or (D, V) = {allowed[1]}, "
+                f"got {tuple(bias.shape)}"
+            )
+    if budget_bytes is not None:
+        check_int(budget_bytes, "budget_bytes", minimum=1)

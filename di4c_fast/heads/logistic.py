@@ -157,7 +157,7 @@ class LogisticHead(BuiltInHead):
 
     def _operand(self, passes: Any, sizes: tuple[int, ...]) -> Operand | None:
         """mu and log_scale of (B, C, D), or of one row for each slot."""
-        if not getattr(passes, "READS_BINS", False):
+        if self.num_classes > getattr(passes, "READS_BINS", 0):
             return None
         mu, log_scale = (
             tensor.to(self.work_dtype).reshape(sizes).contiguous()
@@ -171,25 +171,15 @@ class LogisticHead(BuiltInHead):
         return Operand(mu, strides, sizes[1], self.num_classes, bins)
 
     def load(self, rows: Tensor, out: Tensor, passes: Any = None) -> None:
-        head = self._taken(rows)
-        if hasattr(passes, "logistic_logits"):
-            passes.logistic_logits(head.mu, head.log_scale, out, eps=self.eps, clamp=self.clamp)
-        else:
-            with torch.no_grad():
-                out.copy_(head.logits())
+        with torch.no_grad():
+            out.copy_(self._taken(rows).logits())
 
     def add_gradient(
         self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, passes: Any = None
     ) -> None:
-        head = self._taken(rows)
-        if hasattr(passes, "logistic_gradient"):
-            parts = passes.logistic_gradient(
-                head.mu, head.log_scale, gradient, eps=self.eps, clamp=self.clamp
-            )
-        else:
-            parts = [(gradient * slope).sum(-1) for slope in head._slopes()]
-        for total, part in zip(sums, parts, strict=True):
+        for total, slope in zip(sums, self._taken(rows)._slopes(), strict=True):
             if total is not None:
+                part = (gradient * slope).sum(-1)
                 set_leading(total, rows, self.mu.shape, part.to(total.dtype))
 
     def _taken(self, rows: Tensor) -> LogisticHead:

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from ..checks import check_floating, describe
+from ..groups import Shard
 from .base import Head
 from .linear import LinearHead
 from .logistic import LogisticHead
@@ -41,8 +42,9 @@ def as_head(logits: HeadLike, name: str = "logits") -> Head:
 
 def decode_head(text: str, tensors: Sequence[Tensor | None]) -> Head:
     """The head that `encode()` described, over these tensors."""
-    name, *options = _parse(f"({text},)")
+    name, shard, *options = _parse(f"({text},)")
     head = object.__new__(BUILT_IN[name])
+    head.shard = None if shard is None else Shard(*shard)
     for option, value in zip(head.options, options, strict=True):
         setattr(head, option, value)
     return head.with_tensors(tensors)

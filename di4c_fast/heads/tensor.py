@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_bool, check_floating, check_rank
+from ..groups import make_shard, unwrap
 from ..passes.base import Operand
 from .base import BuiltInHead, take_leading
 
@@ -23,14 +24,30 @@ class TensorHead(BuiltInHead):
             memory as they take. They then hold the gradient after the backward pass, which can
             run only once; autograd raises if another operation has saved them for its own
             backward pass. Without effect where the logits are expanded.
+        group, columns, vocabulary: as of `LinearHead`, of logits that are columns start .. stop - 1
+            of a vocabulary spread over the ranks of a process group.
     """
 
     options = ("in_place_gradient",)
 
-    def __init__(self, logits: Tensor, *, in_place_gradient: bool = False):
-        check_floating(logits, "logits")
-        check_rank(logits, "logits", minimum=1)
-        check_bool(in_place_gradient, "in_place_gradient")
+    def __init__(
+        self,
+        logits: Tensor,
+        *,
+        in_place_gradient: bool = False,
+        group: Any = None,
+        columns: tuple[int, int] | None = None,
+        vocabulary: int | None = None,
+    ):
+        logits, found = unwrap(logits, -1, "logits")
+
+        def check() -> tuple[int, Any]:
+            check_floating(logits, "logits")
+            check_rank(logits, "logits", minimum=1)
+            check_bool(in_place_gradient, "in_place_gradient")
+            return logits.shape[-1], ("tensor", logits.dtype)
+
+        self.shard = make_shard(check, logits, found, group, columns, vocabulary)
         self._logits = logits
         self.in_place_gradient = in_place_gradient
 

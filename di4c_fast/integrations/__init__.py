@@ -1,7 +1,8 @@
-"""Drop-ins for the samplers of other repositories, one module each, imported when first used.
+"""Drop-ins for other repositories, one module each, imported when first used.
 
-They replace sampling only: training loops stay as they are, but for what a module says of its
-models (`as_model`), which `di4c_fast.training.Distiller` takes.
+They replace samplers, and the loss of the three trainers of Di4C's authors (`accelerate_training`
+of sdtt, maskgit and tauldr); other training loops stay as they are and can give way to
+`di4c_fast.training.Distiller`, which takes the models that `as_model` gives.
 
 What all share: nothing of the repositories is imported, objects are used by the names of their
 attributes. Arguments, defaults, results and the law of the tokens are the repository's. Other than
@@ -21,7 +22,7 @@ Hugging Face), both return `LinearHead(hidden, weight, bias)`, computed a few ro
 
 import importlib as _importlib
 
-__all__ = ["dream", "huggingface", "llada", "maskgit", "mdlm", "sdtt", "tauldr"]
+__all__ = ["diffusion_gemma", "dream", "huggingface", "llada", "maskgit", "mdlm", "sdtt", "tauldr"]
 
 
 def __getattr__(name: str) -> object:

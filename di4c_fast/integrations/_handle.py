@@ -53,11 +53,20 @@ class Handle:
         self.remove()
 
 
-def check_attributes(owner: Any, argument: str, names: Sequence[str]) -> None:
-    """`owner`, passed as `argument`, has all the attributes; a TypeError names those it lacks."""
-    missing = [name for name in names if not hasattr(owner, name)]
+def check_attributes(owner: Any, argument: str, names: Sequence[str], known: str = "") -> None:
+    """`owner`, passed as `argument`, has all the attributes; a TypeError names those it lacks.
+
+    Dots lead to attributes of attributes. `known`: which versions are known to have them.
+    """
+    missing = [name for name in names if not _has(owner, name)]
     if missing:
         raise TypeError(
             f"{argument} must have the attributes {', '.join(names)}, got "
             f"{type(owner).__name__} without {', '.join(missing)}"
+            + (f"; known to work: {known}" if known else "")
         )
+
+
+def _has(owner: Any, name: str) -> bool:
+    first, _, rest = name.partition(".")
+    return hasattr(owner, first) and (not rest or _has(getattr(owner, first), rest))

@@ -7,8 +7,11 @@
 
 `model` is a `MultiRoundSDTT`: a student or teacher of SDTT, or a student of Di4C. Its `sample` is
 replaced, on which the repositories' `sample_uncond`, `sample_cond_prefix` and `main.py
-mode=sample` rest. Without replacing anything, for sampling (fixed λ, prompts, one's own seed) and
-for training:
+mode=sample` rest. The fork's training, `di4c_loss`, is replaced by
+
+    accelerate_training(model)                 # then trainer.fit(model, ...), as before
+
+Without replacing anything, for sampling (fixed λ, prompts, one's own seed) and for training:
 
     student, teacher = as_model(model), as_model(model, model.teacher[0])
     tokens = sample_masked(
@@ -27,6 +30,7 @@ is at work. `sampler="analytic"` has the law of "ancestral" for these models, at
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -36,16 +40,27 @@ from torch import Tensor
 
 from ..checks import check_bool, check_choice
 from ..heads import Head
-from ..models.call import check_callable
+from ..models.call import Wrapper, check_callable
+from ..processes.masked import MaskedProcess
 from ..samplers.arguments import check_counts
 from ..samplers.masked import sample_masked
+from ..training import DistillConfig, distill_step
 from ._dit import Denoiser, Loop
 from ._handle import Handle, check_attributes
+from ._training import KNOWN, Numbers, five_numbers, schedule_of
 
-__all__ = ["accelerate_sdtt", "as_model", "latent_dim"]
+__all__ = ["accelerate_sdtt", "accelerate_training", "as_model", "latent_dim"]
 
 _MODEL = ("backbone", "_t_to_sigma", "time_conditioning", "mask_index")
 _SAMPLER = (*_MODEL, "config", "sampling_eps", "tokenizer", "device", "sample")
+_LISTS = ("distil_list", "data_list", "data_cor_list", "consis_list", "consis_cor_list")
+_SETTINGS = ("latent_bsize", "alpha_t", "alpha_const", "distil_delta", "log_unif")
+_TRAINING = (
+    *_MODEL,
+    *("teacher", "noise", "T", "device", "di4c_loss", "_sample_t_like", "list_cnt"),
+    *_LISTS,
+    *(f"config.{name}" for name in _SETTINGS),
+)
 
 
 def as_model(model: Any, network: Any = None) -> Denoiser:
@@ -83,6 +98,87 @@ def accelerate_sdtt(model: Any) -> Handle:
     """
     check_attributes(model, "model", _SAMPLER)
     return Handle(model, "sample", _Sampler(model, as_model))
+
+
+def accelerate_training(module: Any) -> Handle:
+    """Replace `module.di4c_loss` of the fork by `di4c_fast.training.distill_step`.
+
+    Its arguments, the loss and the law of its draws stay: times by `_sample_t_like`, noise levels
+    quantised twice, the settings of `config`, backbone and noise in train mode but for the draws
+    at x_u. So does what calls it: `training_step`, logging, optimiser, average, accumulation and
+    DDP are Lightning's. The five deques are filled, and their means printed, at every 50th step,
+    which saves a sync per number and step.
+
+    Other than there: times may differ within a batch (t of shape (B,)), examples below
+    `distil_delta` need no pass at x_u, a teacher draws x_u and its targets in one pass (a Di4C
+    teacher with the same λ), and `attention_mask`, which is not used there, is not used here.
+
+    Args:
+        module: a `MultiRoundSDTT` made for training, with `config.is_di4c`.
+    """
+    check_attributes(module, "module", _TRAINING, KNOWN)
+    return Handle(module, "di4c_loss", _Loss(module))
+
+
+class _Loss:
+    """`di4c_loss` with its arguments."""
+
+    def __init__(self, module: Any):
+        self.module, self.numbers = module, Numbers()
+        self._denoisers: dict[str, Denoiser] = {}
+
+    def _model(self, name: str, network: Any, *, latent: bool) -> Wrapper:
+        """A network, called with λ or without; made anew where it has been replaced."""
+        known = self._denoisers.get(name)
+        if known is None or known.model is not network:
+            known = self._denoisers[name] = as_model(self.module, network)
+        return _OwnLatent(known) if latent and not known.latent_dim else known
+
+    def __call__(self, x0: Tensor, t: Tensor | None = None, attention_mask: Any = None) -> Tensor:
+        module, config = self.module, self.module.config
+        if t is None:  # one for all, as there
+            t = module._sample_t_like(x0[:1], log_unif=config.log_unif).expand(len(x0))
+        di4c_teacher = bool(getattr(module.teacher[0], "is_di4c", False))
+        student = self._model("student", module.backbone, latent=True)
+        teacher = self._model("teacher", module.teacher[0], latent=di4c_teacher)
+        module.backbone.train()
+        module.noise.train()
+        recipe = DistillConfig(
+            components=config.latent_bsize,
+            teacher_step=1.0 / max(module.T, 1),
+            data_weight=config.alpha_const,
+            data_schedule=schedule_of(config.alpha_t),
+            low_t=config.distil_delta,
+            teacher_components=config.latent_bsize if di4c_teacher else 1,
+        )
+        process = _Process(module.mask_index, model=module)
+        t = t.to(x0.device).clamp(min=process.t_min)
+        output = distill_step(student, teacher, x0.long(), process=process, config=recipe, t=t)
+        self.numbers.add(five_numbers(output, recipe))
+        module.list_cnt += 1
+        if module.list_cnt % 50 == 0:
+            lists = [getattr(module, name) for name in _LISTS]
+            self.numbers.fill(lists)
+            if module.trainer.global_rank == 0:
+                print(*(sum(numbers) / len(numbers) for numbers in lists))
+        return output.loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Process(MaskedProcess):
+    """Masks at the noise level of the model, whose times are quantised once more."""
+
+    model: Any = dataclasses.field(kw_only=True, repr=False)
+
+    def share(self, t: Tensor) -> Tensor:
+        return self.model._t_to_sigma(t)[1].squeeze(-1)
+
+
+class _OwnLatent(Wrapper):
+    """A compiled network, or one without λ, where a student is called: it draws λ itself."""
+
+    def forward(self, tokens: Tensor, t: Tensor, latent: Tensor) -> Head:
+        return self.model(tokens, t)
 
 
 class _Sampler(Loop):

@@ -9,6 +9,10 @@
 
 replaces `TauLeaping.sample` and `PCTauLeaping.sample` of the first module, and the draws of
 `DistilChain.calc_pst` of the second, on which the fork's sampling script and its training rest.
+The whole loss of its training, `DistilChain.calc_loss`, is replaced by
+
+    accelerate_training(losses)                     # then train_distil.py, as before
+
 Without replacing anything, for sampling and for training (the component pass included):
 
     student, process = as_model(network), process_of(network)
@@ -50,15 +54,19 @@ from ..processes.gaussian import FLOOR, GaussianProcess
 from ..processes.transitions import draw_by_weights, fine_uniform
 from ..rng import draw_seed
 from ..samplers.gaussian import sample_gaussian
+from ..training import DistillConfig, distill_step
 from ._handle import Handle, check_attributes
+from ._training import KNOWN, five_numbers
 
-__all__ = ["Handle", "accelerate_tauldr", "as_model", "process_of"]
+__all__ = ["Handle", "accelerate_tauldr", "accelerate_training", "as_model", "process_of"]
 
 _NUMBERS = ("S", "rate_sigma", "Q_sigma", "time_base", "time_exponential")
 _IMAGE = ("net", "data_shape", "fix_logistic", "S")
 _SAMPLERS = ("TauLeaping", "PCTauLeaping")
 _LOSS = "DistilChain"
 _LAWS = {"gaussian": "target", "uniform": "uniform"}
+_LOSS_SETTINGS = ("min_time", "min_distil_time", "max_distil_time", "time_schedule", "use_cv")
+_ROWS = 128  # of a batch, all components counted: more examples are left out
 
 
 def accelerate_tauldr(*modules: ModuleType) -> Handle:
@@ -90,6 +98,24 @@ def accelerate_tauldr(*modules: ModuleType) -> Handle:
         else:
             handle.replace(owner, "sample", _sample)
     return handle
+
+
+def accelerate_training(losses: ModuleType) -> Handle:
+    """Replace `DistilChain.calc_loss` of the fork by `di4c_fast.training.distill_step`.
+
+    Its arguments, the loss, the law of its draws and what it returns stay: a batch is cut to
+    128 // N examples, N = state["distil_batch_size"] (at least one, where there an empty batch
+    gives NaN); `time_schedule`, `use_cv` and the times of the loss object hold; `eval=True` gives
+    its four means. Networks stay in the mode that they are in, and `Standard.step` does the rest.
+
+    Other than there, a network's pixels are `LogisticHead`, whose 256 bins need not exist, the
+    teacher runs once at x_t and once at x_min, and x_u comes from its exact posterior.
+
+    Args:
+        losses: `lib.losses.losses`.
+    """
+    check_attributes(losses, "losses", ("DistilChain.calc_loss",), KNOWN)
+    return Handle(losses.DistilChain, "calc_loss", _calc_loss)
 
 
 def process_of(network: Any, *, t_min: float = 0.01) -> GaussianProcess:
@@ -166,6 +192,45 @@ def _sample(self: Any, model: Any, N: int, num_intermediates: int) -> tuple[Any,
         device=device,
     )
     return tokens.cpu().numpy(), _stacked(states), _stacked(guesses)
+
+
+def _calc_loss(
+    self: Any, minibatch: Tensor, state: Any, writer: Any = None, eval: bool = False
+) -> Tensor | tuple[Tensor, ...]:
+    """`calc_loss` of `DistilChain`: the loss, or with `eval` the means of four terms."""
+    check_attributes(self, "the loss, a DistilChain,", _LOSS_SETTINGS, KNOWN)
+    model, teacher, rows = state["model"], state["teacher"], int(state["distil_batch_size"])
+    x0 = minibatch.flatten(1).to(teacher.device).long()
+    kept = max(_ROWS // rows, 1)
+    if len(x0) > kept:
+        x0 = x0[torch.randperm(len(x0), device=x0.device)[:kept]]
+    chance = torch.rand(2, len(x0), device=x0.device)
+    length = self.min_distil_time * (self.max_distil_time / self.min_distil_time) ** chance[0]
+    first = self.min_time + length
+    t = (first + chance[1] * (1.0 - first)).clamp(max=1.0)
+    schedule = self.time_schedule
+    config = DistillConfig(
+        components=rows,
+        data_weight=0.0 if schedule == "zero" else 1.0,
+        data_schedule={None: "constant", "sigmoid": "sigmoid"}.get(schedule, "linear"),  # type: ignore[arg-type]
+        component_spread=self.max_distil_time,
+        control_variate=bool(self.use_cv),
+        latent_dim=int(model.lam_raw_dim),
+    )
+    output = distill_step(
+        as_model(model).forward,  # functions keep the mode of their network
+        as_model(teacher).forward,
+        x0,
+        process=process_of(teacher, t_min=self.min_time),
+        config=config,
+        t=t,
+        u=t - length,
+        return_terms=bool(eval),
+    )
+    if not eval:
+        return output.loss
+    distil, data, _, both, correlation = five_numbers(output, config)
+    return data, distil, both, correlation
 
 
 def _stacked(rows: list[Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import Backend
-from ..checks import check_choice, without_autocast
+from ..checks import check_choice, check_whole, without_autocast
+from ..groups import group_name, shared_errors
 from ..heads import HeadLike
 from .problem import (
     LossTerms,
@@ -47,6 +49,7 @@ class _Options(TypedDict, total=False):
     control_variate: bool
     reduction: Reduction
     generator: torch.Generator | None
+    position_group: Any
     backend: Backend
 
 
@@ -91,6 +94,7 @@ def loss(
     control_variate: bool = True,
     reduction: Reduction = "mean",
     generator: torch.Generator | None = None,
+    position_group: Any = None,
     backend: Backend = "auto",
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, LossTerms]:
@@ -146,6 +150,11 @@ def loss(
             both KL terms to the marginal.
         reduction: "mean" or "sum" over the batch, or "none".
         generator: source of the seed of the draws; None for the default generator.
+        position_group: process group whose ranks have other positions of the same examples, in
+            the order of the ranks and any number each; sums over d are then those over all of
+            them, and every rank gets the value of one process with all positions. Gradients are
+            those of this rank's positions: what all positions share is to be summed over the
+            ranks, but for `log_weights`, whose gradient is complete. None: these are all.
         backend: "triton" (GPU kernels), "cpu" (C++, any head of fp32, bf16 or fp16), "torch"
             (plain operations, any device), "reference" (dense, autograd), or "auto": triton on a
             GPU, cpu on a CPU, torch where that cannot run.
@@ -174,27 +183,29 @@ def loss(
     """
     check_choice(reduction, "reduction", REDUCTIONS)
     check_choice(backend, "backend", backends.names())
-    problem, weights = prepare_loss(
-        student,
-        teacher,
-        x0,
-        {
-            "data": data_weight,
-            "teacher": teacher_weight,
-            "consistency": consistency_weight,
-            "component": component_weight,
-        },
-        consistency=consistency,
-        consistency_x=consistency_x,
-        xt=xt,
-        xu=xu,
-        mask_id=mask_id,
-        valid=valid,
-        log_weights=log_weights,
-        control_variate=control_variate,
-        generator=generator,
-        return_terms=return_terms,
-    )
+    with shared_errors(student, position_group):
+        problem, weights = prepare_loss(
+            student,
+            teacher,
+            x0,
+            {
+                "data": data_weight,
+                "teacher": teacher_weight,
+                "consistency": consistency_weight,
+                "component": component_weight,
+            },
+            consistency=consistency,
+            consistency_x=consistency_x,
+            xt=xt,
+            xu=xu,
+            mask_id=mask_id,
+            valid=valid,
+            log_weights=log_weights,
+            control_variate=control_variate,
+            generator=generator,
+            return_terms=return_terms,
+        )
+        problem = _with_group(problem, position_group)
     with without_autocast(problem.student.device):
         values = _evaluate(problem, backend)
         draws = values.rows.shape[1] - 1
@@ -219,11 +230,19 @@ def loss(
     return value, LossTerms(*(term.detach() for term in terms))
 
 
+def _with_group(problem: Problem, position_group: Any) -> Problem:
+    if position_group is None:
+        return problem
+    name = group_name(position_group, "position_group")
+    return dataclasses.replace(problem, position_group=name)
+
+
 def _evaluate(problem: Problem, backend: Backend) -> Values:
     # Import statements rather than importlib: torch.compile traces through them.
     if backend == "reference":
         from ..reference import loss as reference
 
+        check_whole(problem.student, problem.position_group)
         return reference.evaluate(problem)
     from .op import evaluate
 
@@ -238,6 +257,7 @@ def mixture_log_prob(
     mask_id: int | None = None,
     valid: Tensor | None = None,
     log_weights: Tensor | None = None,
+    position_group: Any = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Joint log-likelihood of token rows under a mixture of products, in nats.
@@ -252,7 +272,8 @@ def mixture_log_prob(
     Args:
         student: logits (B, N, D, V), a tensor or a head.
         x: (B, K, D) int64, or (B, D) for one row per example.
-        xt, mask_id, valid, log_weights, backend: as in `loss`; only active positions count.
+        xt, mask_id, valid, log_weights, position_group, backend: as in `loss`; only active
+            positions count.
 
     Returns:
         (B, K), or (B,) for x (B, D); fp32 (fp64 for fp64 logits). -inf for impossible rows.
@@ -265,7 +286,7 @@ def mixture_log_prob(
     Source: the mixture denoiser of Di4C (arXiv 2410.08709); `loss` uses it when `control_variate`
     is off.
     """
-    return _token_rows(backend, False, student, x, xt, mask_id, valid, log_weights)
+    return _token_rows(backend, position_group, False, student, x, xt, mask_id, valid, log_weights)
 
 
 def correlation(
@@ -276,6 +297,7 @@ def correlation(
     mask_id: int | None = None,
     valid: Tensor | None = None,
     log_weights: Tensor | None = None,
+    position_group: Any = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Dimensional correlation term cor(x) of token rows under a mixture, in nats.
@@ -293,14 +315,21 @@ def correlation(
 
     Source: the control variates of Di4C (arXiv 2410.08709).
     """
-    return _token_rows(backend, True, student, x, xt, mask_id, valid, log_weights)
+    return _token_rows(backend, position_group, True, student, x, xt, mask_id, valid, log_weights)
 
 
 def _token_rows(
-    backend: Backend, correlation: bool, student: HeadLike, x: Tensor, *others: Any
+    backend: Backend,
+    position_group: Any,
+    correlation: bool,
+    student: HeadLike,
+    x: Tensor,
+    *others: Any,
 ) -> Tensor:
     check_choice(backend, "backend", backends.names())
-    problem, single = prepare_rows_problem(correlation, student, x, *others)
+    with shared_errors(student, position_group):
+        problem, single = prepare_rows_problem(correlation, student, x, *others)
+        problem = _with_group(problem, position_group)
     with without_autocast(problem.student.device):
         rows = _evaluate(problem, backend).rows
     rows = rows if correlation else 0.0 - rows

@@ -15,7 +15,7 @@ logits are computed and where gradients go; the passes know one chunk.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from ..heads import Head
 from ..memory import empty, empty_strided
 from ..passes.base import (
     Chunk,
-    DrawOptions,
     Factors,
     Joint,
     Operand,
@@ -36,8 +35,10 @@ from ..passes.base import (
     padded,
 )
 from .joint import joint_terms
-from .plan import Plan, make_plan, order_positions, visits
+from .plan import Plan, make_plan, order_positions
 from .problem import Problem, Values, weighted
+from .sharded import agreed, draw_targets, exchange_statistics, find_sums, local_statistics
+from .source import Source, source_of, sweep_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Saved:
             RowSums(*others[i : i + 2]) if others[i].ndim == 2 else None for i in (2, 4)
         )
         fields = (tokens, student, teacher, consistency, *others[6:13])
-        statistics = Statistics(*fields, sums_known=True)  # type: ignore[misc, arg-type]
+        statistics = Statistics(*fields, sums_known=True, all_known=True)  # type: ignore[misc, arg-type]
         rows, count, logits, *joint = others[13:]
         return Saved(statistics, rows, count, logits, Joint(*joint))
 
@@ -78,25 +79,29 @@ class Saved:
         batch, _, positions, _ = problem.sizes
         sizes, total = (batch, positions), batch * positions
         if self.rows.numel() == 0:
-            return Places(sizes, None, None, total)
+            return Places(sizes, None, None, total, problem.position_group)
         if not passes.WRITES_ZEROS:
             stop = int(self.count)
-            return Places(sizes, self.rows[:stop], None, stop)
-        return Places(sizes, self.rows, self.count, total)
+            return Places(sizes, self.rows[:stop], None, stop, problem.position_group)
+        return Places(sizes, self.rows, self.count, total, problem.position_group)
 
 
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
     """Memory for what the first sweep leaves; its sizes follow from shapes alone.
 
-    Small tensors are zeros, so that slots which are not active hold something.
+    Small tensors are zeros, so that slots which are not active hold something. They are not where
+    all are active and each zero is a launch.
     """
     plan = make_plan(problem, passes, needs_grad)
     batch, components, positions, vocabulary = problem.sizes
     total, like, row = batch * positions, problem.log_weights, padded(vocabulary)
     targets = problem.tokens.shape[1]
 
+    small: list[Tensor] = []
+
     def new(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return like.new_zeros(shape, dtype=dtype)
+        small.append(like.new_empty(shape, dtype=dtype))
+        return small[-1]
 
     def large(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         if type(like) is not Tensor:  # of a trace
@@ -123,12 +128,14 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         divergence=new(total if problem.component else 0, components),
         q=large(plan.kept if problem.marginal else 0, row),
         q_teacher=large(plan.kept if problem.component else 0, row),
-        sums_known=problem.seed is not None and not _draws(passes),
+        sums_known=problem.seed is not None and not _draws(problem, passes),
     )
     if problem.active is None:
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
     else:
         rows, count = order_positions(problem.active)
+    if total and (problem.active is not None or not passes.WRITES_ZEROS):
+        torch._foreach_zero_(small)  # one launch
     dtype = problem.student.prepared_dtype
     logits = large(plan.kept_logits, components, row, dtype=dtype)
     joint = Joint(
@@ -137,66 +144,10 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
     return plan, Saved(statistics, rows, count, logits, joint)
 
 
-def _draws(passes: Any) -> bool:
+def _draws(problem: Problem, passes: Any) -> bool:
     """Whether `forward` of the passes draws the target rows."""
-    return getattr(passes, "DRAWS_TARGETS", False)
-
-
-class _Source:
-    """The operand of a head, chunk by chunk."""
-
-    def __init__(self, head: Head, passes: Any):
-        self.passes = passes
-        detached = head.detach()
-        self.head, self.whole = detached.prepared(), detached.operand(passes)
-        self.components = head.shape[1] if len(head.shape) == 4 else 1
-        self._buffer: Tensor | None = None
-
-    def rows(self, visit: Visit) -> Tensor:
-        """Row numbers (P, C) of the visited slots."""
-        device = self.head.device
-        b, d = visit.split(device)
-        component = torch.arange(self.components, device=device)
-        return (b[:, None] * self.components + component) * visit.positions + d[:, None]
-
-    def new_chunk(self, slots: int) -> Tensor:
-        """An uninitialised buffer (P, C, padded V)."""
-        vocabulary = self.head.shape[-1]
-        sizes = (slots, self.components, padded(vocabulary))
-        return empty(sizes, dtype=self.head.chunk_dtype, device=self.head.device)
-
-    def load(self, visit: Visit, out: Tensor | None = None) -> Operand:
-        """The logits of a chunk, in memory or computed into `out` or a buffer of this object."""
-        if self.whole is not None:
-            return self.whole
-        if out is None:
-            if self._buffer is None or self._buffer.shape[0] < visit.slots:
-                self._buffer = self.new_chunk(visit.slots)
-            out = self._buffer[: visit.slots]
-        out = out[..., : self.head.shape[-1]]
-        self.head.load(self.rows(visit), out, self.passes)
-        return Operand.of_chunk(out)
-
-
-def _source(head: Head | None, passes: Any) -> _Source | None:
-    return None if head is None else _Source(head, passes)
-
-
-def _sweep(
-    problem: Problem, plan: Plan, places: Places, *sources: _Source | None
-) -> tuple[Iterator[Visit], bool]:
-    """The chunks of a sweep over some heads, and whether they visit every slot.
-
-    On a GPU the number of active positions stays there, and all slots are visited. It is read on
-    the host where matrix products need their sizes, and by passes that visit active slots only.
-    """
-    positions, stop, count = problem.sizes[2], places.slots, places.count
-    computed = any(source is not None and source.whole is None for source in sources)
-    capturing = problem.log_weights.is_cuda and torch.cuda.is_current_stream_capturing()
-    if count is not None and computed and not capturing:
-        stop, count = int(count), None
-    everything = stop == problem.sizes[0] * positions
-    return visits(plan, positions, stop, places.rows, count), everything
+    alone = problem.student.shard is None and problem.position_group is None
+    return alone and getattr(passes, "DRAWS_TARGETS", False)
 
 
 # The first sweep ----------------------------------------------------------------------------------
@@ -204,49 +155,37 @@ def _sweep(
 
 def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Saved]:
     """Values of the problem, and what `backward` needs."""
+    shard = problem.student.shard
+    problem, keys = agreed(problem)
     plan, saved = new_saved(problem, passes, needs_grad)
     statistics, mixture = saved.statistics, problem.mixture()
-    draws_here = problem.seed is not None and not _draws(passes)
+    draws_here = problem.seed is not None and not _draws(problem, passes)
     if not draws_here:
         mixture = dataclasses.replace(mixture, seed=problem.seed)
-    student = _Source(problem.student, passes)
-    teacher, consistency = _source(problem.teacher, passes), None
+    student = Source(problem.student, passes)
+    teacher, consistency = source_of(problem.teacher, passes), None
     if statistics.consistency is not None:
-        consistency = _source(problem.consistency, passes)
+        consistency = source_of(problem.consistency, passes)
     places = saved.places(problem, passes)
-    sweep, _ = _sweep(problem, plan, places, student, teacher, consistency)
-    for visit in sweep:
-        u = None if consistency is None else consistency.load(visit)
-        if u is not None and draws_here:
-            assert consistency is not None
-            _draw_targets(problem, u, visit, consistency.rows(visit), statistics, passes)
-        t = None if teacher is None else teacher.load(visit)
-        z = student.load(visit, statistics.kept(saved.logits, visit))
-        u = u if problem.marginal or mixture.seed is not None else None
-        passes.forward(Chunk(z, t, u, visit, mixture, statistics))
+    if shard is not None:
+        sources = (student, teacher, consistency)
+        find_sums(shard, problem, passes, plan, places, sources, statistics, keys)
+        statistics = local_statistics(shard, statistics)
+    if shard is None or teacher is not None:
+        sweep, _ = sweep_over(problem, plan, places, student, teacher, consistency)
+        for visit in sweep:
+            u = None if consistency is None else consistency.load(visit)
+            if u is not None and draws_here and shard is None:
+                assert consistency is not None
+                rows = consistency.rows(visit)
+                draw_targets(problem, passes, u, visit, rows, statistics, keys(rows))
+            t = None if teacher is None else teacher.load(visit)
+            z = student.load(visit, statistics.kept(saved.logits, visit))
+            u = u if problem.marginal or mixture.seed is not None else None
+            passes.forward(Chunk(z, t, u, visit, mixture, statistics))
+    if shard is not None:
+        exchange_statistics(shard, saved.statistics, places)
     return _values(problem, saved, places, passes), saved
-
-
-def _draw_targets(
-    problem: Problem, u: Operand, visit: Visit, rows: Tensor, statistics: Statistics, passes: Any
-) -> None:
-    """Draw x^k of a chunk, one token from every component of the consistency logits."""
-    sums, tokens, xu = statistics.consistency, statistics.tokens, problem.xu
-    assert problem.seed is not None
-    assert sums is not None
-    options = DrawOptions(mask_id=problem.mask_id, seed=problem.seed)
-    drawn = passes.draw(u, None, visit, rows.flatten(), options)
-    sums.shift[visit.part] = drawn.shift.view(rows.shape)
-    sums.total[visit.part] = drawn.total.view(rows.shape)
-    token = drawn.token.view(rows.shape).clamp_min(0)
-    b, d = visit.split(token.device)
-    if visit.count is not None:
-        slots = torch.arange(visit.first, visit.first + visit.slots, device=token.device)
-        token = torch.where((slots < visit.count).unsqueeze(-1), token, 0)
-    if xu is not None:
-        shown = xu[b, :, d]
-        token = torch.where(shown.ne(problem.mask_id or 0), shown, token)
-    tokens[:, tokens.shape[1] - u.components :][b, :, d] = token
 
 
 def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Values:
@@ -255,32 +194,43 @@ def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Valu
     alive = places.alive(statistics.student.total[part])
     log_prob, log_weights = statistics.log_prob[part], problem.log_weights
     joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[part])
-    terms = passes.joint if hasattr(passes, "joint") else joint_terms
-    value = terms(log_prob, alive, log_weights, places, problem.correlation, joint)
+    alone = problem.position_group is None
+    evaluate = passes.joint if alone and hasattr(passes, "joint") else joint_terms
+    value = evaluate(log_prob, alive, log_weights, places, problem.correlation, joint)
 
-    zeros = problem.log_weights.new_zeros(problem.sizes[0])  # an op returns no tensor twice
-    marginal, teacher_kl, consistency_kl, component = (zeros.clone() for _ in range(4))
+    def total(values: Tensor) -> Tensor:
+        return places.sum(torch.where(alive, values[part], 0.0)).to(dtype)
+
+    def nothing() -> Tensor:  # an op returns no tensor twice
+        return problem.log_weights.new_zeros(problem.sizes[0])
+
+    teacher_kl: Tensor | None = None
+    consistency_kl: Tensor | None = None
+    marginal: Tensor | None = None
+    component: Tensor | None = None
     if problem.marginal:
         assert problem.teacher_weight is not None
-        assert problem.consistency_weight is not None
-        both = torch.stack((statistics.teacher_kl[part], statistics.consistency_kl[part]), dim=1)
-        both = places.sum(torch.where(alive.unsqueeze(1), both, 0.0)).to(dtype)
-        teacher_kl, consistency_kl = both[:, 0].clone(), both[:, 1].clone()
+        teacher_kl = total(statistics.teacher_kl)
         marginal = weighted(teacher_kl, problem.teacher_weight)
-        marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
+        if problem.consistency is not None:
+            assert problem.consistency_weight is not None
+            consistency_kl = total(statistics.consistency_kl)
+            marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
     if problem.component:
         sums = places.sum(_counted_divergence(problem, saved, places))
         share = problem.log_weights.exp() * sums
         # However small its weight, a component that excludes a class of q_T is infinitely far.
         component = torch.where(sums == float("inf"), sums, share).sum(-1).to(dtype)
-    return Values(value.to(dtype), marginal, component, teacher_kl, consistency_kl)
+    terms = (marginal, component, teacher_kl, consistency_kl)
+    found = (nothing() if term is None else term for term in terms)
+    return Values(value.to(dtype), *found)
 
 
 def _counted_divergence(problem: Problem, saved: Saved, places: Places) -> Tensor:
     """KL(q_T || p_n) (A, N); 0 where it does not count: components of weight 0 are absent."""
     statistics, part = saved.statistics, slice(0, places.slots)
     counted = places.alive(statistics.student.total[part]).unsqueeze(-1)
-    present = (problem.log_weights != float("-inf"))[places.examples(counted.device)]
+    present = places.spread(problem.log_weights != float("-inf"))
     return torch.where(counted & present, statistics.divergence[part], 0.0)
 
 
@@ -307,6 +257,10 @@ def backward(
     if not any(needs[:-1]):
         return [*[None] * (len(needs) - 1), log_weights]
     factors = _factors(problem, saved, places, alpha, marginal, component)
+    shard = problem.student.shard
+    if shard is not None:
+        local = local_statistics(shard, saved.statistics)
+        saved = dataclasses.replace(saved, statistics=local)
     students = _student_gradients(problem, passes, saved, places, factors, needs[:-1], in_place)
     return [*students, log_weights]
 
@@ -320,10 +274,10 @@ def _factors(
     component: Tensor,
 ) -> Factors:
     statistics = saved.statistics
-    part, b = slice(0, places.slots), places.examples(alpha.device)
-    kappa = saved.joint.difference[part] * alpha[b].unsqueeze(-1)
+    part = slice(0, places.slots)
+    kappa = saved.joint.difference[part] * places.spread(alpha).unsqueeze(-1)
     probability = -kappa.sum(1)
-    by_slot = marginal[b]
+    by_slot = places.spread(marginal)
     factor = torch.zeros_like(probability)
     if problem.marginal:
         probability = probability + by_slot.unsqueeze(-1) * statistics.mass[part]
@@ -331,7 +285,7 @@ def _factors(
         assert statistics.teacher is not None
         # An infinite divergence has no gradient.
         infinite = statistics.divergence[part] == float("inf")
-        factor = component[b].unsqueeze(-1) * problem.log_weights.exp()[b]
+        factor = places.spread(component.unsqueeze(-1) * problem.log_weights.exp())
         factor = torch.where(infinite, 0.0, factor)
         # A teacher's component without any class takes its share out of q_T.
         whole = (statistics.teacher.total[part] != 0).to(alpha.dtype).mean(-1, keepdim=True)
@@ -375,10 +329,10 @@ def _student_gradients(
 ) -> list[Tensor | None]:
     plan = make_plan(problem, passes, True)
     statistics, mixture = saved.statistics, problem.mixture()
-    student = _Source(problem.student, passes)
-    teacher = _source(problem.teacher, passes)
-    consistency = _source(problem.consistency if problem.marginal else None, passes)
-    sweep, everything = _sweep(problem, plan, places, student, teacher, consistency)
+    student = Source(problem.student, passes)
+    teacher = source_of(problem.teacher, passes)
+    consistency = source_of(problem.consistency if problem.marginal else None, passes)
+    sweep, everything = sweep_over(problem, plan, places, student, teacher, consistency)
     head, vocabulary = problem.student, problem.sizes[3]
     target: Operand | None = None
     sums: list[Tensor | None] = []
@@ -425,6 +379,7 @@ def _student_gradients(
         part = scratch[: visit.slots, :, :vocabulary]
         passes.backward(chunk, factors, Operand.of_chunk(part))
         student.head.add_gradient(sums, student.rows(visit), part, passes)
+    sums = head.share_gradients(sums)
     if target is not None and not sums:
         return [target.logits]
     return [

@@ -36,17 +36,17 @@ def joint_terms(
 
     log_prob (A, J, N), alive (A,), log_weights (B, N).
     """
-    b, dtype = places.examples(log_prob.device), log_prob.dtype
+    dtype = log_prob.dtype
     counted = alive.unsqueeze(-1).expand(log_prob.shape[:2])
     summand = log_prob
     if correlation:
-        weighted = log_prob + log_weights[b].unsqueeze(1)
+        weighted = log_prob + places.spread(log_weights).unsqueeze(1)
         # A target that no component can produce is left out.
         counted = counted & (weighted.amax(-1) != NEG_INF)
         share = weighted.log_softmax(-1)
         # l - m = log_softmax - a; a component of weight 0 stays at -inf.
         present = torch.where(log_weights == NEG_INF, 0.0, log_weights)
-        summand = share - present[b].unsqueeze(1)
+        summand = share - places.spread(present).unsqueeze(1)
     summand = torch.where(counted.unsqueeze(-1), summand, 0.0)
     joint = places.sum(summand) + log_weights.unsqueeze(1)  # [B, J, N]
     value = -joint.logsumexp(-1)
@@ -56,10 +56,10 @@ def joint_terms(
     value = torch.where(occupied.unsqueeze(-1), value, 0.0)
     defined = occupied.unsqueeze(-1) & (value != -NEG_INF)
     weights = torch.where(defined.unsqueeze(-1), joint.softmax(-1), 0.0).to(dtype)
-    difference = -weights[b]
+    difference = -places.spread(weights)
     if correlation:
         difference += share.exp_()
-    counted = counted & defined[b]
+    counted = counted & places.spread(defined)
     out.difference.copy_(torch.where(counted.unsqueeze(-1), difference, 0.0))
     out.weights.copy_(weights)
     out.counted.copy_(places.sum(counted))

@@ -20,6 +20,7 @@ from ..checks import (
     check_int64,
     check_mask_id,
     check_same_device,
+    check_same_shard,
     check_shape,
     check_tensor,
     check_token_range,
@@ -74,12 +75,22 @@ class Problem:
     seed: Tensor | None = None  # () int64: the last K target rows are drawn from `consistency`
     marginal: bool = False  # `Values.marginal` is asked for
     component: bool = False  # `Values.component` is asked for
+    position_group: str | None = None  # of ranks that have the other positions
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """B, N, D, V."""
         batch, components, positions, vocabulary = self.student.shape
         return batch, components, positions, vocabulary
+
+    def facts(self) -> dict[str, Any]:
+        """What ranks have to agree about, beside tokens and how many positions they have."""
+        names = ("mask_id", "correlation", "marginal", "component")
+        facts = {name: getattr(self, name) for name in names}
+        for name in ("student", "teacher", "consistency"):
+            head = getattr(self, name)
+            facts[name] = head and tuple(head.shape[:-2])
+        return facts | {"targets": self.tokens.shape[1], "drawn": self.seed is not None}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,9 +100,17 @@ class Problem:
     def mixture(self) -> Mixture:
         """What the passes need of it."""
         none = self.log_weights[:, 0].detach()
+        mask_id, xu, shard = self.mask_id, self.xu, self.student.shard
+        if shard is not None:
+            mask_id = shard.column(self.mask_id)
+            if xu is not None:
+                assert self.mask_id is not None
+                hidden = -1 if mask_id is None else mask_id
+                local = shard.local(xu)
+                xu = torch.where(xu.eq(self.mask_id), hidden, local)
         return Mixture(
-            self.mask_id,
-            self.xu,
+            mask_id,
+            xu,
             self.log_weights.detach().contiguous(),
             none if self.teacher_weight is None else self.teacher_weight.contiguous(),
             none if self.consistency_weight is None else self.consistency_weight.contiguous(),
@@ -226,7 +245,7 @@ def prepare_tokens(
     check_same_device(tokens, name, student, "student")
     if valid is not None:  # padding is often marked by an id such as -100
         tokens = tokens.masked_fill(~(valid if tokens.ndim == 2 else valid.unsqueeze(1)), 0)
-    check_token_range(tokens, name, student.shape[-1])
+    check_token_range(tokens, name, student.vocabulary)
     inference = not torch.compiler.is_compiling() and tokens.is_inference()
     return tokens.clone() if inference else tokens  # backward saves no inference tensors
 
@@ -289,6 +308,7 @@ def prepare_target(logits: HeadLike, name: str, student: Head, letters: str) -> 
         raise ValueError(
             f"{name} must have shape {letters} and (B, D, V) = {(batch, *sizes)}, got {shape}"
         )
+    check_same_shard(head, name, student, "student")
     check_same_device(head, name, student, "student")
     _check_tensors(head, name)
     return _target(head, student)
@@ -350,8 +370,8 @@ def prepare_loss(
     check_bool(return_terms, "return_terms")
     check_generator(generator)
     head = prepare_student(student)
-    batch, _, positions, vocabulary = head.shape
-    mask_id = check_mask_id(mask_id, vocabulary)
+    batch, _, positions, _ = head.shape
+    mask_id = check_mask_id(mask_id, head.vocabulary)
     letters = "(B, D, V) or (B, M, D, V) with M >= 1"
     teacher_head = prepare_target(teacher, "teacher", head, letters)
     active = prepare_active(xt, valid, mask_id, head)
@@ -433,7 +453,7 @@ def prepare_rows_problem(
     """The problem without distributions of `mixture_log_prob` and `correlation`, and whether x came
     as one row for each example."""
     head = prepare_student(student)
-    mask_id = check_mask_id(mask_id, head.shape[-1])
+    mask_id = check_mask_id(mask_id, head.vocabulary)
     active = prepare_active(xt, valid, mask_id, head)
     tokens, single = prepare_rows(x, head, valid)
     check_targets_allowed(tokens, "x", mask_id, active)

@@ -18,10 +18,9 @@ components at once. The driver calls them; nothing else does.
         A token and statistics for every row of the visited slots: see `di4c_fast.draw`.
     joint(log_prob, alive, log_weights, places, correlation, out)
         The joint terms, faster than `joint_terms` of `loss.joint` has them; optional.
-    logistic_logits(mu, log_scale, out, *, eps, clamp)
-    logistic_gradient(mu, log_scale, gradient, *, eps, clamp)
-        The bins of `LogisticHead` and the way back through them, where the passes do not compute
-        bins from an operand's two numbers themselves.
+    READS_BINS
+        The most bins of an operand that stands for a `LogisticHead` by its two numbers per row; 0
+        if there is none: then the head computes its logits.
 
 Logits are computed with in the work dtype whatever their own.
 
@@ -29,6 +28,9 @@ The rules that all passes share. A row without any class (all -inf) has total 0 
 everywhere; NaN and +inf give NaN, never something finite. A position that the student leaves
 without any class counts as if q were 0 there. KL terms are +inf where q > 0 = m, and such a column
 has no gradient. Column `mask_id` is excluded everywhere and gets gradient 0.
+
+Logits may be a shard of the columns of a vocabulary; tokens are then columns of it. V stands for a
+token of another shard, whose `log_prob` may be anything, and -1 in `xu` for the mask of another.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..groups import all_sum
 
 PADDING = 64  # elements: rows of our own buffers start at multiples of it
 
@@ -69,7 +73,7 @@ class Operand:
     neighbours. Logits of all positions have strides[0] = 0, those of one chunk strides[1] =
     strides[3] = 0.
 
-    With `bins` that element is mu of the row, in fp32: only for passes with READS_BINS = True. The
+    With `bins` that element is mu of the row, in fp32: only for passes with READS_BINS. The
     gradient of such an operand has the same form.
     """
 
@@ -166,7 +170,7 @@ class Mixture:
     """What the passes know of a problem. All weights are in the work dtype."""
 
     mask_id: int | None
-    xu: Tensor | None  # (B, K, D) int64: one-hot in q_u where it shows a token
+    xu: Tensor | None  # (B, K, D) int64: one-hot in q_u where it shows a token; see above
     log_weights: Tensor  # (B, N), normalised
     teacher_weight: Tensor  # (B,)
     consistency_weight: Tensor  # (B,)
@@ -200,6 +204,9 @@ class Statistics:
     # `draw` has left the row sums of the consistency logits. In `backward` all sums are known, and
     # nothing of the statistics is written.
     sums_known: bool
+    # The sums of all rows are there before `forward`: those of a whole vocabulary, of which the
+    # logits are a shard. It may leave `log_prob` as it is.
+    all_known: bool = False
 
     def kept(self, rows: Tensor, visit: Visit) -> Tensor | None:
         """The visited slots of `q` or `q_teacher`; None where they are not kept."""
@@ -240,26 +247,34 @@ class Places:
     rows: Tensor | None  # (A,) int64 position of each slot, active ones first; None: slot s is s
     count: Tensor | None  # () int64, how many are active; None: all slots
     slots: int  # A
+    group: str | None = None  # of ranks that have the other positions
 
-    def examples(self, device: torch.device) -> Tensor:
-        """(A,) the example of every slot."""
-        index = torch.arange(self.slots, device=device) if self.rows is None else self.rows
-        return index // max(self.sizes[1], 1)
+    def spread(self, values: Tensor) -> Tensor:
+        """(B, ...) -> (A, ...): every slot has the values of its example."""
+        batch, positions = self.sizes
+        if self.rows is None:
+            every = values.unsqueeze(1).expand(batch, positions, *values.shape[1:])
+            return every.flatten(0, 1).contiguous()
+        return values[self.rows // max(positions, 1)]
 
     def alive(self, total: Tensor) -> Tensor:
         """(A,) active slots at which some row has a class; total (A, N) of the row sums."""
-        some = (total != 0).any(-1)
+        some = total.sum(-1) != 0  # they are not negative; faster than `any`
         if self.count is None:
             return some
         return some & (torch.arange(self.slots, device=total.device) < self.count)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the positions of every example, in fp64: (A, ...) -> (B, ...)."""
+        """Sum over the positions of every example, in fp64: (A, ...) -> (B, ...).
+
+        Those of all ranks of the group count.
+        """
         batch, positions = self.sizes
         if self.rows is not None:  # back into the order of positions, so that sums repeat
             every = values.new_zeros(batch * positions, *values.shape[1:])
             values = every.index_copy_(0, self.rows, values)
-        return values.reshape(batch, positions, *values.shape[1:]).sum(1, dtype=torch.float64)
+        sums = values.reshape(batch, positions, *values.shape[1:]).sum(1, dtype=torch.float64)
+        return sums if self.group is None else all_sum(sums, self.group)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..kernels.cpu.build import BuildError, find_library
 from .base import Chunk, Drawn, DrawOptions, Factors, Joint, Operand, Places, RowSums, Visit
 
 WRITES_ZEROS = False  # `backward` visits active slots only
-READS_BINS = True  # operands may be the two numbers of bins
+READS_BINS = sys.maxsize
 DRAWS_TARGETS = True  # `forward` draws x^k
 SETS = ("plain", "avx2", "avx512")  # DI4C_FAST_CPU names the highest that may run
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -180,7 +180,7 @@ class _Words:
         self.numbers(z.vocabulary, -1 if m.mask_id is None else m.mask_id)
         self.pointers(m.xu, dtype=torch.int64)
         self.pointers(m.log_weights, m.teacher_weight, m.consistency_weight)
-        self.numbers(m.marginal, m.component, s.sums_known)
+        self.numbers(m.marginal, m.component, s.sums_known, s.all_known)
         self.numbers(*((0, 0) if m.seed is None else (1, int(m.seed))))
         self.pointers(s.tokens, dtype=torch.int64).numbers(s.tokens.shape[1])
         self.sums(s.student).sums(s.teacher).sums(s.consistency)

@@ -39,15 +39,18 @@ def forward(chunk: Chunk) -> None:
     b, d = visit.split(z.logits.device)
     part, index = visit.part, statistics.tokens[b, :, d]  # [P, J]
     log_prob = _load(z, visit, mixture.mask_id, statistics.mass.dtype)
-    _shift_(log_prob, visit, statistics.student)
-    total = _sum_exp(log_prob, visit, statistics.student)
+    _shift_(log_prob, visit, statistics.student, statistics.all_known)
+    if not statistics.all_known:
+        statistics.student.total[part] = log_prob.exp().sum(-1)
+    total = statistics.student.total[part]
     log_prob.sub_(_log(total).unsqueeze(-1))
-    targets = log_prob.gather(-1, index.unsqueeze(1).expand(-1, z.components, -1))
+    index = index.clamp_max(z.vocabulary - 1).unsqueeze(1).expand(-1, z.components, -1)
+    targets = log_prob.gather(-1, index)
     statistics.log_prob[part] = targets.transpose(1, 2)
     if t is None:
         return
     alive = (total != 0).any(-1, keepdim=True)
-    q_teacher, q_consistency, q = _distributions(chunk, alive)
+    q_teacher, q_consistency, q = _distributions(chunk, alive, statistics.all_known)
     if mixture.component:
         divergence = _divergence(q_teacher.unsqueeze(1), log_prob)
         statistics.divergence[part] = divergence
@@ -70,7 +73,8 @@ def backward(chunk: Chunk, factors: Factors, gradient: Operand) -> None:
     part, index = visit.part, statistics.tokens[b, :, d]
     sums, dtype = statistics.student, factors.kappa.dtype
     log_prob = _load(z, visit, mixture.mask_id, dtype)
-    log_prob.sub_(sums.shift[part].unsqueeze(-1)).sub_(_log(sums.total[part]).unsqueeze(-1))
+    _shift_(log_prob, visit, sums, known=True)
+    log_prob.sub_(_log(sums.total[part]).unsqueeze(-1))
     q, q_teacher = (
         rows if rows is None else rows[:, : z.vocabulary]
         for rows in (
@@ -91,8 +95,10 @@ def backward(chunk: Chunk, factors: Factors, gradient: Operand) -> None:
     if mixture.component:
         assert q_teacher is not None
         dz.addcmul_(factors.component[part].unsqueeze(-1), q_teacher.unsqueeze(1), value=-1.0)
-    index = index.unsqueeze(1).expand(-1, z.components, -1)
-    dz.scatter_add_(-1, index, factors.kappa[part].transpose(1, 2))
+    own = index < z.vocabulary
+    kappa = torch.where(own.unsqueeze(-1), factors.kappa[part], 0.0).transpose(1, 2)
+    index = index.where(own, 0).unsqueeze(1).expand(-1, z.components, -1)
+    dz.scatter_add_(-1, index, kappa)
     if mixture.mask_id is not None:
         dz[..., mixture.mask_id] = 0.0
     if gradient.strides[0]:
@@ -111,18 +117,12 @@ def _load(x: Operand, visit: Visit, mask_id: int | None, dtype: torch.dtype) -> 
     return logits
 
 
-def _shift_(logits: Tensor, visit: Visit, sums: RowSums) -> None:
-    """Subtract the largest logit of every row, and record it."""
-    shift = logits.amax(-1)
-    shift = torch.where(shift == NEG_INF, 0.0, shift)
-    sums.shift[visit.part] = shift
-    logits.sub_(shift.unsqueeze(-1))
-
-
-def _sum_exp(shifted: Tensor, visit: Visit, sums: RowSums) -> Tensor:
-    total = shifted.exp().sum(-1)
-    sums.total[visit.part] = total
-    return total
+def _shift_(logits: Tensor, visit: Visit, sums: RowSums, known: bool) -> None:
+    """Subtract the largest logit of every row, which is recorded unless it is `known`."""
+    if not known:
+        shift = logits.amax(-1)
+        sums.shift[visit.part] = torch.where(shift == NEG_INF, 0.0, shift)
+    logits.sub_(sums.shift[visit.part].unsqueeze(-1))
 
 
 def _log(total: Tensor) -> Tensor:
@@ -138,23 +138,22 @@ def _softmax_mean(
     known: bool,
     shown: Tensor | None = None,
 ) -> Tensor:
-    """Mean over components of softmax (P, V); one-hot where `shown` (P, C) is not mask_id."""
+    """Mean over components of softmax (P, V); one-hot where `shown` (P, C) holds a token."""
     values = _load(x, visit, mask_id, sums.total.dtype)
-    if known:
-        values.sub_(sums.shift[visit.part].unsqueeze(-1)).exp_()
-    else:
-        _shift_(values, visit, sums)
-        sums.total[visit.part] = values.exp_().sum(-1)
+    _shift_(values, visit, sums, known)
+    values.exp_()
+    if not known:
+        sums.total[visit.part] = values.sum(-1)
     total = sums.total[visit.part]
     share = torch.where(total == 0, 0.0, 1.0 / total) / x.components
     if shown is not None:
-        assert mask_id is not None
-        revealed = shown.ne(mask_id)
+        revealed = shown.ne(-1 if mask_id is None else mask_id)
         share = share.masked_fill(revealed, 0.0)
         values[revealed] = 0.0  # NaN stays NaN if it is multiplied by 0
     mean = torch.linalg.vecdot(values.transpose(1, 2), share.unsqueeze(1))
     if shown is not None:
-        mean.scatter_add_(-1, shown, revealed.to(mean.dtype) / x.components)
+        inside = revealed & (shown < x.vocabulary)
+        mean.scatter_add_(-1, shown.where(inside, 0), inside.to(mean.dtype) / x.components)
     return mean
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.triton.logistic import logistic_gradient, logistic_logits
+from ..kernels.triton.joint import joint_rows as joint
 from ..kernels.triton.marginal import marginal
 from ..kernels.triton.mixture_backward import mixture_backward
 from ..kernels.triton.mixture_forward import mixture_forward
+from ..kernels.triton.row_draw import MAX_VOCABULARY
 from ..kernels.triton.row_statistics import row_statistics
 from ..kernels.triton.target_gradient import target_gradient
 from .base import Chunk, Factors, Operand, Visit, padded
@@ -19,11 +20,11 @@ __all__ = [
     "chunk_bytes",
     "draw",
     "forward",
-    "logistic_gradient",
-    "logistic_logits",
+    "joint",
     "temporary_bytes",
 ]
 
+READS_BINS = MAX_VOCABULARY
 WRITES_ZEROS = True  # `backward` visits inactive slots, too, and writes their zeros
 
 
@@ -43,10 +44,12 @@ def forward(chunk: Chunk) -> None:
     mask_id = mixture.mask_id
     student = statistics.student
     tokens, log_prob = statistics.tokens, statistics.log_prob
-    row_statistics(z, visit, mask_id, student, tokens=tokens, log_prob=log_prob)
+    if not statistics.all_known:
+        row_statistics(z, visit, mask_id, student, tokens=tokens, log_prob=log_prob)
     if t is None:
         return
-    row_statistics(t, visit, mask_id, statistics.teacher)
+    if not statistics.all_known:
+        row_statistics(t, visit, mask_id, statistics.teacher)
     q, q_teacher = (statistics.kept(rows, visit) for rows in (statistics.q, statistics.q_teacher))
     several = t.components > 1
     if several:
@@ -81,7 +84,8 @@ def backward(chunk: Chunk, factors: Factors, gradient: Operand) -> None:
     q = q if mixture.marginal else None
     q_teacher = q_teacher if mixture.component else None
     mixture_backward(z, visit, mixture, statistics, factors, gradient, q=q, q_teacher=q_teacher)
-    target_gradient(visit, mixture, statistics, factors, gradient, q=q, q_teacher=q_teacher)
+    if z.bins is None:
+        target_gradient(visit, mixture, statistics, factors, gradient, q=q, q_teacher=q_teacher)
 
 
 def _distributions(chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:

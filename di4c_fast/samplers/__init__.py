@@ -44,6 +44,7 @@ from .confidence import sample_confidence
 from .gaussian import sample_gaussian
 from .masked import sample_masked
 from .maskgit import sample_maskgit
+from .remask import sample_remasked
 from .uniform import sample_uniform_state
 
 __all__ = [
@@ -52,5 +53,6 @@ __all__ = [
     "sample_gaussian",
     "sample_masked",
     "sample_maskgit",
+    "sample_remasked",
     "sample_uniform_state",
 ]

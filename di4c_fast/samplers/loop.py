@@ -74,6 +74,7 @@ class Step:
     sequences: Tensor | None = None  # int64, those with such rows, ascending; None: all
     fill: Callable[[Step, Answer], Tensor] | None = None  # new tokens (B, D); None: the draws
     greedy: bool = False  # the argmax in place of a draw
+    mask: Tensor | None = None  # (B, D) bool, positions that are masked again after the draws
     want: tuple[str, ...] = ()  # statistics of the draw
     guidance: Guidance | None = None
     teacher: bool = False  # ask `Run.other` in place of the model, without λ
@@ -221,6 +222,8 @@ class Run:
                     answer = self._ask(step)
                     token = answer.draw.token
                     self.tokens = step.fill(step, answer) if step.fill else self.put(step, token)
+                if step.mask is not None:
+                    self.tokens = self.tokens.masked_fill(step.mask, self.mask_id)
                 self._settle()
                 if self.callback is not None:
                     self.callback(step.number + 1, self.calls, self.tokens)

@@ -117,8 +117,8 @@ class Distiller(Trainer):
 
         Args:
             x0: (B, D) int64.
-            options: valid, context, t, latent, latent_u, latent_teacher, latent_min,
-                return_terms, components_at_once, as for `distill_step`. Each part of the loss
+            options: all that `distill_step` takes and that is not named here: valid, context,
+                return_terms, components_at_once, times, tokens and latents. Each part of the loss
                 goes backward as soon as it exists, so that one graph is alive at a time.
 
         Returns:

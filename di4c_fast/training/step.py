@@ -23,6 +23,7 @@ from ..checks import (
     check_rank,
     check_same_device,
     check_shape,
+    check_values,
     check_within,
     without_autocast,
 )
@@ -46,6 +47,18 @@ from .pieces import call_in_pieces
 __all__ = ["distill_step", "outside_autocast"]
 
 Heads = tuple[Head, Head]  # of the student and of the teacher
+_SHAPES = {
+    "latent": "B, N, L",
+    "latent_u": "B, K, L",
+    "latent_teacher": "B, M, L",
+    "latent_min": "B, N, L",
+    "u": "B,",
+    "xt": "B, D",
+    "xu": "B, K, D",
+    "consistency_x": "B, K, D",
+    "t_min": "B, N",
+    "x_min": "B, N, D",
+}
 
 
 def distill_step(
@@ -61,6 +74,12 @@ def distill_step(
     latent_teacher: Tensor | None = None,
     latent_min: Tensor | None = None,
     t: Tensor | None = None,
+    u: Tensor | None = None,
+    xt: Tensor | None = None,
+    xu: Tensor | None = None,
+    consistency_x: Tensor | None = None,
+    t_min: Tensor | None = None,
+    x_min: Tensor | None = None,
     valid: Tensor | None = None,
     context: Context | None = None,
     return_terms: bool = True,
@@ -97,6 +116,13 @@ def distill_step(
         latent_teacher: (B, M, L), λ of a Di4C teacher at x_t.
         latent_min: (B, N, L), λ of the student at x_min, for processes with a component pass.
         t: (B,) times in (0, 1]; None draws them. Times may differ within the batch.
+        u: (B,) times in [0, t); None for those of `process.step_time`.
+        xt, xu: (B, D) and (B, K, D) int64, the noisy tokens at t and the teacher's draws at u;
+            None draws them. Rows of xu of examples with t < low_t are not used.
+        consistency_x: (B, K, D) int64, draws from the student at x_u, as for `di4c_fast.loss`.
+        t_min, x_min: (B, N) in (0, 1] and (B, N, D) int64, times and tokens of the component pass,
+            for processes that have one; None draws them. The `DistillOutput` of a step, given back
+            by these names, repeats it but for `consistency_x`.
         valid: (B, D) bool; False (padding, prompt) keeps its token in x_t and x_u, carries no
             loss, and may hold mask tokens.
         context: tensors (B, ...) by keyword, repeated along the rows and given to both models
@@ -127,27 +153,27 @@ def distill_step(
             something of the wrong shape.
     """
     config = DistillConfig() if config is None else config
-    latents = {"latent": latent, "latent_u": latent_u}
-    latents |= {"latent_teacher": latent_teacher, "latent_min": latent_min}
+    given = {"latent": latent, "latent_u": latent_u, "latent_teacher": latent_teacher}
+    given |= {"latent_min": latent_min, "u": u, "xt": xt, "xu": xu, "consistency_x": consistency_x}
+    given |= {"t_min": t_min, "x_min": x_min}
     step = _Step(
-        student, teacher, x0, process, config, generator, latents, return_terms, backward,
+        student, teacher, x0, process, config, generator, given, return_terms, backward,
         components_at_once,
     )  # fmt: skip
     context = check_context(context, len(x0), x0.device)
     t, low = step.times(t)
     some, own_pass = len(x0) > 0, process.component_time is not None
     source = step.source
-    xt = step.corrupt(source, x0, t, valid) if some else x0
-    u = (
-        by_example(
-            source, lambda own, i: process.step_time(t[i], config.teacher_step, generator=own)
-        )
-        if some
-        else t
-    )
+    if xt is None:
+        xt = step.corrupt(source, x0, t, valid) if some else x0
+    if u is None:
+        u = step.step_time(source, t) if some else t
+    else:
+        check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
     latent, latent_u = step.latent("latent"), step.latent("latent_u")
     latent_teacher = step.latent("latent_teacher") if config.teacher_components > 1 else None
-    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, u, latent_u, source)
+    at_u = u, latent_u, source, xu, consistency_x
+    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, *at_u)
     value, terms, xu = step.run(examples, low) if some else step.empty(latent)
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
@@ -181,6 +207,8 @@ class _Examples(NamedTuple):
     u: Tensor
     latent_u: Tensor
     source: Source
+    xu: Tensor | None = None
+    consistency_x: Tensor | None = None
 
     def select(self, index: Tensor | slice) -> _Examples:
         """Those of an index on the CPU."""
@@ -207,7 +235,7 @@ class _Step:
     process: Process
     config: DistillConfig
     generator: Any
-    latents: dict[str, Tensor | None]
+    given: dict[str, Tensor | None]  # what would be drawn here otherwise
     return_terms: bool
     backward: Callable[[Tensor], None] | None
     components_at_once: int | None
@@ -224,37 +252,37 @@ class _Step:
             check_callable(self.backward, "backward")
         if self.components_at_once is not None:
             check_int(self.components_at_once, "components_at_once", minimum=1)
-        time, given = self.process.component_time, self.latents
+        time = self.process.component_time
         if time is not None:
             check_within(time, "process.component_time", "(0, 1]")
-        for name, latent in given.items():
-            if latent is not None:
-                check_floating(latent, name)
-                check_shape(latent, name, *self.latent_shape(name))
-                check_same_device(latent, name, self.x0, "x0")
-        if given["latent_teacher"] is not None and self.config.teacher_components == 1:
-            raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
-        if given["latent_min"] is not None and time is None:
-            kind = type(self.process).__name__
-            raise ValueError(f"latent_min needs a process with a component_time, got {kind}")
+        for name, value in self.given.items():
+            if value is None:
+                continue
+            (check_int64 if _SHAPES[name].endswith("D") else check_floating)(value, name)
+            check_shape(value, name, _SHAPES[name], self.shape(name))
+            check_same_device(value, name, self.x0, "x0")
+            if name == "latent_teacher" and self.config.teacher_components == 1:
+                raise ValueError("latent_teacher needs config.teacher_components > 1, got 1")
+            if name.endswith("_min") and time is None:
+                kind = type(self.process).__name__
+                raise ValueError(f"{name} needs a process with a component_time, got {kind}")
 
     @property
     def source(self) -> Source:
         return check_source(self.generator, len(self.x0))
 
-    def latent_shape(self, name: str) -> tuple[str, tuple[int, int, int]]:
-        """The shape of all latents of that name, in letters and in numbers."""
-        config = self.config
-        letter, rows = {
-            "latent_u": ("K", config.draws or config.components),
-            "latent_teacher": ("M", config.teacher_components),
-        }.get(name, ("N", config.components))
-        return f"B, {letter}, L", (len(self.x0), rows, config.latent_dim)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what is drawn under that name."""
+        config, (batch, positions) = self.config, self.x0.shape
+        rows = {"N": config.components, "K": config.draws or config.components}
+        rows |= {"M": config.teacher_components, "L": config.latent_dim}
+        sizes = {"B": batch, "D": positions, **rows}
+        return tuple(sizes[letter] for letter in _SHAPES[name].replace(",", "").split())
 
     def latent(self, name: str) -> Tensor:
         """Latents as they were given, or drawn."""
-        given, (_, (batch, *shape)) = self.latents[name], self.latent_shape(name)
-        return self.draw(self.source, batch, *shape) if given is None else given
+        given = self.given[name]
+        return self.draw(self.source, *self.shape(name)) if given is None else given
 
     def draw(self, source: Source, count: int, *shape: int, dim: int = 0) -> Tensor:
         """Uniform numbers of `shape` with the `count` examples as dimension `dim`."""
@@ -265,6 +293,12 @@ class _Step:
             return generator_uniform(sizes, generator=generator, device=self.x0.device)
 
         return by_example(source, own, dim)
+
+    def step_time(self, source: Source, t: Tensor) -> Tensor:
+        def own(generator: torch.Generator | None, i: slice) -> Tensor:
+            return self.process.step_time(t[i], self.config.teacher_step, generator=generator)
+
+        return by_example(source, own)
 
     def corrupt(self, source: Source, x0: Tensor, t: Tensor, valid: Tensor | None) -> Tensor:
         def own(generator: torch.Generator | None, i: slice) -> Tensor:
@@ -417,11 +451,11 @@ class _Step:
             xu = repeat(at.xt, "b d -> b k d", k=draws)
         else:
             with torch.no_grad(), evaluation_mode(self.student):
-                xu = self.teacher_step(at, teacher, draws)
+                xu = self.teacher_step(at, teacher, draws) if at.xu is None else at.xu
                 there = at._replace(xt=xu, t=at.u, latent=at.latent_u)
                 head = self.call("student", there, student.shape[-1])
-            options |= {"xu": xu, "consistency": head}
-            if isinstance(at.source, tuple):
+            options |= {"xu": xu, "consistency": head, "consistency_x": at.consistency_x}
+            if isinstance(at.source, tuple) and at.consistency_x is None:
                 given = self.process.loss_mask_id, at.valid, self.config.backend
                 options["consistency_x"] = targets(head, xu, at.source, *given)
         terms = "data_weight", "teacher_weight", "component_weight" if low else "consistency_weight"
@@ -432,15 +466,20 @@ class _Step:
         """What there is, with the component term from calls of its own."""
         config, process, latent = self.config, self.process, self.latent("latent_min")
         batch, rows, dim = latent.shape
+        t, xt, count = self.given["t_min"], self.given["x_min"], batch * rows
+        at = at._replace(xu=None, consistency_x=None)
         at = at.select(torch.arange(batch).repeat_interleave(rows))
-        count = batch * rows
-        t = latent.new_full((count,), process.component_time or 0.0, dtype=torch.float32)
-        if config.component_spread:
-            later = self.draw(at.source, count, 2, dim=1)
-            t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
+        if t is None:
+            t = latent.new_full((count,), process.component_time or 0.0, dtype=torch.float32)
+            if config.component_spread:
+                later = self.draw(at.source, count, 2, dim=1)
+                t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
+        t = t.flatten()
+        if xt is None:
+            xt = self.corrupt(at.source, at.x0, t, at.valid)
         at = at._replace(
             t=t,
-            xt=self.corrupt(at.source, at.x0, t, at.valid),
+            xt=xt.view(count, -1),
             latent=rearrange(latent, "b n l -> (b n) 1 l"),
             latent_teacher=(
                 self.draw(at.source, count, 1, dim) if config.teacher_components > 1 else None

@@ -49,10 +49,12 @@ class Trainer:
             an optimiser made with `fused=True` (Adam, AdamW, SGD, Adagrad), which skips on the
             device, and one sync per optimiser step for others. False takes every step.
         generator: source of the draws that the loss makes; checkpoints keep its state.
+        scaler: a `torch.amp.GradScaler`, which scales the loss, unscales the gradient before it is
+            measured and clipped, leaves out steps whose gradient is not finite (so that
+            `skip_nonfinite` must be True) and adapts its scale; checkpoints keep that.
 
-    Mixed precision: call inside `torch.autocast` with bf16, whose range is that of fp32, so that
-    nothing has to be scaled; backward and optimiser run outside it. A `torch.amp.GradScaler` is
-    not supported: whether to step is decided here, and its scale is no part of checkpoints.
+    Mixed precision: call inside `torch.autocast`; backward and optimiser run outside it. bf16 has
+    the range of fp32, so that nothing has to be scaled; fp16 wants a `scaler`.
 
     Attributes:
         iterations: optimiser steps taken, those skipped included.
@@ -76,6 +78,7 @@ class Trainer:
         accumulate: int = 1,
         skip_nonfinite: bool = True,
         generator: torch.Generator | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ):
         check_kind(module, nn.Module, self.role)
         check_kind(optimizer, torch.optim.Optimizer, "optimizer")
@@ -94,6 +97,11 @@ class Trainer:
         check_int(accumulate, "accumulate", minimum=1)
         check_bool(skip_nonfinite, "skip_nonfinite")
         check_generator(generator)
+        if scaler is not None:
+            check_kind(scaler, torch.amp.GradScaler, "scaler")
+            if not skip_nonfinite:
+                raise ValueError("skip_nonfinite must be True with a scaler, which skips by itself")
+        self.scaler = scaler
         self.module, self.optimizer = module, optimizer
         self.ema, self.scheduler = ema, scheduler
         self.clip_norm, self.accumulate = clip_norm, accumulate
@@ -158,7 +166,8 @@ class Trainer:
 
     def _backward(self, part: Tensor, factor: float = 1.0) -> None:
         # The share as upstream gradient: dividing the part would add a node to the graph.
-        part.backward(part.new_full((), factor / self.accumulate))
+        share = part.new_full((), factor / self.accumulate)
+        part.backward(share if self.scaler is None else self.scaler.scale(share))
 
     def _fused(self) -> bool:
         """Whether the optimiser takes a flag that tells it on the device to skip the step."""
@@ -179,6 +188,8 @@ class Trainer:
         )
 
     def _optimise(self) -> Metrics:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         norm: Any = nn.utils.get_total_norm(gradients)
         if parallel.is_sharded(norm):
@@ -188,9 +199,15 @@ class Trainer:
         norm = norm.detach().to(self.skipped)
         bad = (~norm.isfinite()).float() * self.skip_nonfinite
         self.skipped += bad
+        optimizer: Any = self.optimizer
+        if self.scaler is not None:
+            try:
+                self.scaler.step(optimizer)
+            finally:
+                self.scaler.update()
+            return self._after(norm, stepped=False)
         fused = self.skip_nonfinite and self._fused()
         stepped = fused or not (self.skip_nonfinite and bool(bad))
-        optimizer: Any = self.optimizer
         if fused:  # What torch's GradScaler gives to fused optimisers: they skip on the device.
             optimizer.grad_scale, optimizer.found_inf = None, bad
         try:
@@ -199,6 +216,10 @@ class Trainer:
         finally:
             if fused:
                 del optimizer.grad_scale, optimizer.found_inf
+        return self._after(norm, stepped)
+
+    def _after(self, norm: Tensor, stepped: bool) -> Metrics:
+        """Counters, schedule and average; `stepped` is False where the step may be left out."""
         self.iterations += 1  # also where the schedule has ended or the average fails
         if self.scheduler is not None:
             with warnings.catch_warnings():
@@ -358,6 +379,7 @@ class Trainer:
                 "parameters": {str(i): dict(enumerate(names)) for i, names in enumerate(groups)},
                 "schedule": outline(state["scheduler"]),
                 "average": outline(state["ema"] and state["ema"]["shadow"]),
+                "scaler": outline(state.get("scaler")),
                 "gradient": outline(gradient),
                 "skipped": outline(state["skipped"]),
                 "random": outline({name: state["random"].get(name) for name in sorted(random)}),
@@ -404,7 +426,8 @@ class Trainer:
         }
 
     def _parts(self) -> dict[str, Any]:
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "ema": self.ema}
+        names = ("optimizer", "scheduler", "ema", "scaler")
+        parts = {name: getattr(self, name) for name in names}
         return {self.role: self.module, **{k: v for k, v in parts.items() if v is not None}}
 
     def _states(self) -> dict[str, Any]:

@@ -38,7 +38,8 @@ struct Mixture {
   const float* log_weights;   // [B, N]
   const float *teacher_weight, *consistency_weight;  // [B]
   int64_t marginal, component;
-  int64_t sums_known;
+  int64_t sums_known;   // of u,
+  int64_t all_known;    // and of all rows: `forward` finds none
   int64_t draws, seed;  // forward draws the last K target rows from u
 };
 

@@ -81,6 +81,11 @@ DI4C_INLINE vf exponential(vf u) {
 
 // Blocks ------------------------------------------------------------------------------------------
 
+// Whether all columns begin .. begin + 127 are there.
+DI4C_INLINE bool is_whole(const Row& row, i64 begin) {
+  return begin + BLOCK <= row.V && (row.mask < begin || row.mask >= begin + BLOCK);
+}
+
 // Columns begin .. begin + 127 of a row as fp32, -inf where there is none, in whole vectors.
 DI4C_INLINE int read_block(const Row& row, i64 begin, float* out) {
   i64 n = row.V - begin < BLOCK ? row.V - begin : BLOCK;
@@ -143,7 +148,7 @@ void sum_blocks(const Row& row, float heat, Blocks& blocks, float* out) {
       float shift = peak == -INF ? 0.0f : peak;
       for (i64 v = begin; v < end; v += BLOCK) {
         float part[BLOCK], *to = STORE ? out + v : nullptr;
-        if (v + BLOCK <= row.V && (row.mask < v || row.mask >= v + BLOCK)) {
+        if (is_whole(row, v)) {
           sum_block<TEMPERED, MORE, STORE>(columns, true, v, FULL, shift, heat, blocks, v / BLOCK, to);
           continue;
         }
@@ -181,19 +186,30 @@ Sample choose(const Row& row, Law law, i64 key, float heat, bool greedy, Blocks&
   if (greedy || !(s.total > 0)) return s;
 
   float part[BLOCK];
-  int vectors = read_block(row, chosen * BLOCK, part);
-  uniforms(law, key, TOKENS, chosen * BLOCK / 4, vectors * W / 4, random);
+  i64 first_column = chosen * BLOCK;
+  int vectors = FULL;
+  if (heat == 1.0f && is_whole(row, first_column)) {  // of bins without a logarithm
+    row.with_columns([&](auto columns) {
+      auto exponentials = columns.exponentials(s.shift);
+      for (int i = 0; i < FULL; ++i) store(part + i * W, exponentials.whole(first_column + i * W));
+    });
+  } else {
+    vectors = read_block(row, first_column, part);
+    for (int i = 0; i < vectors; ++i)
+      store(part + i * W, vexp((load(part + i * W) - s.shift) * heat));
+  }
+  uniforms(law, key, TOKENS, first_column / 4, vectors * W / 4, random);
   vf lead = all(-1.0f);
   vi at{};
   for (int i = 0; i < vectors; ++i) {
-    vf x = vexp((load(part + i * W) - s.shift) * heat) / exponential(load(random + i * W));
+    vf x = load(part + i * W) / exponential(load(random + i * W));
     vi better = x > lead;
     lead = select(better, x, lead), at = better ? vi{} + i : at;
   }
   float most = largest(lead);  // the first of equals
   vf place = __builtin_convertvector(at * W, vf);
   for (int lane = 0; lane < W; ++lane) place[lane] += (float)lane;
-  s.token = chosen * BLOCK - (i64)largest(select(lead == most, -place, all(-INF)));
+  s.token = first_column - (i64)largest(select(lead == most, -place, all(-INF)));
   return s;
 }
 

@@ -125,10 +125,9 @@ Bins bins_of(float mu, float log_scale, float eps, bool both, i64 V, i64 mask) {
   b.mode = !(at > 0.0f) ? 0 : at < (float)(V - 1) ? (i64)at : V - 1;
   i64 v = b.mode > V - W ? V - W : b.mode - 1;
   if (v < 0) v = 0;
-  vf x = b.logits(v);
-  float best = -INF;
-  for (int i = 0; i < W && v + i < V; ++i)
-    if (v + i != mask && !(x[i] <= best)) best = x[i];
+  vf x = first(V - v, b.logits(v), -INF);
+  for (int i = 0; i < W; ++i) x[i] = v + i == mask ? -INF : x[i];
+  float best = any(x != x) ? __builtin_nanf("") : largest(x);
   b.shift = best == -INF ? 0.0f : best;
   b.factor = 0.0f;
   return b;

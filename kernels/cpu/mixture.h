@@ -117,6 +117,7 @@ struct Slot {
 
   // Log-probabilities of one column; with `whole` the exponentials of all columns are there.
   void find_log_prob(i64 x, bool whole, float* out) {
+    if (x >= V) return;  // of another shard
     if (a.z.dtype == LOGISTIC && whole) {
       bool underflow = false;
       for (i64 n = 0; n < N; ++n) {
@@ -216,19 +217,22 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   slot.find_rows();
   for (i64 n = 0; n < N; ++n) {
     const Row& z = slot.rows[n];
-    float shift = slot.shift[n] = row_shift(z);
+    float &sum_shift = st.student.shift[s * N + n], &sum_total = st.student.total[s * N + n];
+    if (!m.all_known) sum_shift = row_shift(z);
+    float shift = slot.shift[n] = sum_shift;
     i64 ahead = n + 1 < N ? slot.rows[n + 1].data - z.data : 0;
-    slot.total[n] = (float)(whole ? exp_row<true>(z, 0, V, shift, slot.e + n * slot.stride, ahead)
-                                  : exp_row<false>(z, 0, V, shift, nullptr));
-    st.student.shift[s * N + n] = shift;
-    st.student.total[s * N + n] = slot.total[n];
+    double total = 0;
+    if (whole) total = exp_row<true>(z, 0, V, shift, slot.e + n * slot.stride, ahead);
+    else if (!m.all_known) total = exp_row<false>(z, 0, V, shift, nullptr);
+    if (!m.all_known) sum_total = (float)total;
+    slot.total[n] = sum_total;
   }
   bool alive = slot.prepare();
   for (i64 j = 0; j < J; ++j)
     slot.find_log_prob(*slot.token(j), whole, st.log_prob + (s * J + j) * N);
   if (!targets) return;
 
-  slot.find_q_teacher(0, V, false);
+  slot.find_q_teacher(0, V, m.all_known);
   if (!m.draws) slot.find_q_draws(0, V, m.sums_known, false);
   if (!alive)  // it counts as if q were 0
     for (i64 v = 0; v < V; v += W) store(slot.q_teacher + v, vf{}), store(slot.q_draws + v, vf{});

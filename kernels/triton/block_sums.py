@@ -19,24 +19,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .logistic import bins_logits
 from .tiles import position_at, row_offset, split_position
 
 
 @triton.jit
-def logits_of(x_ptr, offset, wanted, cols, V, mask_id, TAIL: tl.constexpr, MASKED: tl.constexpr):
-    """Logits in fp32 at offset + cols, which broadcast; -inf at mask_id and beyond V."""
+def logits_of(
+    x_ptr, scale_ptr, offset, wanted, cols, V, mask_id,
+    BINS: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Logits in fp32 of rows at `offset` and columns, which broadcast; -inf at mask_id, beyond V
+    and in rows not wanted."""
     keep = wanted
     if TAIL:
         keep = keep & (cols < V)
     if MASKED:
         keep = keep & (cols != mask_id)
-    return tl.load(x_ptr + offset + cols, mask=keep, other=float("-inf")).to(tl.float32)
+    if BINS is None:
+        x = tl.load(x_ptr + offset + cols, mask=keep, other=float("-inf")).to(tl.float32)
+    else:
+        x = bins_logits(x_ptr, scale_ptr, offset, wanted, cols, V, BINS)
+        x = tl.where(keep, x, float("-inf"))
+    return x
 
 
 @triton.jit
 def guided(
     x_ptr,
+    x_scale_ptr,
     u_ptr,
+    u_scale_ptr,
     offset,  # [R, 1] int64
     offset_u,
     strength,  # [R, 1] fp32
@@ -44,14 +56,16 @@ def guided(
     cols,  # broadcasts to [R, W]
     V,
     mask_id,
+    X_BINS: tl.constexpr,
+    U_BINS: tl.constexpr,
     GUIDED: tl.constexpr,
     TAIL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """x of the head of this file, [R, W]."""
-    x = logits_of(x_ptr, offset, wanted, cols, V, mask_id, TAIL, MASKED)
+    x = logits_of(x_ptr, x_scale_ptr, offset, wanted, cols, V, mask_id, X_BINS, TAIL, MASKED)
     if GUIDED:
-        u = logits_of(u_ptr, offset_u, wanted, cols, V, -1, TAIL, False)
+        u = logits_of(u_ptr, u_scale_ptr, offset_u, wanted, cols, V, -1, U_BINS, TAIL, False)
         x = tl.where(x == float("-inf"), x, u + strength * (x - u))
     return x
 
@@ -136,8 +150,10 @@ def rows_at(
 
 @triton.jit(do_not_specialize=["begin_row", "rows", "first", "plane"])
 def _block_sums_kernel(
-    x_ptr,  # logits, in
-    u_ptr,  # unconditional logits, in, with GUIDED
+    x_ptr,  # logits, or mu of bins, in
+    x_scale_ptr,  # log_scale of bins, in
+    u_ptr,  # the same of unconditional logits, in, with GUIDED
+    u_scale_ptr,
     rows_ptr,  # [A] int64, in, with HAS_ROWS
     count_ptr,  # [] int64, in, with HAS_COUNT
     temperature_ptr,  # [R] fp32, in, with HAS_TEMPERATURE
@@ -163,6 +179,8 @@ def _block_sums_kernel(
     u_b,
     u_c,
     u_d,
+    X_BINS: tl.constexpr,
+    U_BINS: tl.constexpr,
     X_ALIGN: tl.constexpr,
     U_ALIGN: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -193,12 +211,14 @@ def _block_sums_kernel(
     # Most tiles lie within the row and do not hold the excluded column: no comparison there.
     if (begin + columns <= V) & ((mask_id < begin) | (mask_id >= begin + columns)):
         x = guided(
-            x_ptr, u_ptr, offset, offset_u, strength, there, cols, V, mask_id, GUIDED, False, False
-        )
+            x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, there, cols, V,
+            mask_id, X_BINS, U_BINS, GUIDED, False, False,
+        )  # fmt: skip
     else:
         x = guided(
-            x_ptr, u_ptr, offset, offset_u, strength, there, cols, V, mask_id, GUIDED, True, True
-        )
+            x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, there, cols, V,
+            mask_id, X_BINS, U_BINS, GUIDED, True, True,
+        )  # fmt: skip
     peak, total, weighted, raw = sums_of_blocks(x, scale, 1, BLOCK_G, WIDTH, ENTROPY, RAW)
     g = tile * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
     inside = there & (g < G)

@@ -1,193 +1,145 @@
-"""Bins of a discretised logistic distribution, and the way back to its two numbers.
+"""Rows of bins of a discretised logistic distribution, in registers, from two numbers per row.
 
-Shapes: R rows, V bins of [-1, 1]. With i = exp(2 - log_scale), left and right the edges of a bin
-minus mu times i, width = 2 i / V and mass = 1 - exp(-width),
+Shapes: V bins of [-1, 1]; rows and columns broadcast, so that a tile may have any form. With
+i = exp(2 - log_scale), l and r the edges of a bin minus mu times i, w = r - l, mass = 1 - e^-w,
+E = e^-l and R = e^-r,
 
-    lower = log F(right) + log(F(-left) mass + eps)          F the sigmoid
-    upper = log F(-left) + log(F(right) mass + eps)
-    logit = lower, or min(lower, upper) with clamp "min"
+    e^logit = sigmoid(r) (sigmoid(-l) mass + eps) = (E (mass + eps) + eps) / ((1 + E) (1 + R))
 
-which is log(F(right) - F(left)) without cancellation; at eps = 0 both are log F(right) +
-log F(-left) + log mass, whose terms stay finite where a product would underflow.
+which needs no logarithm and has no cancellation. The form of the upper tail, which clamp "min" has
+where it is smaller, that is where l + r > 0, is the same at the mirror image (-r, -l) of a bin. At
+eps = 0 both are the same, and mirrored so that E >= 1. Then only E grows too large for a float;
+by what it exceeds 2^LARGEST is an exponent of its own: e^logit = factor 2^exponent.
 
-Moves: two numbers read and a row of V written per row; back, a row of V read and two written.
+`BINS` of a kernel says what an operand holds: None logits, eps bins with clamp "left", -eps bins
+with clamp "min".
 """
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import launch_parameters, power_of_two, tunable
+from .random import LN_2, LOG2_E, log_positive
 
-
-@tunable("logistic")
-@dataclasses.dataclass(frozen=True)
-class Logistic:
-    elements: int = 1024  # of a tile, rows · BLOCK_V: bins take registers of their own
-    warps: int = 4
-
-    powers_of_two = ("elements", "warps")
+LARGEST = tl.constexpr(60.0)
+WIDE = tl.constexpr(35.0)  # a width to base 2 beyond which R = E e^-w would need a larger E
 
 
 @triton.jit
-def _log_sigmoid(x):
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _sigmoids(x):
-    """sigmoid(x) and sigmoid(-x), both without cancellation."""
-    tail = tl.exp(-tl.abs(x))
-    large = 1.0 / (1.0 + tail)
-    small = tail * large
-    return tl.where(x >= 0, large, small), tl.where(x >= 0, small, large)
-
-
-@triton.jit
-def _one_minus_exp(width):
-    """1 - exp(-width) for width >= 0, without cancellation for small widths."""
-    series = width * (1.0 - width * (0.5 - width * (1.0 / 6.0 - width * (1.0 / 24.0))))
-    return tl.where(width < 0.03, series, 1.0 - tl.exp(-width))
-
-
-@triton.jit
-def _edges(mu_ptr, log_scale_ptr, row, wanted, cols, V):
-    """left, right [R, W], width and inverse scale [R, 1]."""
-    mu = tl.load(mu_ptr + row, mask=wanted, other=0.0).to(tl.float32)[:, None]
-    log_scale = tl.load(log_scale_ptr + row, mask=wanted, other=0.0).to(tl.float32)[:, None]
-    inverse = tl.exp(2.0 - log_scale)
+def bins_of_rows(mu_ptr, scale_ptr, offset, wanted, V):
+    """What `bins_tile` takes of rows: mu, i to base 2, e^-w, mass, whether any is wide, 2 / V."""
+    mu = tl.load(mu_ptr + offset, mask=wanted, other=0.0)
+    log_scale = tl.load(scale_ptr + offset, mask=wanted, other=0.0)
+    scale = tl.minimum(tl.exp(2.0 - log_scale), 1.0e30) * LOG2_E  # finite: no product is NaN
     step = 2.0 / V
-    left = (cols.to(tl.float32) * step - 1.0)[None, :] - mu
-    return left * inverse, (left + step) * inverse, step * inverse, inverse
+    rest = tl.exp2(-scale * step)
+    w = scale * step * LN_2
+    mass = w * (1.0 - w * (0.5 - w * (1.0 / 6.0 - w * (1.0 / 24.0))))  # no cancellation
+    mass = tl.where(w < 0.03, mass, 1.0 - rest)
+    # Minima and maxima drop NaN.
+    mass = tl.where((mu == mu) & (log_scale == log_scale), mass, float("nan"))
+    return mu, scale, rest, mass, tl.max(scale) * step > WIDE, step
 
 
-@triton.jit(do_not_specialize=["R"])
-def _bins_kernel(
-    mu_ptr,  # [R] in
-    log_scale_ptr,  # [R] in
-    out_ptr,  # [R, V] fp32, out
-    R,
-    V,
-    eps,
-    stride_r,
-    EXACT: tl.constexpr,  # eps is 0
-    BOTH: tl.constexpr,  # clamp "min"
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    left, right, width, _ = _edges(mu_ptr, log_scale_ptr, row, row < R, cols, V)
-    mass = _one_minus_exp(width)
-    if EXACT:
-        logits = _log_sigmoid(right) + _log_sigmoid(-left) + tl.log(mass)
+@triton.jit
+def bins_tile(rows, cols, V, BINS: tl.constexpr):
+    """Of columns: what `add_slopes` takes, the factor and the exponent.
+
+    The first is how far they lie below mu, -l (mirrored), both to base 2, E, 1 + E, R, 1 + R, the
+    numerator of the head of this file and 1 over its denominator.
+    """
+    mu, scale, rest, mass, wide, step = rows
+    MIRROR: tl.constexpr = BINS <= 0
+    EPS: tl.constexpr = -BINS if MIRROR else BINS
+    # The left edge, or the centre.
+    below = (mu - (2 * cols + MIRROR - V).to(tl.float32) * (0.5 * step)) * scale
+    x = below
+    if MIRROR:
+        x = tl.abs(below) + scale * (0.5 * step)
+    low = tl.minimum(x, LARGEST)
+    left = tl.exp2(low)
+    if wide:
+        # Where E is cut off sigmoid(-l) is 1.
+        x_right = x - scale * step
+        low_right = tl.minimum(x_right, LARGEST)
+        right = tl.exp2(low_right)
+        one_right = 1.0 + right
+        exponent = low_right - x_right
     else:
-        _, above = _sigmoids(left)
-        logits = _log_sigmoid(right) + tl.log(above * mass + eps)
-        if BOTH:
-            below, _ = _sigmoids(right)
-            upper = _log_sigmoid(-left) + tl.log(below * mass + eps)
-            # Not tl.minimum, which drops NaN.
-            logits = tl.where(upper < logits, upper, logits)
-    keep = (row < R)[:, None] & (cols < V)[None, :]
-    tl.store(out_ptr + row[:, None] * stride_r + cols[None, :], logits, mask=keep)
+        right = left * rest
+        one_right = 1.0 + left * rest
+        exponent = low - x
+    one_left = 1.0 + left
+    inverse = tl.rsqrt(one_left * one_right)  # a division takes eight instructions
+    inverse *= inverse
+    numerator = left * (mass + EPS) + EPS
+    edges = below, x, left, one_left, right, one_right, numerator, inverse
+    return edges, numerator * inverse, exponent
 
 
-@triton.jit(do_not_specialize=["R"])
-def _bins_gradient_kernel(
-    mu_ptr,  # [R] in
-    log_scale_ptr,  # [R] in
-    grad_ptr,  # [R, V] fp32, in
-    grad_mu_ptr,  # [R] fp32, out
-    grad_log_scale_ptr,  # [R] fp32, out
-    R,
-    V,
-    eps,
-    stride_r,
-    EXACT: tl.constexpr,
-    BOTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    sum_mu = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    sum_scale = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    for begin in range(0, V, BLOCK_V):
-        cols = begin + tl.arange(0, BLOCK_V)
-        keep = (row < R)[:, None] & (cols < V)[None, :]
-        grad = tl.load(grad_ptr + row[:, None] * stride_r + cols[None, :], mask=keep, other=0.0)
-        left, right, width, inverse = _edges(mu_ptr, log_scale_ptr, row, row < R, cols, V)
-        mass = _one_minus_exp(width)
-        not_above, above = _sigmoids(left)
-        below, not_below = _sigmoids(right)
-        # How the logit falls with left, rises with right, and rises with width.
-        if EXACT:
-            by_left, by_right, by_width = not_above, not_below, (1.0 - mass) / mass
-        else:
-            lower_sum = above * mass + eps
-            by_left = mass * above * not_above / lower_sum
-            by_right = not_below
-            by_width = (1.0 - mass) * above / lower_sum
-            if BOTH:
-                upper_sum = below * mass + eps
-                lower = _log_sigmoid(right) + tl.log(lower_sum)
-                upper = _log_sigmoid(-left) + tl.log(upper_sum)
-                # Where both are equal a minimum passes half of the gradient to each.
-                part = tl.where(lower < upper, 1.0, tl.where(lower > upper, 0.0, 0.5))
-                by_left = part * by_left + (1.0 - part) * not_above
-                by_right = part * by_right + (1.0 - part) * mass * below * not_below / upper_sum
-                by_width = part * by_width + (1.0 - part) * (1.0 - mass) * below / upper_sum
-        sum_mu += grad * inverse * (by_left - by_right)
-        # Bins beyond V have no gradient, whatever their slope.
-        slope = left * by_left - right * by_right - width * by_width
-        sum_scale += tl.where(keep, grad * slope, 0.0)
-    tl.store(grad_mu_ptr + row, tl.sum(sum_mu, axis=1), mask=row < R)
-    tl.store(grad_log_scale_ptr + row, tl.sum(sum_scale, axis=1), mask=row < R)
+@triton.jit
+def bins_logits(mu_ptr, scale_ptr, offset, wanted, cols, V, BINS: tl.constexpr):
+    """Logits of some columns."""
+    rows = bins_of_rows(mu_ptr, scale_ptr, offset, wanted, V)
+    _, factor, exponent = bins_tile(rows, cols, V, BINS)
+    logits = log_positive(factor) + exponent * LN_2
+    if BINS == 0:
+        logits = tl.where(factor == 0.0, float("-inf"), logits)  # NaN stays
+    return logits
 
 
-def _launch(kernel, mu: Tensor, log_scale: Tensor, table: Tensor, results, eps, clamp) -> None:
-    """Launch over rows of `table` (..., V), whose rows have one stride."""
-    rows, vocabulary = mu.numel(), table.shape[-1]
-    if rows == 0:
-        return
-    tuned = launch_parameters("logistic", mu.device)
-    block_v = min(power_of_two(vocabulary), tuned.elements)
-    block_r = max(1, tuned.elements // block_v)
-    grid = (triton.cdiv(rows, block_r), 1 if results else triton.cdiv(vocabulary, block_v))
-    kernel[grid](
-        mu.contiguous(),
-        log_scale.contiguous(),
-        table,
-        *results,
-        rows,
-        vocabulary,
-        eps,
-        table.stride(-2) if table.ndim > 1 else vocabulary,
-        EXACT=eps == 0.0,
-        BOTH=clamp == "min",
-        BLOCK_R=block_r,
-        BLOCK_V=block_v,
-        num_warps=tuned.warps,
-    )
+@triton.jit
+def add_slopes(sums, grad, rows, edges, BINS: tl.constexpr):
+    """Take dL/dlogit of a tile into three sums, tiles too: by mu, by log_scale, its own."""
+    _, scale, rest, mass, _, step = rows
+    below, x, left, one_left, right, one_right, numerator, inverse = edges
+    # How the logit falls with l, rises with r, and rises with w.
+    by_width = tl.rsqrt(numerator)
+    by_width = left * by_width * by_width
+    by_left = by_width * mass * (one_right * inverse)
+    under = one_left * inverse  # sigmoid(r); its rest is 1 to the last bit in the tail
+    by_right = tl.where(right > 1.0, 1.0 - under, right * under)
+    by_edges = by_left - by_right
+    by_mu = by_edges
+    if BINS <= 0:  # where both forms are equal a minimum passes half of the gradient to each
+        by_mu = tl.where(below > 0, by_edges, tl.where(below < 0, -by_edges, 0.0))
+    by_scale = x * by_edges + scale * step * (by_right + rest * by_width)
+    return sums[0] + grad * by_mu, sums[1] + grad * by_scale, sums[2] + grad
 
 
-def logistic_logits(mu: Tensor, log_scale: Tensor, out: Tensor, *, eps: float, clamp: str) -> None:
-    """Fill `out` (..., V) fp32 with the bins of mu and log_scale (...): see `LogisticHead`."""
-    _launch(_bins_kernel, mu, log_scale, out, (), eps, clamp)
+@triton.jit
+def gradient_of_slopes(sums, rows, V, BINS: tl.constexpr):
+    """dL/dmu and dL/dlog_scale of rows, [N, 1], of sums [N, W].
+
+    All dL/dlogit of a row add up to 0, and far from mu all slopes are alike: so they count from
+    those of the bin next to mu.
+    """
+    mu, scale, _, _, _, _ = rows
+    mode = tl.minimum(tl.maximum((mu + 1.0) * 0.5 * V, 0.0), V - 1.0).to(tl.int32)
+    zero = mu * 0.0
+    edges, _, _ = bins_tile(rows, mode, V, BINS)
+    at_mode = add_slopes((zero, zero, zero), 1.0, rows, edges, BINS)
+    rest = tl.sum(sums[2], axis=1, keep_dims=True)
+    by_mu = tl.sum(sums[0], axis=1, keep_dims=True) - rest * at_mode[0]
+    by_scale = tl.sum(sums[1], axis=1, keep_dims=True) - rest * at_mode[1]
+    return by_mu * scale * LN_2, -by_scale * LN_2
 
 
-def logistic_gradient(
-    mu: Tensor, log_scale: Tensor, gradient: Tensor, *, eps: float, clamp: str
-) -> tuple[Tensor, Tensor]:
-    """dL/dmu and dL/dlog_scale (...) fp32 of dL/dlogits (..., V) fp32."""
-    grad_mu, grad_log_scale = (
-        torch.empty(mu.shape, dtype=torch.float32, device=mu.device) for _ in range(2)
-    )
-    results = (grad_mu, grad_log_scale)
-    _launch(_bins_gradient_kernel, mu, log_scale, gradient, results, eps, clamp)
-    return results
+# On the host --------------------------------------------------------------------------------------
+
+
+def bins_flag(operand: Any) -> float | None:
+    """BINS of an operand."""
+    if operand.bins is None:
+        return None
+    return operand.bins.eps if operand.bins.clamp == "left" else -operand.bins.eps
+
+
+def pointers_of(operand: Any) -> tuple[Tensor, Tensor]:
+    """Logits, or mu and log_scale; kernels do not read the second of logits."""
+    bins = operand.bins
+    return operand.logits, operand.logits if bins is None else bins.log_scale

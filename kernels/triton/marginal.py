@@ -22,14 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .logistic import bins_flag, pointers_of
 from .tiles import (
     COMPONENT_TILE,
     load_align,
-    load_sums,
-    log2_softmax,
-    logits_tile,
     position_at,
     row_offset,
+    softmax_rows,
+    softmax_tile,
     split_position,
     visit_arguments,
     visit_flags,
@@ -50,12 +50,12 @@ class Marginal:
 
 @triton.jit
 def _load_rows(
-    shift_ptr, total_ptr, xu_ptr, slot, place, b, d, c0, C, D, mask_id,
+    x_ptr, scale_ptr, shift_ptr, total_ptr, xu_ptr, slot, place, b, d, c0, C, D, V, mask_id,
     stride_i, stride_b, stride_c, stride_d,
-    ALIGN: tl.constexpr, HAS_XU: tl.constexpr, BLOCK_C: tl.constexpr,
+    BINS: tl.constexpr, ALIGN: tl.constexpr, HAS_XU: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of the BLOCK_C components from c0 on: whether a row is read, its offset, shift, log2(total)
-    and the token that it shows, mask_id for none."""
+    """The BLOCK_C components from c0 on for `softmax_tile`, without those that show a token; and
+    the token that each shows, mask_id for none."""
     c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
     hidden = c < C
     shown = tl.full([BLOCK_C], 0, tl.int32) + mask_id
@@ -63,19 +63,20 @@ def _load_rows(
         # int32: one comparison per element below
         shown = tl.load(xu_ptr + (b * C + c) * D + d, mask=hidden, other=mask_id).to(tl.int32)
         hidden = hidden & (shown == mask_id)
-    shift, log2_total = load_sums(shift_ptr, total_ptr, place * C + c, hidden)
     offset = row_offset(slot, b, c, d, stride_i, stride_b, stride_c, stride_d, ALIGN)
-    return hidden, offset, shift, log2_total, shown
+    entry = place * C + c
+    rows = softmax_rows(x_ptr, scale_ptr, offset, shift_ptr, total_ptr, entry, hidden, V, BINS)
+    return rows, shown
 
 
 @triton.jit
 def _softmax_sum(
-    x_ptr, hidden, offset, shift, log2_total, shown, begin, V, mask_id,
-    HAS_XU: tl.constexpr, TAIL: tl.constexpr, W: tl.constexpr,
+    x_ptr, rows, shown, begin, V, mask_id,
+    BINS: tl.constexpr, HAS_XU: tl.constexpr, TAIL: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Sum over the rows of softmax, one-hot where a token is shown: [W]."""
-    tile = logits_tile(x_ptr, offset, hidden, begin, W, V, mask_id, TAIL)
-    total = tl.sum(tl.exp2(log2_softmax(tile, shift, log2_total)), axis=0)
+    factor, log2_prob, _ = softmax_tile(x_ptr, rows, begin, W, V, mask_id, TAIL, BINS)
+    total = tl.sum(factor * tl.exp2(log2_prob), axis=0)
     if HAS_XU:
         here = (shown != mask_id) & (shown >= begin) & (shown < begin + W)
         if tl.max(here.to(tl.int32), axis=0) == 1:  # few tiles hold a token that is shown
@@ -87,7 +88,8 @@ def _softmax_sum(
 
 @triton.jit(do_not_specialize=["first", "slots"])
 def _marginal_kernel(
-    x_ptr,  # logits of the operand, in
+    x_ptr,  # logits of the operand, or mu of its bins, in
+    scale_ptr,  # log_scale of its bins, in
     shift_ptr,  # [A, C] fp32, in
     total_ptr,  # [A, C] fp32, in
     alive_ptr,  # [A, N] fp32, in: `total` of the student's rows
@@ -109,6 +111,7 @@ def _marginal_kernel(
     stride_c,
     stride_d,
     q_i,
+    BINS: tl.constexpr,
     ALIGN: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
@@ -139,9 +142,10 @@ def _marginal_kernel(
     stop = tl.minimum(start + split, V)
     full = start + (stop - start) // BLOCK_V * BLOCK_V
     if SINGLE:
-        hidden, offset, shift, log2_total, shown = _load_rows(
-            shift_ptr, total_ptr, xu_ptr, slot, place, b, d, 0, C, D, mask_id,
-            stride_i, stride_b, stride_c, stride_d, ALIGN, HAS_XU, BLOCK_C,
+        rows, shown = _load_rows(
+            x_ptr, scale_ptr, shift_ptr, total_ptr, xu_ptr, slot, place, b, d, 0,
+            C, D, V, mask_id, stride_i, stride_b, stride_c, stride_d, BINS, ALIGN, HAS_XU,
+            BLOCK_C,
         )  # fmt: skip
     for TAIL in tl.static_range(2):
         for begin in tl.range(
@@ -150,20 +154,19 @@ def _marginal_kernel(
             cols = begin + tl.arange(0, BLOCK_V)
             if SINGLE:  # without a loop inside, this one can be pipelined
                 total = _softmax_sum(
-                    x_ptr, hidden, offset, shift, log2_total, shown, begin, V, mask_id,
-                    HAS_XU, TAIL, BLOCK_V,
-                )  # fmt: skip
+                    x_ptr, rows, shown, begin, V, mask_id, BINS, HAS_XU, TAIL, BLOCK_V
+                )
             else:
                 total = tl.zeros([BLOCK_V], tl.float32)
                 for c0 in range(0, C, BLOCK_C):
-                    hidden, offset, shift, log2_total, shown = _load_rows(
-                        shift_ptr, total_ptr, xu_ptr, slot, place, b, d, c0, C, D, mask_id,
-                        stride_i, stride_b, stride_c, stride_d, ALIGN, HAS_XU, BLOCK_C,
+                    rows, shown = _load_rows(
+                        x_ptr, scale_ptr, shift_ptr, total_ptr, xu_ptr, slot, place, b, d, c0,
+                        C, D, V, mask_id, stride_i, stride_b, stride_c, stride_d, BINS, ALIGN,
+                        HAS_XU, BLOCK_C,
                     )  # fmt: skip
                     total += _softmax_sum(
-                        x_ptr, hidden, offset, shift, log2_total, shown, begin, V, mask_id,
-                        HAS_XU, TAIL, BLOCK_V,
-                    )  # fmt: skip
+                        x_ptr, rows, shown, begin, V, mask_id, BINS, HAS_XU, TAIL, BLOCK_V
+                    )
             q = total * scale
             keep = cols < V
             if ADD:
@@ -197,7 +200,7 @@ def marginal(
     block_v = max(1, min(power_of_two(operand.vocabulary), elements // block_c))
     split = max(tuned.split_columns, block_v)
     _marginal_kernel[(visit.slots, triton.cdiv(operand.vocabulary, split))](
-        operand.logits,
+        *pointers_of(operand),
         sums.shift,
         sums.total,
         alive,
@@ -215,6 +218,7 @@ def marginal(
         -1 if mask_id is None else mask_id,
         *operand.strides,
         q.stride(0),
+        BINS=bins_flag(operand),
         ALIGN=load_align(operand, block_c),
         **visit_flags(visit),
         HAS_WEIGHT=weight is not None,

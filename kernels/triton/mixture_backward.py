@@ -16,23 +16,24 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .logistic import add_slopes, bins_flag, bins_tile, gradient_of_slopes, pointers_of
 from .tiles import (
     LOWEST,
     add_components,
     load_align,
     load_log2_weights,
-    load_sums,
-    log2_softmax,
-    logits_tile,
     mixture_tiles,
     position_at,
     responsibility_tile,
     row_offset,
     row_tile,
+    softmax_rows,
+    softmax_tile,
     split_position,
     visit_arguments,
     visit_flags,
@@ -47,18 +48,19 @@ class MixtureBackward:
     # A thread holds whole columns: with 8 warps, numbers of a column (q, m) are computed four times
     # and sums over components cross warps. 28 instructions per logit with 8, 20 with 2.
     warps: int = 2  # for tiles of up to 16 components; twice as many for 32
+    bins_elements: int = 256  # of a tile of bins
     stages: int = 3
     split_columns: int = 4096  # columns of one program
 
-    powers_of_two = ("elements", "warps", "split_columns")
+    powers_of_two = ("elements", "bins_elements", "warps", "split_columns")
 
 
 @triton.jit
 def dense_gradient(
-    log2_prob, share, probability, pull, component, qt, HAS_Q: tl.constexpr, HAS_C: tl.constexpr
+    prob, share, probability, pull, component, qt, HAS_Q: tl.constexpr, HAS_C: tl.constexpr
 ):
     """probability p - pull share - component qT; pull is marginal q over the sum of the shares."""
-    grad = probability * tl.exp2(log2_prob)
+    grad = probability * prob
     if HAS_Q:
         grad -= share * pull
     if HAS_C:
@@ -66,9 +68,41 @@ def dense_gradient(
     return grad
 
 
+@triton.jit
+def _store(grad_ptr, offset, inside, grad, cols, V, TAIL: tl.constexpr):
+    keep = inside[:, None]
+    if TAIL:
+        keep = keep & (cols < V)[None, :]
+    value = grad.to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + offset[:, None] + cols[None, :], value, mask=keep)
+
+
+@triton.jit
+def _finish_bins(
+    sums, bins, place, n, N, b, d, J, D, V, mask_id, inside, tokens_ptr, kappa_ptr, grad_ptr,
+    grad_scale_ptr, offset, BINS: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Add what the targets give, once per row, and store the gradient of two numbers per row."""
+    split = tl.program_id(1)
+    if split == 0:
+        for begin in range(0, J, BLOCK_J):
+            j = begin + tl.arange(0, BLOCK_J)
+            tokens = tl.load(tokens_ptr + (b * J + j) * D + d, mask=j < J, other=mask_id)
+            keep = inside[:, None] & ((j < J) & (tokens != mask_id))[None, :]
+            entry = (place * J + j[None, :]) * N + n[:, None]
+            kappa = tl.load(kappa_ptr + entry, mask=keep, other=0.0)
+            edges, _, _ = bins_tile(bins, tokens[None, :], V, BINS)
+            sums = add_slopes(sums, kappa, bins, edges, BINS)
+    by_mu, by_scale = gradient_of_slopes(sums, bins, V, BINS)
+    offset = offset[:, None] + split
+    tl.store(grad_ptr + offset, by_mu, mask=inside[:, None])
+    tl.store(grad_scale_ptr + offset, by_scale, mask=inside[:, None])
+
+
 @triton.jit(do_not_specialize=["first", "slots"])
 def _mixture_backward_kernel(
-    z_ptr,  # student logits, in
+    z_ptr,  # student logits, or mu of its bins, in
+    z_scale_ptr,  # log_scale of its bins, in
     shift_ptr,  # [A, N] fp32, in, and so total: the student's row sums
     total_ptr,
     log_weights_ptr,  # [B, N] fp32, in
@@ -79,10 +113,14 @@ def _mixture_backward_kernel(
     count_ptr,
     q_ptr,  # [slots, V] fp32, in, with HAS_Q
     qt_ptr,  # [slots, V] fp32, in, with HAS_C
-    grad_ptr,  # student's gradient, out; may be z
+    grad_ptr,  # student's gradient, out; may be z, but not of bins
+    grad_scale_ptr,  # that of log_scale, out, with Z_BINS, and so what follows, in:
+    tokens_ptr,  # [B, J, D] int64
+    kappa_ptr,  # [A, J, N] fp32
     first,
     slots,
     N,
+    J,
     D,
     V,
     split,
@@ -97,6 +135,7 @@ def _mixture_backward_kernel(
     g_d,
     q_i,
     qt_i,
+    Z_BINS: tl.constexpr,
     Z_ALIGN: tl.constexpr,
     G_ALIGN: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -126,14 +165,19 @@ def _mixture_backward_kernel(
         if ONE_TILE:
             inside = index < N
             entry = place * N + index
-            shift, log2_total = load_sums(shift_ptr, total_ptr, entry, inside)
             a = load_log2_weights(log_weights_ptr, b * N + index, inside)
             z_offset = row_offset(slot, b, index, d, z_i, z_b, z_n, z_d, Z_ALIGN)
+            rows = softmax_rows(
+                z_ptr, z_scale_ptr, z_offset, shift_ptr, total_ptr, entry, inside, V, Z_BINS
+            )
             g_offset = row_offset(slot, b, index, d, g_i, g_b, g_n, g_d, G_ALIGN)
             probability = tl.load(probability_ptr + entry, mask=inside, other=0.0)
             component = probability
             if HAS_C:
                 component = tl.load(component_ptr + entry, mask=inside, other=0.0)
+            if Z_BINS is not None:
+                zero = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+                sums = (zero, zero, zero)
         for TAIL in tl.static_range(2):
             for begin in tl.range(
                 full if TAIL else start, stop if TAIL else full, BLOCK_V, num_stages=STAGES
@@ -146,21 +190,21 @@ def _mixture_backward_kernel(
                 if HAS_C:
                     qt = row_tile(qt_row, cols, V, TAIL)
                 if ONE_TILE:
-                    z = logits_tile(z_ptr, z_offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
-                    log2_prob = log2_softmax(z, shift, log2_total)
+                    factor, log2_prob, edges = softmax_tile(
+                        z_ptr, rows, begin, BLOCK_V, V, mask_id, TAIL, Z_BINS
+                    )
                     share = log2_prob
                     if HAS_Q:
-                        share, total, _ = responsibility_tile(log2_prob, a)
+                        share, total, _ = responsibility_tile(factor, log2_prob, a)
                         q = q / tl.where(total == 0.0, 1.0, total)
                     grad = dense_gradient(
-                        log2_prob, share, probability[:, None], q[None, :], component[:, None],
-                        qt[None, :], HAS_Q, HAS_C,
+                        factor * tl.exp2(log2_prob), share, probability[:, None], q[None, :],
+                        component[:, None], qt[None, :], HAS_Q, HAS_C,
                     )  # fmt: skip
-                    keep = inside[:, None]
-                    if TAIL:
-                        keep = keep & (cols < V)[None, :]
-                    value = grad.to(grad_ptr.dtype.element_ty)
-                    tl.store(grad_ptr + g_offset[:, None] + cols[None, :], value, mask=keep)
+                    if Z_BINS is None:
+                        _store(grad_ptr, g_offset, inside, grad, cols, V, TAIL)
+                    else:
+                        sums = add_slopes(sums, grad, rows[0], edges, Z_BINS)
                 else:
                     # First m over all components, then each of them. The gradient may take the
                     # place of the logits: both runs read only the columns of this program.
@@ -170,22 +214,23 @@ def _mixture_backward_kernel(
                         for n0 in range(0, N, BLOCK_N):
                             n = n0 + index
                             inside = n < N
-                            shift, log2_total = load_sums(
-                                shift_ptr, total_ptr, place * N + n, inside
-                            )
                             a = load_log2_weights(log_weights_ptr, b * N + n, inside)
                             z_offset = row_offset(slot, b, n, d, z_i, z_b, z_n, z_d, Z_ALIGN)
-                            z = logits_tile(
-                                z_ptr, z_offset, inside, begin, BLOCK_V, V, mask_id, TAIL
+                            rows = softmax_rows(
+                                z_ptr, z_scale_ptr, z_offset, shift_ptr, total_ptr, place * N + n,
+                                inside, V, Z_BINS,
+                            )  # fmt: skip
+                            factor, log2_prob, edges = softmax_tile(
+                                z_ptr, rows, begin, BLOCK_V, V, mask_id, TAIL, Z_BINS
                             )
-                            log2_prob = log2_softmax(z, shift, log2_total)
-                            peak, total = add_components(peak, total, log2_prob + a[:, None])
+                            peak, total = add_components(
+                                peak, total, factor, log2_prob + a[:, None]
+                            )
                     q = q / tl.where(total == 0.0, 1.0, total)
                     for n0 in range(0, N, BLOCK_N):
                         n = n0 + index
                         inside = n < N
                         entry = place * N + n
-                        shift, log2_total = load_sums(shift_ptr, total_ptr, entry, inside)
                         a = load_log2_weights(log_weights_ptr, b * N + n, inside)
                         z_offset = row_offset(slot, b, n, d, z_i, z_b, z_n, z_d, Z_ALIGN)
                         g_offset = row_offset(slot, b, n, d, g_i, g_b, g_n, g_d, G_ALIGN)
@@ -193,23 +238,38 @@ def _mixture_backward_kernel(
                         component = probability
                         if HAS_C:
                             component = tl.load(component_ptr + entry, mask=inside, other=0.0)
-                        z = logits_tile(z_ptr, z_offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
-                        log2_prob = log2_softmax(z, shift, log2_total)
+                        rows = softmax_rows(
+                            z_ptr, z_scale_ptr, z_offset, shift_ptr, total_ptr, entry, inside, V,
+                            Z_BINS,
+                        )  # fmt: skip
+                        factor, log2_prob, edges = softmax_tile(
+                            z_ptr, rows, begin, BLOCK_V, V, mask_id, TAIL, Z_BINS
+                        )
                         share = log2_prob
                         if HAS_Q:
-                            share = tl.exp2(log2_prob + a[:, None] - peak[None, :])
+                            share = factor * tl.exp2(log2_prob + a[:, None] - peak[None, :])
                         grad = dense_gradient(
-                            log2_prob, share, probability[:, None], q[None, :], component[:, None],
-                            qt[None, :], HAS_Q, HAS_C,
+                            factor * tl.exp2(log2_prob), share, probability[:, None], q[None, :],
+                            component[:, None], qt[None, :], HAS_Q, HAS_C,
                         )  # fmt: skip
-                        keep = inside[:, None]
-                        if TAIL:
-                            keep = keep & (cols < V)[None, :]
-                        value = grad.to(grad_ptr.dtype.element_ty)
-                        tl.store(grad_ptr + g_offset[:, None] + cols[None, :], value, mask=keep)
+                        if Z_BINS is None:
+                            _store(grad_ptr, g_offset, inside, grad, cols, V, TAIL)
+                        else:  # the one block of columns of this program
+                            zero = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+                            sums = add_slopes((zero, zero, zero), grad, rows[0], edges, Z_BINS)
+                            _finish_bins(
+                                sums, rows[0], place, n, N, b, d, J, D, V, mask_id, inside,
+                                tokens_ptr, kappa_ptr, grad_ptr, grad_scale_ptr, g_offset,
+                                Z_BINS, BLOCK_V,
+                            )  # fmt: skip
+        if ONE_TILE and Z_BINS is not None:
+            _finish_bins(
+                sums, rows[0], place, index, N, b, d, J, D, V, mask_id, inside,
+                tokens_ptr, kappa_ptr, grad_ptr, grad_scale_ptr, g_offset, Z_BINS, BLOCK_V,
+            )  # fmt: skip
     elif slot < slots:
         zero = tl.zeros([BLOCK_N, BLOCK_V], grad_ptr.dtype.element_ty)
-        for n0 in range(0, N, BLOCK_N):
+        for n0 in range(0, N if Z_BINS is None else 0, BLOCK_N):
             n = n0 + index
             g_offset = row_offset(slot, b, n, d, g_i, g_b, g_n, g_d, G_ALIGN)
             for begin in range(start, stop, BLOCK_V):
@@ -232,17 +292,21 @@ def mixture_backward(
     """Write the gradient of every visited slot, zeros where it is not active.
 
     `gradient` is an operand that may be the student's own memory; q and q_teacher are (slots, >= V)
-    fp32 rows of the visit, None where their term is not asked for.
+    fp32 rows of the visit, None where their term is not asked for. Of bins it is complete, the
+    targets included, and no zeros are written.
     """
     if visit.slots == 0:
         return
     like = statistics.student.total
     tuned = launch_parameters("mixture_backward", like.device)
     tiles = mixture_tiles(student, tuned)
+    parts = None
+    if student.bins is not None and tiles.splits > 1:  # each split leaves its part of the sums
+        parts = torch.zeros(2, visit.slots, student.components, tiles.splits, device=like.device)
     # A split of the columns shares no gradient with another, so it may be as wide as one likes;
     # with many components every program would read them all for each of its tiles.
     _mixture_backward_kernel[(visit.slots, tiles.splits)](
-        student.logits,
+        *pointers_of(student),
         statistics.student.shift,
         statistics.student.total,
         mixture.log_weights,
@@ -252,20 +316,24 @@ def mixture_backward(
         *visit_arguments(visit, like)[:2],
         like if q is None else q,
         like if q_teacher is None else q_teacher,
-        gradient.logits,
+        *(pointers_of(gradient) if parts is None else parts),
+        statistics.tokens,
+        factors.kappa,
         visit.first,
         visit.slots,
         student.components,
+        statistics.tokens.shape[1],
         visit.positions,
         student.vocabulary,
         tiles.split,
         -1 if mixture.mask_id is None else mixture.mask_id,
         *student.strides,
-        *gradient.strides,
+        *(gradient.strides if parts is None else (parts.stride(1), 0, parts.stride(2), 0)),
         0 if q is None else q.stride(0),
         0 if q_teacher is None else q_teacher.stride(0),
+        Z_BINS=bins_flag(student),
         Z_ALIGN=load_align(student, tiles.block_n),
-        G_ALIGN=load_align(gradient, tiles.block_n),
+        G_ALIGN=1 if parts is not None else load_align(gradient, tiles.block_n),
         **visit_flags(visit),
         HAS_Q=q is not None,
         HAS_C=q_teacher is not None,
@@ -275,3 +343,7 @@ def mixture_backward(
         STAGES=tuned.stages,
         num_warps=tiles.warps,
     )
+    if parts is not None:
+        b, d = visit.split(like.device)
+        for whole, part in zip(pointers_of(gradient), parts.sum(-1), strict=True):
+            whole[b, :, d] = part

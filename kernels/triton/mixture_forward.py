@@ -26,20 +26,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .logistic import bins_flag, pointers_of
+from .random import LN_2
 from .tiles import (
-    LN_2,
     LOWEST,
     add_components,
     load_align,
     load_log2_weights,
-    load_sums,
-    log2_softmax,
-    logits_tile,
     mixture_tiles,
     position_at,
     responsibility_tile,
     row_offset,
     row_tile,
+    softmax_rows,
+    softmax_tile,
     split_position,
     visit_arguments,
     visit_flags,
@@ -53,10 +53,11 @@ class MixtureForward:
     elements: int = 2048  # of a tile, N · BLOCK_V, in 2 bytes; half as many in fp32
     # As in mixture backward: 55 instructions per logit with 8 warps, 22 with 2.
     warps: int = 2  # for tiles of up to 16 components; twice as many for 32
+    bins_elements: int = 512  # of a tile of bins
     stages: int = 3
     split_columns: int = 4096  # columns of one program
 
-    powers_of_two = ("elements", "warps", "split_columns")
+    powers_of_two = ("elements", "bins_elements", "warps", "split_columns")
 
 
 @triton.jit
@@ -67,8 +68,10 @@ def _divergence(q, log2_q, log2_p):
 
 @triton.jit(do_not_specialize=["first", "slots"])
 def _mixture_forward_kernel(
-    z_ptr,  # student logits, in
-    t_ptr,  # teacher logits, in, unless STORED_T
+    z_ptr,  # student logits, or mu of its bins, in
+    z_scale_ptr,  # log_scale of its bins, in
+    t_ptr,  # the same of the teacher, in, unless STORED_T
+    t_scale_ptr,
     shift_ptr,  # [A, N] fp32, in, and so total: the student's row sums
     total_ptr,
     shift_t_ptr,  # [A] fp32, in, unless STORED_T, and so total: the teacher's row sums
@@ -104,6 +107,8 @@ def _mixture_forward_kernel(
     qt_i,
     qu_i,
     q_i,
+    Z_BINS: tl.constexpr,
+    T_BINS: tl.constexpr,
     Z_ALIGN: tl.constexpr,
     T_ALIGN: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -134,8 +139,10 @@ def _mixture_forward_kernel(
             consistency_weight = tl.load(consistency_weight_ptr + b)
     one = tl.arange(0, 1).to(tl.int64)
     if not STORED_T:
-        shift_t, log2_total_t = load_sums(shift_t_ptr, total_t_ptr, place + one, one == 0)
         t_offset = row_offset(slot, b, one, d, t_i, t_b, t_m, t_d, T_ALIGN)
+        t_rows = softmax_rows(
+            t_ptr, t_scale_ptr, t_offset, shift_t_ptr, total_t_ptr, place + one, one == 0, V, T_BINS
+        )
     qt_row = qt_ptr + slot * qt_i
     qu_row = qu_ptr + slot * qu_i
     q_row = q_ptr + slot * q_i
@@ -148,9 +155,11 @@ def _mixture_forward_kernel(
         dead = tl.where(tl.max(some.to(tl.int32), axis=0) == 1, 0, dead)
     if ONE_TILE:
         inside = n < N
-        shift, log2_total = load_sums(shift_ptr, total_ptr, place * N + n, inside)
         a = load_log2_weights(log_weights_ptr, b * N + n, inside)
         offset = row_offset(slot, b, n.to(tl.int64), d, z_i, z_b, z_n, z_d, Z_ALIGN)
+        rows = softmax_rows(
+            z_ptr, z_scale_ptr, offset, shift_ptr, total_ptr, place * N + n, inside, V, Z_BINS
+        )
 
     kl_t = tl.zeros([BLOCK_V], tl.float32)
     kl_u = tl.zeros([BLOCK_V], tl.float32)
@@ -167,8 +176,10 @@ def _mixture_forward_kernel(
             if STORED_T:
                 qt = row_tile(qt_row, cols, V, TAIL)
             else:
-                t = logits_tile(t_ptr, t_offset, one == 0, begin, BLOCK_V, V, mask_id, TAIL)
-                qt = tl.sum(tl.exp2(log2_softmax(t, shift_t, log2_total_t)), axis=0)
+                scale, t, _t_edges = softmax_tile(
+                    t_ptr, t_rows, begin, BLOCK_V, V, mask_id, TAIL, T_BINS
+                )
+                qt = tl.sum(scale * tl.exp2(t), axis=0)
                 qt = tl.where(dead == 1, 0.0, qt)
                 if KEEP_T:
                     tl.store(qt_row + cols, qt, mask=cols < V)
@@ -182,16 +193,19 @@ def _mixture_forward_kernel(
                     tl.store(q_row + cols, q, mask=cols < V)
 
             if ONE_TILE:
-                z = logits_tile(z_ptr, offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
-                log2_prob = log2_softmax(z, shift, log2_total)
+                factor, log2_prob, _ = softmax_tile(
+                    z_ptr, rows, begin, BLOCK_V, V, mask_id, TAIL, Z_BINS
+                )
                 if HAS_Q:
-                    part, total, peak = responsibility_tile(log2_prob, a)
+                    part, total, peak = responsibility_tile(factor, log2_prob, a)
                     mass += part * (q / tl.where(total == 0.0, 1.0, total))[None, :]
                     m = peak + tl.log2(total)
                     kl_t += _divergence(qt, log2_qt, m)
                     if HAS_U:
                         kl_u += _divergence(qu, tl.log2(qu), m)
                 if HAS_C:
+                    if Z_BINS is not None:
+                        log2_prob += tl.log2(factor)
                     gap = _divergence(qt[None, :], log2_qt[None, :], log2_prob)
                     divergence += tl.where(inside[:, None], gap, 0.0)
             else:
@@ -202,12 +216,16 @@ def _mixture_forward_kernel(
                     for n0 in range(0, N, BLOCK_N):
                         c = n0 + n.to(tl.int64)
                         inside = c < N
-                        shift, log2_total = load_sums(shift_ptr, total_ptr, place * N + c, inside)
                         a = load_log2_weights(log_weights_ptr, b * N + c, inside)
                         offset = row_offset(slot, b, c, d, z_i, z_b, z_n, z_d, Z_ALIGN)
-                        z = logits_tile(z_ptr, offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
-                        log2_prob = log2_softmax(z, shift, log2_total)
-                        peak, total = add_components(peak, total, log2_prob + a[:, None])
+                        rows = softmax_rows(
+                            z_ptr, z_scale_ptr, offset, shift_ptr, total_ptr, place * N + c,
+                            inside, V, Z_BINS,
+                        )  # fmt: skip
+                        factor, log2_prob, _ = softmax_tile(
+                            z_ptr, rows, begin, BLOCK_V, V, mask_id, TAIL, Z_BINS
+                        )
+                        peak, total = add_components(peak, total, factor, log2_prob + a[:, None])
                     m = peak + tl.log2(total)
                     kl_t += _divergence(qt, log2_qt, m)
                     if HAS_U:
@@ -215,16 +233,22 @@ def _mixture_forward_kernel(
                 for n0 in range(0, N, BLOCK_N):
                     c = n0 + n.to(tl.int64)
                     inside = c < N
-                    shift, log2_total = load_sums(shift_ptr, total_ptr, place * N + c, inside)
                     a = load_log2_weights(log_weights_ptr, b * N + c, inside)
                     offset = row_offset(slot, b, c, d, z_i, z_b, z_n, z_d, Z_ALIGN)
-                    z = logits_tile(z_ptr, offset, inside, begin, BLOCK_V, V, mask_id, TAIL)
-                    log2_prob = log2_softmax(z, shift, log2_total)
+                    rows = softmax_rows(
+                        z_ptr, z_scale_ptr, offset, shift_ptr, total_ptr, place * N + c,
+                        inside, V, Z_BINS,
+                    )  # fmt: skip
+                    factor, log2_prob, _ = softmax_tile(
+                        z_ptr, rows, begin, BLOCK_V, V, mask_id, TAIL, Z_BINS
+                    )
                     if HAS_Q:
-                        part = tl.exp2(log2_prob + a[:, None] - peak[None, :])
+                        part = factor * tl.exp2(log2_prob + a[:, None] - peak[None, :])
                         sums = part * (q / tl.where(total == 0.0, 1.0, total))[None, :]
                         tl.store(mass_ptr + part_of * N + c, tl.sum(sums, axis=1), mask=inside)
                     if HAS_C:
+                        if Z_BINS is not None:
+                            log2_prob += tl.log2(factor)
                         gap = _divergence(qt[None, :], log2_qt[None, :], log2_prob)
                         gap = tl.where(inside[:, None], gap, 0.0)
                         tl.store(
@@ -270,16 +294,23 @@ def mixture_forward(
     tiles = mixture_tiles(student, tuned)
     size = (visit.slots, tiles.splits)
 
-    def parts(*shape: int) -> Tensor:
-        # Zeros: slots that are not active leave nothing in them.
-        return torch.zeros(shape, dtype=torch.float32, device=like.device)
+    part = visit.part
 
-    kl_teacher, kl_consistency = parts(*size), parts(*size)
-    mass = parts(*size, components) if mixture.marginal else like
-    divergence = parts(*size, components) if mixture.component else like
+    def parts(wanted: bool, whole: Tensor, *shape: int) -> Tensor:
+        """Memory for the parts of the splits: with one split the statistics themselves."""
+        if not wanted or tiles.splits == 1:
+            return whole[part] if wanted else like
+        # Zeros: slots that are not active leave nothing in them.
+        return torch.zeros(*size, *shape, dtype=torch.float32, device=like.device)
+
+    kl_teacher = parts(mixture.marginal, statistics.teacher_kl)
+    has_u = mixture.marginal and q_consistency is not None
+    kl_consistency = parts(has_u, statistics.consistency_kl)
+    mass = parts(mixture.marginal, statistics.mass, components)
+    divergence = parts(mixture.component, statistics.divergence, components)
     _mixture_forward_kernel[size](
-        student.logits,
-        teacher.logits,
+        *pointers_of(student),
+        *pointers_of(teacher),
         statistics.student.shift,
         statistics.student.total,
         statistics.teacher.shift,
@@ -306,6 +337,8 @@ def mixture_forward(
         *student.strides,
         *teacher.strides,
         *(0 if rows is None else rows.stride(0) for rows in (q_teacher, q_consistency, q)),
+        Z_BINS=bins_flag(student),
+        T_BINS=bins_flag(teacher),
         Z_ALIGN=load_align(student, tiles.block_n),
         T_ALIGN=load_align(teacher, tiles.block_n),
         **visit_flags(visit),
@@ -321,10 +354,12 @@ def mixture_forward(
         STAGES=tuned.stages,
         num_warps=tiles.warps,
     )
-    part = visit.part
-    if mixture.marginal:
-        statistics.mass[part] = mass.sum(1)
-        statistics.teacher_kl[part] = kl_teacher.sum(1)
-        statistics.consistency_kl[part] = kl_consistency.sum(1)
-    if mixture.component:
-        statistics.divergence[part] = divergence.sum(1)
+    if tiles.splits > 1:
+        for whole, found in (
+            (statistics.mass, mass),
+            (statistics.teacher_kl, kl_teacher),
+            (statistics.consistency_kl, kl_consistency),
+            (statistics.divergence, divergence),
+        ):
+            if found is not like:
+                whole[part] = found.sum(1)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Logarithms are to base 2 in most kernels: exp and log cost a product and, for denormal numbers, a
+# comparison and two products more than exp2 and log2.
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 # Streams, as in `rng`.
 BLOCKS = tl.constexpr(0)  # one number per block of the vocabulary
 TOKENS = tl.constexpr(1)  # one per token
@@ -56,11 +60,27 @@ def uniform_run(seed, step, key, first, STREAM: tl.constexpr, COUNT: tl.constexp
 
 
 @triton.jit
+def log_positive(x):
+    """log x of a positive normal number, at most 2 ulp off, in half the instructions of `tl.log`.
+
+    x = 2^e m with sqrt(1/2) <= m < sqrt(2), f = m - 1, log m = f - f^2/2 + f^3 P(f), as in the C++
+    of `cpu/vec.h`. NaN stays NaN.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23
+    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = ((-7.6343916e-2 * f + 1.2765431e-1) * f - 1.3162005e-1) * f + 1.4201368e-1
+    p = ((p * f - 1.6623144e-1) * f + 2.0001236e-1) * f - 2.5000826e-1
+    p = (p * f + 3.3333331e-1) * f - 0.5
+    return e.to(tl.float32) * LN_2 + (p * (f * f) + (f + 0.0 * x))
+
+
+@triton.jit
 def log_exponential(number):
     """log(-log(1 - u)); small u keep their precision."""
     rest = 1.0 - number
-    # log1p(-u) from log: the rounding of 1 - u is divided out.
+    # log1p(-u) from log: the rounding of 1 - u is divided out. The quotient is nearly 1.
     gap = 1.0 - rest
-    exact = gap > 0.0
-    log1p = tl.where(exact, tl.log(rest) * (number / tl.where(exact, gap, 1.0)), -number)
-    return tl.log(-log1p)
+    root = tl.rsqrt(tl.maximum(gap, 1.0e-30))
+    log1p = log_positive(rest) * (1.0 + (number - gap) * root * root)
+    return log_positive(tl.where(gap > 0.0, -log1p, number))

@@ -32,7 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_sums import block_sums_kernel, guided, rows_at, sums_of_blocks
-from .random import BLOCKS, TOKENS, log_exponential, uniform, uniform_run
+from .logistic import bins_flag, pointers_of
+from .random import BLOCKS, TOKENS, log_exponential, uniform_run
 from .tiles import align_of, visit_arguments, visit_flags
 from .tuning import launch_parameters, power_of_two, tunable
 
@@ -55,8 +56,10 @@ class RowDraw:
 
 @triton.jit(do_not_specialize=["begin_row", "part", "rows", "first", "plane"])
 def _row_draw_kernel(
-    x_ptr,  # logits, in
-    u_ptr,  # unconditional logits, in, with GUIDED
+    x_ptr,  # logits, or mu of bins, in
+    x_scale_ptr,  # log_scale of bins, in
+    u_ptr,  # the same of unconditional logits, in, with GUIDED
+    u_scale_ptr,
     rows_ptr,  # [A] int64, in, with HAS_ROWS
     count_ptr,  # [] int64, in, with HAS_COUNT
     temperature_ptr,  # [R] fp32, in, with HAS_TEMPERATURE
@@ -88,6 +91,8 @@ def _row_draw_kernel(
     u_b,
     u_c,
     u_d,
+    X_BINS: tl.constexpr,
+    U_BINS: tl.constexpr,
     X_ALIGN: tl.constexpr,
     U_ALIGN: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -123,8 +128,9 @@ def _row_draw_kernel(
     if WHOLE:
         cols = tl.arange(0, BLOCK_G * WIDTH)[None, :]
         x = guided(
-            x_ptr, u_ptr, offset, offset_u, strength, there, cols, V, mask_id, GUIDED, True, True
-        )
+            x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, there, cols, V,
+            mask_id, X_BINS, U_BINS, GUIDED, True, True,
+        )  # fmt: skip
         peak, total, weighted, raw = sums_of_blocks(x, scale, BLOCK_R, BLOCK_G, WIDTH, ENTROPY, RAW)
     else:
         inside = there & (g < G)
@@ -151,8 +157,9 @@ def _row_draw_kernel(
         best_block = tl.min(tl.where(peak == top[:, None], g, BLOCK_G - 1), axis=1)
         v = best_block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         x = guided(
-            x_ptr, u_ptr, offset, offset_u, strength, there, v, V, mask_id, GUIDED, True, True
-        )
+            x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, there, v, V,
+            mask_id, X_BINS, U_BINS, GUIDED, True, True,
+        )  # fmt: skip
         best = tl.min(tl.where(x == tl.max(x, axis=1)[:, None], v, 2147483647), axis=1)
         token = best
         if ARGMAX:
@@ -170,10 +177,10 @@ def _row_draw_kernel(
         chosen = tl.max(tl.where(hit, g, 0), axis=1)
         v = chosen[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         x = guided(
-            x_ptr, u_ptr, offset, offset_u, strength, there, v, V, mask_id, GUIDED, True, True
-        )
-        # One call per token, of which three words are not used: lanes that hold v make their own.
-        number = uniform(seed, step, key[:, None], v, TOKENS)
+            x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, there, v, V,
+            mask_id, X_BINS, U_BINS, GUIDED, True, True,
+        )  # fmt: skip
+        number = uniform_run(seed, step, key, chosen * WIDTH, TOKENS, WIDTH)
         race = (x - shift[:, None]) / t[:, None] - log_exponential(number)
         drawn = tl.min(tl.where(race == tl.max(race, axis=1)[:, None], v, 2147483647), axis=1)
         at_drawn = tl.max(tl.where(v == drawn[:, None], x, float("-inf")), axis=1)
@@ -235,8 +242,8 @@ def row_draw(
     block_g = power_of_two(blocks)
     whole = block_g * width <= max(width, elements // 2)
     pointers = [
-        x.logits,
-        other.logits,
+        *pointers_of(x),
+        *pointers_of(other),
         *visit_arguments(visit, values)[:2],
         *(value if isinstance(value, Tensor) else values for value in (temperature, guidance)),
     ]
@@ -247,6 +254,7 @@ def row_draw(
         *x.strides,
         *other.strides,
     ]
+    bins = {"X_BINS": bins_flag(x), "U_BINS": bins_flag(other)}
     flags = {
         "X_ALIGN": align_of(x),
         "U_ALIGN": align_of(other),
@@ -280,6 +288,7 @@ def row_draw(
                 begin,
                 tiles,
                 *common,
+                **bins,
                 **flags,
                 BLOCK_G=tile_blocks,
                 num_warps=tuned.warps,
@@ -296,6 +305,7 @@ def row_draw(
             begin,
             part,
             *common,
+            **bins,
             **flags,
             WHOLE=whole,
             GREEDY=options.greedy,

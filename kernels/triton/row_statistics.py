@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .logistic import bins_flag, bins_logits, bins_of_rows, bins_tile, pointers_of
+from .random import LN_2, LOG2_E
 from .tiles import (
-    LOG2_E,
     LOWEST,
     align_of,
     block_columns,
@@ -44,7 +45,8 @@ class RowStatistics:
 
 @triton.jit(do_not_specialize=["first", "slots"])
 def _row_statistics_kernel(
-    x_ptr,  # logits of the operand, in
+    x_ptr,  # logits of the operand, or mu of its bins, in
+    scale_ptr,  # log_scale of its bins, in
     tokens_ptr,  # [B, J, D] int64, in, with HAS_TARGETS
     rows_ptr,  # [A] int64, in, with HAS_ROWS
     count_ptr,  # [] int64, in, with HAS_COUNT
@@ -62,6 +64,7 @@ def _row_statistics_kernel(
     stride_b,
     stride_c,
     stride_d,
+    BINS: tl.constexpr,
     ALIGN: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
@@ -88,6 +91,10 @@ def _row_statistics_kernel(
     K: tl.constexpr = BLOCK_V // W
     column = tl.arange(0, K)[:, None, None] * W + tl.arange(0, W)[None, None, :]
     at = x_ptr + offset[None, :, None] + column
+    UNIT: tl.constexpr = LOG2_E if BINS is None else 1.0  # exponents of bins are to base 2
+    if BINS is not None:
+        there = wanted[None, :, None]
+        bins = bins_of_rows(x_ptr, scale_ptr, offset[None, :, None], there, V)
     peak = tl.full([BLOCK_R, W], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_R, W], tl.float32)
     full = V // BLOCK_V * BLOCK_V
@@ -96,16 +103,21 @@ def _row_statistics_kernel(
             keep = wanted[None, :, None]
             if TAIL:
                 keep = keep & (begin + column < V)
-            x = tl.load(at + begin, mask=keep, other=float("-inf")).to(tl.float32)  # [K, R, W]
+            if BINS is None:
+                factor = 1.0
+                x = tl.load(at + begin, mask=keep, other=float("-inf")).to(tl.float32)  # [K, R, W]
+            else:
+                _, factor, x = bins_tile(bins, begin + column, V, BINS)
+                x = tl.where(keep, x, float("-inf"))
             if (mask_id >= begin) & (mask_id < begin + BLOCK_V):
                 x = tl.where(begin + column == mask_id, float("-inf"), x)
             top = tl.maximum(peak, tl.max(x, axis=0))
-            total *= tl.exp2((peak - top) * LOG2_E)
-            total += tl.sum(tl.exp2((x - top[None, :, :]) * LOG2_E), axis=0)
+            total *= tl.exp2((peak - top) * UNIT)
+            total += tl.sum(factor * tl.exp2((x - top[None, :, :]) * UNIT), axis=0)
             peak = top
     top = tl.max(peak, axis=1)
-    sums = tl.sum(total * tl.exp2((peak - top[:, None]) * LOG2_E), axis=1)
-    shift = tl.where(sums == 0.0, 0.0, top)
+    sums = tl.sum(total * tl.exp2((peak - top[:, None]) * UNIT), axis=1)
+    shift = tl.where(sums == 0.0, 0.0, top if BINS is None else top * LN_2)
     tl.store(shift_ptr + place * C + c, shift, mask=wanted)
     tl.store(total_ptr + place * C + c, sums, mask=wanted)
 
@@ -116,8 +128,12 @@ def _row_statistics_kernel(
             inside = wanted[:, None] & (j < J)[None, :]
             where_j = (b[:, None] * J + j[None, :]) * D + d[:, None]
             tokens = tl.load(tokens_ptr + where_j, mask=inside, other=0)
-            readable = inside & (tokens != mask_id)
-            x = tl.load(x_ptr + offset[:, None] + tokens, mask=readable, other=float("-inf"))
+            readable = inside & (tokens != mask_id) & (tokens < V)
+            if BINS is None:
+                x = tl.load(x_ptr + offset[:, None] + tokens, mask=readable, other=float("-inf"))
+            else:
+                x = bins_logits(x_ptr, scale_ptr, offset[:, None], readable, tokens, V, BINS)
+                x = tl.where(readable, x, float("-inf"))
             log_prob = x.to(tl.float32) - shift[:, None] - log_total[:, None]
             entry = (place[:, None] * J + j[None, :]) * C + c[:, None]
             tl.store(log_prob_ptr + entry, log_prob, mask=inside)
@@ -145,12 +161,12 @@ def row_statistics(
     elements = tuned.elements * 2 // operand.logits.element_size()
     block_v = block_columns(operand.vocabulary, elements)
     block_r = max(1, min(elements // block_v, 16)) if block_v >= operand.vocabulary else 1
-    warps = min(tuned.warps, max(1, block_v * block_r // 256))
+    warps = 1 if operand.bins is not None else min(tuned.warps, max(1, block_v * block_r // 256))
     lanes = min(block_v, 32 * warps * max(align, 4 // operand.logits.element_size()))
     targets = 0 if tokens is None else tokens.shape[1]
     like = sums.total
     _row_statistics_kernel[(triton.cdiv(rows, block_r),)](
-        operand.logits,
+        *pointers_of(operand),
         like if tokens is None else tokens,
         *visit_arguments(visit, like)[:2],
         sums.shift,
@@ -164,6 +180,7 @@ def row_statistics(
         operand.vocabulary,
         -1 if mask_id is None else mask_id,
         *operand.strides,
+        BINS=bins_flag(operand),
         ALIGN=align,
         **visit_flags(visit),
         HAS_TARGETS=tokens is not None and targets > 0,

@@ -6,9 +6,9 @@ position and for every target j, with l and r at the target,
     dz[n, x_j] = probability_n e^l - marginal q r - component_n qT + sum over i with x_i = x_j of
                  kappa_in
 
-Each element is recomputed from the stored log-probabilities and written once, over what
-`mixture_backward` has left there; targets that coincide write the same value. The logits are not
-read: the gradient may have taken their place.
+Each element is recomputed from the stored log-probabilities and written over what
+`mixture_backward` has left there, by one program per target; those that coincide write the same
+value. The logits are not read: the gradient may have taken their place.
 
 Moves: J·N scattered elements per position.
 """
@@ -52,6 +52,7 @@ def _target_gradient_kernel(
     N,
     J,
     D,
+    V,
     mask_id,
     g_i,
     g_b,
@@ -66,63 +67,59 @@ def _target_gradient_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    slot = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
+    slot, j = (row // J).to(tl.int64), (row % J).to(tl.int64)
     place, position, active = position_at(
         slot, slot < slots, rows_ptr, count_ptr, first, HAS_ROWS, HAS_COUNT
     )
     if not active:
         return
     b, d = split_position(position, D)
-    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    tokens = tokens_ptr + b * J * D + d
+    token = tl.load(tokens + j * D)
+    if (token == mask_id) | (token >= V):  # of another rank
+        return
     index = tl.arange(0, BLOCK_N).to(tl.int64)
-    tokens = tl.load(tokens_ptr + (b * J + j) * D + d, mask=j < J, other=0)
-    pull = tl.zeros([BLOCK_J], tl.float32)
-    qt = pull
-    peak = tl.full([BLOCK_J], LOWEST, tl.float32)
+    entry = (place * J + j) * N
+    pull, qt, peak = 0.0, 0.0, tl.full([], LOWEST, tl.float32)
     if HAS_Q:
-        # m at the targets, from their log-probabilities under all components.
-        total = tl.zeros([BLOCK_J], tl.float32)
+        # m at the target, from its log-probabilities under all components.
+        total = 0.0
         for n0 in range(0, N, BLOCK_N):
             n = n0 + index
-            inside = (j < J)[:, None] & (n < N)[None, :]
-            entry = (place * J + j[:, None]) * N + n[None, :]
-            weighted = tl.load(log_prob_ptr + entry, mask=inside, other=float("-inf"))
-            a = load_log2_weights(log_weights_ptr, b * N + n, n < N)
-            weighted = weighted * LOG2_E + a[None, :]
-            top = tl.maximum(peak, tl.max(weighted, axis=1))
-            total = total * tl.exp2(peak - top) + tl.sum(tl.exp2(weighted - top[:, None]), axis=1)
+            weighted = tl.load(log_prob_ptr + entry + n, mask=n < N, other=float("-inf")) * LOG2_E
+            weighted += load_log2_weights(log_weights_ptr, b * N + n, n < N)
+            top = tl.maximum(peak, tl.max(weighted, axis=0))
+            total = total * tl.exp2(peak - top) + tl.sum(tl.exp2(weighted - top), axis=0)
             peak = top
-        pull = tl.load(q_ptr + slot * q_i + tokens, mask=j < J, other=0.0)
-        pull = pull * tl.load(marginal_ptr + place) / tl.where(total == 0.0, 1.0, total)
+        pull = tl.load(q_ptr + slot * q_i + token) * tl.load(marginal_ptr + place)
+        pull = pull / tl.where(total == 0.0, 1.0, total)
     if HAS_C:
-        qt = tl.load(qt_ptr + slot * qt_i + tokens, mask=j < J, other=0.0)
+        qt = tl.load(qt_ptr + slot * qt_i + token)
 
     for n0 in range(0, N, BLOCK_N):
         n = n0 + index
-        inside = (j < J)[:, None] & (n < N)[None, :]
-        entry = (place * J + j[:, None]) * N + n[None, :]
-        log2_prob = LOG2_E * tl.load(log_prob_ptr + entry, mask=inside, other=float("-inf"))
-        a = load_log2_weights(log_weights_ptr, b * N + n, n < N)
-        probability = tl.load(probability_ptr + place * N + n, mask=n < N, other=0.0)
+        inside = n < N
+        log2_prob = LOG2_E * tl.load(log_prob_ptr + entry + n, mask=inside, other=float("-inf"))
+        a = load_log2_weights(log_weights_ptr, b * N + n, inside)
+        probability = tl.load(probability_ptr + place * N + n, mask=inside, other=0.0)
         component = probability
         if HAS_C:
-            component = tl.load(component_ptr + place * N + n, mask=n < N, other=0.0)
+            component = tl.load(component_ptr + place * N + n, mask=inside, other=0.0)
         share = log2_prob
         if HAS_Q:
-            share = tl.exp2(log2_prob + a[None, :] - peak[:, None])
-        grad = dense_gradient(
-            log2_prob, share, probability[None, :], pull[:, None], component[None, :], qt[:, None],
-            HAS_Q, HAS_C,
-        )  # fmt: skip
+            share = tl.exp2(log2_prob + a - peak)
+        prob = tl.exp2(log2_prob)
+        grad = dense_gradient(prob, share, probability, pull, component, qt, HAS_Q, HAS_C)
         # Targets may coincide: each element gathers the kappa of all that share its token.
-        for other in range(0, J):
-            kappa = tl.load(kappa_ptr + (place * J + other) * N + n, mask=n < N, other=0.0)
-            token = tl.load(tokens_ptr + (b * J + other) * D + d)
-            grad += tl.where((tokens == token)[:, None], kappa[None, :], 0.0)
+        for j0 in range(0, J, BLOCK_J):
+            other = j0 + tl.arange(0, BLOCK_J)
+            same = tl.load(tokens + other * D, mask=other < J, other=-1) == token
+            at = (place * J + other)[:, None] * N + n[None, :]
+            kappa = tl.load(kappa_ptr + at, mask=same[:, None] & inside[None, :], other=0.0)
+            grad += tl.sum(kappa, axis=0)
         offset = row_offset(slot, b, n, d, g_i, g_b, g_n, g_d, 1)
-        value = grad.to(grad_ptr.dtype.element_ty)
-        keep = inside & (tokens != mask_id)[:, None]
-        tl.store(grad_ptr + offset[None, :] + tokens[:, None], value, mask=keep)
+        tl.store(grad_ptr + offset + token, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def target_gradient(
@@ -141,8 +138,7 @@ def target_gradient(
         return
     like = statistics.student.total
     block_n = min(power_of_two(components), 32)
-    block_j = max(1, min(power_of_two(targets), 256 // block_n))
-    _target_gradient_kernel[(visit.slots, triton.cdiv(targets, block_j))](
+    _target_gradient_kernel[(visit.slots * targets,)](
         statistics.tokens,
         statistics.log_prob,
         mixture.log_weights,
@@ -159,6 +155,7 @@ def target_gradient(
         components,
         targets,
         visit.positions,
+        gradient.vocabulary,
         -1 if mixture.mask_id is None else mixture.mask_id,
         *gradient.strides,
         0 if q is None else q.stride(0),
@@ -166,7 +163,7 @@ def target_gradient(
         **visit_flags(visit),
         HAS_Q=q is not None,
         HAS_C=q_teacher is not None,
-        BLOCK_J=block_j,
+        BLOCK_J=max(1, min(power_of_two(targets), 512 // block_n)),
         BLOCK_N=block_n,
-        num_warps=1,  # with 2 or 4, sm_90 spilled 8 bytes in fp32
+        num_warps=1,  # so that sums need no barrier
     )

@@ -15,15 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .logistic import bins_of_rows, bins_tile
+from .random import LOG2_E
 from .tuning import power_of_two
 
 MAX_ALIGN_BYTES = 16  # the widest load of one thread
 COMPONENT_TILE = 32  # the largest number of components in one tile; the kernels loop beyond
 LOWEST = tl.constexpr(-3.0e38)  # below every logit, and finite: differences of it are no NaN
-# Logarithms are to base 2 in the kernels: exp and log cost a product and, for denormal numbers, a
-# comparison and two products more than exp2 and log2.
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -79,25 +77,44 @@ def load_log2_weights(log_weights_ptr, entry, wanted):
 
 
 @triton.jit
-def log2_softmax(logits, shift, log2_total):
-    """log2 of the softmax of rows [C, W]. The difference comes first: it carries no rounding of
-    large logits."""
-    return (logits - shift[:, None]) * LOG2_E - log2_total[:, None]
+def softmax_rows(
+    x_ptr, scale_ptr, offset, shift_ptr, total_ptr, entry, wanted, V, BINS: tl.constexpr
+):  # fmt: skip
+    """What `softmax_tile` takes of rows [C]; rows not wanted have probability 0."""
+    shift, log2_total = load_sums(shift_ptr, total_ptr, entry, wanted)
+    if BINS is None:
+        what = (offset[:, None], wanted[:, None])
+    else:  # shift is 0 but for rows all of whose bins are far below mu: one number is enough
+        what = bins_of_rows(x_ptr, scale_ptr, offset[:, None], wanted[:, None], V)
+        log2_total = tl.where(wanted, shift * LOG2_E + log2_total, float("inf"))
+    return what, shift[:, None], log2_total[:, None]
 
 
 @triton.jit
-def logits_tile(x_ptr, offset, wanted, begin, W: tl.constexpr, V, mask_id, TAIL: tl.constexpr):
-    """Logits [C, W] of columns from `begin` on, in fp32; -inf at the excluded column, beyond V, and
-    in rows not wanted."""
-    cols = begin + tl.arange(0, W)
-    keep = wanted[:, None]
-    if TAIL:
-        keep = keep & (cols < V)[None, :]
-    tile = tl.load(x_ptr + offset[:, None] + cols[None, :], mask=keep, other=float("-inf"))
-    tile = tile.to(tl.float32)
+def softmax_tile(
+    x_ptr, rows, begin, W: tl.constexpr, V, mask_id, TAIL: tl.constexpr, BINS: tl.constexpr
+):  # fmt: skip
+    """Softmax of rows [C, W] from column `begin` on: factor, log2 and the edges of bins. It is
+    factor 2^log2, and the factor of logits is 1; 0 at the excluded column, beyond V, and in rows
+    not wanted."""
+    what, shift, log2_total = rows
+    cols = (begin + tl.arange(0, W))[None, :]
+    if BINS is None:
+        offset, keep = what
+        if TAIL:
+            keep = keep & (cols < V)
+        tile = tl.load(x_ptr + offset + cols, mask=keep, other=float("-inf"))
+        # The difference comes first: it carries no rounding of large logits.
+        log2 = (tile.to(tl.float32) - shift) * LOG2_E - log2_total
+        factor, edges = 1.0, shift
+    else:
+        edges, factor, exponent = bins_tile(what, cols, V, BINS)
+        log2 = exponent - log2_total
+        if TAIL:
+            log2 = tl.where(cols < V, log2, float("-inf"))
     if (mask_id >= begin) & (mask_id < begin + W):  # few tiles hold it: no comparison elsewhere
-        tile = tl.where((cols == mask_id)[None, :], float("-inf"), tile)
-    return tile
+        log2 = tl.where(cols == mask_id, float("-inf"), log2)
+    return factor, log2, edges
 
 
 @triton.jit
@@ -109,24 +126,23 @@ def row_tile(row_ptr, cols, V, TAIL: tl.constexpr):
 
 
 @triton.jit
-def responsibility_tile(log2_prob, log2_weights):
+def responsibility_tile(factor, log2_prob, log2_weights):
     """exp(a_n + l_nv - peak_v) [N, W], their sums over n [W], peak [W] to base 2, of a tile that
-    holds all components. Where no component has the class the sum is 0; else the largest part is
-    1."""
+    holds all components. Where no component has the class the sum is 0."""
     weighted = log2_prob + log2_weights[:, None]
     peak = tl.max(weighted, axis=0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    part = tl.exp2(weighted - peak[None, :])
+    part = factor * tl.exp2(weighted - peak[None, :])
     return part, tl.sum(part, axis=0), peak
 
 
 @triton.jit
-def add_components(peak, total, weighted):
+def add_components(peak, total, factor, weighted):
     """Take a tile [N, W] of a_n + l_nv, to base 2, into the running maximum and sum [W] over
     components."""
     top = tl.maximum(peak, tl.max(weighted, axis=0))
-    total = total * tl.exp2(peak - top) + tl.sum(tl.exp2(weighted - top[None, :]), axis=0)
-    return top, total
+    part = factor * tl.exp2(weighted - top[None, :])
+    return top, total * tl.exp2(peak - top) + tl.sum(part, axis=0)
 
 
 # On the host --------------------------------------------------------------------------------------
@@ -180,12 +196,15 @@ class Tiles:
 def mixture_tiles(operand: Any, tuned: Any) -> Tiles:
     """All components in a tile up to COMPONENT_TILE; beyond, one block of columns per split.
 
-    A tile has `tuned.elements` of 2 bytes, or half as many of 4: as many bytes on their way.
+    A tile has `tuned.elements` of 2 bytes, or half as many of 4: as many bytes on their way. One of
+    bins is smaller, and one warp's: every thread forms what it needs of a row, and holds it.
     """
     components, vocabulary = operand.components, operand.vocabulary
-    elements = tuned.elements * 2 // operand.logits.element_size()
     one_tile = components <= COMPONENT_TILE
     block_n = power_of_two(min(components, COMPONENT_TILE))
+    elements, warps = tuned.elements * 2 // operand.logits.element_size(), tuned.warps
+    if operand.bins is not None:
+        elements, warps = max(tuned.bins_elements, 16 * block_n), 1
     block_v = max(1, min(power_of_two(vocabulary), elements // block_n))
     split = max(tuned.split_columns, block_v) if one_tile else block_v
     splits = triton.cdiv(vocabulary, split)
@@ -196,7 +215,7 @@ def mixture_tiles(operand: Any, tuned: Any) -> Tiles:
     # of more than 16 components do not fit the registers of as few threads, except in two runs over
     # many components (with 4 or 8 warps those spilled 8 bytes on sm_80).
     most = power_of_two(max(1, block_n * block_v // 128))
-    warps = min(tuned.warps * (max(1, block_n // 16) if one_tile else 1), most)
+    warps = min(warps * (max(1, block_n // 16) if one_tile else 1), most)
     return Tiles(one_tile, block_n, block_v, split, splits, warps)
 
 
