@@ -40,7 +40,7 @@ def launch(function, size: int, folder, *arguments: Any) -> list[Any]:
     for each in ranks:
         each.start()
     for each in ranks:
-        each.join(6 * TIMEOUT)
+        each.join(12 * TIMEOUT)
     alive = [each for each in ranks if each.is_alive()]
     for each in alive:
         each.kill()

@@ -126,9 +126,9 @@ class Distiller(Trainer):
             five terms of `LossTerms` by name, unweighted, each the mean over those examples of
             the batch that it counts for (0 if none): consistency terms over t >= low_t, the
             component term over t < low_t, where codes that average over the whole batch give
-            smaller numbers; and what `Trainer.take` adds.
+            smaller numbers; and what `Trainer.take` adds. After `of`: those over the examples of
+            all ranks, in fp64; a component pass then shares one graph with the rest of the loss.
         """
-
         if self.wrapper is not None:
             return self.take(lambda backward: self._global_batch(backward, x0, options))
 

@@ -145,7 +145,7 @@ class Trainer:
             self.module.zero_grad(set_to_none=True)
         try:
             last = self.pending + 1 == self.accumulate
-            with parallel.exchanging(self.wrapper or self.module, last):
+            with parallel.exchanging(self.module if self.wrapper is None else self.wrapper, last):
                 metrics, examples = batch(self._backward)
             self.pending += 1
             self.examples += examples
@@ -323,6 +323,11 @@ class Trainer:
             found = self._misfits({**values, "states": states}, gradients)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} is damaged: its record lacks {error}") from error
+        found = found or [
+            f"{name} is {outline(value)} there and not so here"
+            for name, value in tensors.items()
+            if value.is_meta and not name.startswith("ranks/")
+        ]
         if found:
             more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
             raise ValueError(f"{path} belongs to another run: {'; '.join(found[:_LISTED])}{more}")
