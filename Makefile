@@ -37,9 +37,10 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+MARKS ?= not gpu and not slow
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile --durations 15 \
-		tests di4c_fast -m "not gpu" $(ARGS)
+		tests di4c_fast -m "$(MARKS)" $(ARGS)
 
 # The C++ passes under GCC's sanitizers of addresses and undefined behaviour, on every instruction
 # set. Python does not know them, so they are loaded before it; what it never frees is no leak.

@@ -13,7 +13,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# 5 to 20 s each in the interpreter; the same cases run on the other backends.
+SLOW = (
+    ("test_recorded_values.py", "gaussian_pixels", "triton-interpreter"),
+    ("test_loss_conformance.py", "test_sizes_are_within_the_bound", "triton-40-35-130"),
+    ("test_loss_conformance.py", "test_sizes_are_within_the_bound", "triton-33-None-19"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(all(part in item.nodeid for part in parts) for parts in SLOW):
+            item.add_marker("slow")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
