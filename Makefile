@@ -39,7 +39,7 @@ lint: $(VENV)/.stamp-dev
 
 MARKS ?= not gpu and not slow
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile --durations 15 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet -n 2 --dist loadfile --no-loadscope-reorder --durations 15 \
 		tests di4c_fast -m "$(MARKS)" $(ARGS)
 
 # The C++ passes under GCC's sanitizers of addresses and undefined behaviour, on every instruction
