@@ -21,7 +21,6 @@ from .. import backends, record
 from ..checks import check_values
 from ..groups import of_first_rank
 from ..heads import Head
-from ..memory import empty
 from ..passes import torch_draw
 from ..passes.base import Drawn, DrawOptions, Operand, Visit, padded
 from .filters import FIRST_LOOK, NEG_INF, filter_literal_, filter_scaled_, guide, row_peak
@@ -112,7 +111,7 @@ class _Source:
         device = self.head.device
         if self.buffer is None:
             sizes = (rows, padded(vocabulary))
-            self.buffer = empty(sizes, dtype=self.head.chunk_dtype, device=device)
+            self.buffer = torch.empty(sizes, dtype=self.head.chunk_dtype, device=device)
         out = self.buffer[:rows, :vocabulary]
         if rows:
             self.head.load(torch.arange(begin, end, device=device), out, self.passes)
@@ -181,7 +180,7 @@ def _draw_prepared(
     peak = row_peak(logits, mask_id).to(dtype)
     if shard is not None:
         (peak,) = shard.maximum(peak)
-    buffer = empty((len(keys), padded(vocabulary)), dtype=dtype, device=keys.device)
+    buffer = torch.empty(len(keys), padded(vocabulary), dtype=dtype, device=keys.device)
     columns = buffer[:, :vocabulary].copy_(logits).sub_(peak)
     if mask_id is not None:
         columns[:, mask_id] = NEG_INF
