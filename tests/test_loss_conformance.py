@@ -265,6 +265,15 @@ def test_nan_and_infinity_in_give_nan_out(backend, name, value):
 
 
 @pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("function", [di4c_fast.mixture_log_prob, di4c_fast.correlation])
+def test_nan_beside_an_impossible_target_is_nan(function, backend):
+    logits = torch.randn(1, 3, 2, 7, generator=torch.Generator().manual_seed(4))
+    logits[0, 0, 1] = float("nan")
+    logits[0, 1:, 1, 2] = -float("inf")
+    assert function(logits, torch.tensor([[0, 2]]), backend=backend).isnan().all()
+
+
+@pytest.mark.parametrize("backend", EVERY)
 def test_nan_where_nothing_counts_changes_no_value_and_no_gradient(backend):
     problem = make_problem(14, components=3, dtype=torch.float32, **FULL)
     ignored = ~problem["valid"] | (problem["xt"] != problem["mask_id"])

@@ -79,7 +79,7 @@ void joint_slot(const void* pass, i64 i, char* scratch) {
   double best = -INF, mass = 0;
   for (i64 n = 0; n < N; ++n) {
     sum[n] += log_weight[n];
-    if (!(sum[n] <= best)) best = sum[n];
+    if (best == best && !(sum[n] <= best)) best = sum[n];  // NaN stays
   }
   for (i64 n = 0; n < N; ++n) mass += exp(sum[n] - best);
   bool defined = occupied && best != -INF;

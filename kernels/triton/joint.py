@@ -39,9 +39,10 @@ def _shares(
     counted = mine
     if CORRELATION:
         share += log_weights[None, :]
-        peak = tl.max(share, axis=1)
-        counted = counted & (peak != float("-inf"))  # NaN counts
-        peak = tl.where(counted, peak, 0.0)[:, None]
+        peak = tl.max(share, axis=1)  # without any NaN; a sum has it
+        sums = tl.sum(tl.where(inside, share, 0.0), axis=1)
+        counted = counted & ((peak > float("-inf")) | (sums != sums))
+        peak = tl.where(peak > float("-inf"), peak, 0.0)[:, None]
         total = tl.sum(tl.exp2((share - peak) * LOG2_E), axis=1)
         share = share - peak - tl.log(tl.where(counted, total, 1.0))[:, None]
     return mine, counted, share, entry, inside
@@ -88,10 +89,11 @@ def _joint_kernel(
         joint += tl.sum(share.to(tl.float64), axis=0)
         occupied += tl.sum(mine.to(tl.int32), axis=0)
         number += tl.sum(counted.to(tl.int32), axis=0)
+    sums = tl.sum(tl.where(n < N, joint, 0.0), axis=0)  # NaN if any is
     joint = tl.where(n < N, joint, float("-inf"))
     peak = tl.max(joint, axis=0)
-    possible = peak != float("-inf")
-    peak = tl.where(possible, peak, 0.0)
+    possible = (peak > float("-inf")) | (sums != sums)
+    peak = tl.where(peak > float("-inf"), peak, 0.0)
     part = tl.exp(joint - peak)
     total = tl.sum(part, axis=0)
     defined = (occupied > 0) & possible
