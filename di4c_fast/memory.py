@@ -28,6 +28,8 @@ def empty_cache() -> None:
 
 
 def _wait(block: np.ndarray) -> None:
+    if block.nbytes > LIMIT:
+        return
     _waiting[id(block)] = block
     held = list(_waiting.values())
     excess = sum(block.nbytes for block in held) - LIMIT

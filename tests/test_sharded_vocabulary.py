@@ -133,7 +133,7 @@ def float32_within_the_bound(backend: str) -> None:
             last = name.split()[-1]
             atol = ATOL[torch.float32]["gradient" if "gradient" in name else "loss"]
             others = (part_of(last, found[name], columns) for found in (eager, truth))
-            assert_close_to_reference(value, *others, atol=2 * atol, name=f"{kind}: {name}")
+            assert_close_to_reference(value, *others, atol=atol, name=f"{kind}: {name}")
 
 
 @case(mixture_log_prob, correlation)

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..checks import check_choice
 from ..draw.api import sample
 from ._handle import Handle, check_attributes
 
@@ -39,8 +41,10 @@ def accelerate(model: Any, *, backend: str = "auto") -> Handle:
         backend: as for `di4c_fast.sample`.
 
     Raises:
-        TypeError: the model lacks an attribute that the step uses; the message names it.
+        TypeError, ValueError: the model lacks an attribute that the step uses, or there is no such
+            backend; the message names it.
     """
+    check_choice(backend, "backend", backends.names())
     check_attributes(model, "model", ("_denoising_step", "_prepare_sampler", "config", "model"))
     return Handle(model, "_denoising_step", functools.partial(_denoising_step, model, backend))
 
