@@ -118,5 +118,5 @@ def test_entropy_bound_accepts_what_transformers_accepts():
 def test_a_model_of_another_kind_is_refused():
     with pytest.raises(TypeError, match="without _denoising_step, _prepare_sampler"):
         diffusion_gemma.accelerate(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="backend must be one of 'auto', .* got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', .* got 'fast'"):
         diffusion_gemma.accelerate(model(), backend="fast")

@@ -41,7 +41,7 @@ def test_narrow_bins_are_within_the_bound(components, narrower, kind, backend):
     problem = make_problem(24, components=components, vocabulary=8, **FULL)
     tensors = head_tensors(kind, problem["student"].shape[:3], 8)
     tensors["log_scale"] -= narrower
-    assert_within_bound(problem, backend, kind, tensors=tensors, scale=1e3)
+    assert_within_bound(problem, backend, kind, tensors=tensors, scales={"mu": 1e3})
 
 
 @pytest.mark.parametrize("backend", FAST)
