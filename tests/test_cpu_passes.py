@@ -10,7 +10,7 @@ from loss_heads import CLOSE, FULL, HEADS, assert_within_bound, head_tensors
 from sample_cases import assert_near, assert_same_draw, normal
 
 from benchmarks.memory import MemoryUnknown, peak_in_this_process
-from di4c_fast import backends
+from di4c_fast import TensorHead, backends
 from di4c_fast.draw.api import sample
 from di4c_fast.passes import cpu
 
@@ -227,3 +227,31 @@ def test_memory_does_not_grow_with_the_logits_but_by_their_gradient(call):
     allowed = 0.04 + 1.25 * (call == "value and gradient")
     assert many - few <= allowed * logits
     assert few <= logits / 7 * (call == "value and gradient") + 6 * MIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_large_gradients_are_those_written_in_place(backend, dtype):
+    """Large ones are written past the caches, into memory that still holds the last gradient."""
+    vocabulary = (1 << 17) + 1  # of odd rows
+    settings = {
+        "vocabulary": vocabulary,
+        "components": 4,
+        "positions": 20,
+        "batch": 1,
+        "mask_id": 3,
+    }
+    expected = []
+    for seed in (1, 2):
+        problem = make_problem(seed, dtype=dtype, **settings)
+        student = problem.pop("student")
+        logits = TensorHead(student.clone().requires_grad_(), in_place_gradient=True)
+        run_loss(problem | {"student": logits}, backend=backend).backward()
+        expected.append(logits.logits().detach())
+    for seed, gradient in zip((1, 2), expected, strict=True):
+        problem = make_problem(seed, dtype=dtype, **settings)
+        leaf = problem.pop("student").requires_grad_()
+        run_loss(problem | {"student": leaf}, backend=backend).backward()
+        assert leaf.grad.equal(gradient)
+        assert bool((problem["xt"] != problem["mask_id"]).any())
+        del leaf, problem  # the next one gets this memory

@@ -6,7 +6,6 @@ from .mutations import Mutation
 
 LOSS, DRAW = "test_loss_conformance.py", "test_draw_conformance.py"
 VECTORS, PASSES = "test_cpu_vectors.py", "test_cpu_passes.py"
-MEMORY = "test_loss_memory.py"
 
 
 def _rows(name: str, before: str, after: str, tests: str, select: str) -> Mutation:
@@ -368,14 +367,14 @@ CPU = [
         "streamed rows without their end",
         "  memcpy(to + v, from + v, bytes - v);",
         "",
-        MEMORY,
+        PASSES,
         "large_gradients",
     ),
     _rows(
         "streamed rows in the dtype of the sums",
         "for (; dtype != FP32 && v < n; v += W)",
         "for (; dtype == 9 && v < n; v += W)",
-        MEMORY,
+        PASSES,
         "large_gradients",
     ),
     Mutation(
@@ -383,7 +382,7 @@ CPU = [
         "kernels/cpu/mixture.h",
         "for (i64 at = 0; streams && at < bytes;",
         "for (i64 at = 0; streams && at < 0;",
-        MEMORY,
+        PASSES,
         "large_gradients",
     ),
     _draw(
