@@ -197,7 +197,8 @@ def marginal(
     block_c = min(power_of_two(operand.components), COMPONENT_TILE)
     wide = max(1, block_c // 16)  # 32 components do not fit the registers of as few threads
     elements = tuned.elements * 2 // operand.logits.element_size()
-    block_v = max(1, min(power_of_two(operand.vocabulary), elements // block_c))
+    # One row alone is cut in two: 64 columns of it per thread spill 8 bytes on sm_100.
+    block_v = max(1, min(power_of_two(operand.vocabulary), elements // max(block_c, 2)))
     split = max(tuned.split_columns, block_v)
     _marginal_kernel[(visit.slots, triton.cdiv(operand.vocabulary, split))](
         *pointers_of(operand),
