@@ -229,6 +229,9 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
         weight,
         shape.marginals,
         shape.component,
+        correlation=shape.marginals,
+        data_weight=weight,
+        component_weight=weight,
     )
     each = _meta(total, components)
     statistics = base.Statistics(

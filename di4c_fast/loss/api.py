@@ -13,13 +13,12 @@ from ..backends import Backend
 from ..checks import check_choice, check_whole, without_autocast
 from ..groups import group_name, shared_errors
 from ..heads import HeadLike
+from ..passes.base import Values
 from .problem import (
     LossTerms,
     Problem,
-    Values,
     prepare_loss,
     prepare_rows_problem,
-    weighted,
 )
 
 if TYPE_CHECKING:
@@ -184,7 +183,7 @@ def loss(
     check_choice(reduction, "reduction", REDUCTIONS)
     check_choice(backend, "backend", backends.names())
     with shared_errors(student, position_group):
-        problem, weights = prepare_loss(
+        problem = prepare_loss(
             student,
             teacher,
             x0,
@@ -208,24 +207,15 @@ def loss(
         problem = _with_group(problem, position_group)
     with without_autocast(problem.student.device):
         values = _evaluate(problem, backend)
-        draws = values.rows.shape[1] - 1
-        row_weights = weights.data.unsqueeze(1)
-        if draws:
-            share = (weights.consistency / draws).unsqueeze(1)
-            row_weights = torch.cat([row_weights, share.expand(-1, draws)], dim=1)
-        value = weighted(values.rows, row_weights).sum(1)
-        if problem.marginal:
-            value = value + values.marginal
-        if problem.component:
-            value = value + weighted(values.component, weights.component)
+    value = values.loss
     if reduction == "mean":
-        value = value.sum() / max(value.shape[0], 1)
+        value = value.mean() if len(value) else value.sum()
     elif reduction == "sum":
         value = value.sum()
     if not return_terms:
         return value
     rows, none = values.rows, torch.zeros_like(values.component)
-    consistency = rows[:, 1:].mean(1) if draws else none
+    consistency = rows[:, 1:].mean(1) if rows.shape[1] > 1 else none
     terms = (rows[:, 0], values.teacher_kl, consistency, values.consistency_kl, values.component)
     return value, LossTerms(*(term.detach() for term in terms))
 

@@ -31,12 +31,13 @@ from ..passes.base import (
     Places,
     RowSums,
     Statistics,
+    Values,
     Visit,
     padded,
 )
-from .joint import joint_terms
+from .joint import factors, joint_terms, log_weights_gradient
 from .plan import Plan, make_plan, order_positions
-from .problem import Problem, Values, weighted
+from .problem import Problem
 from .sharded import agreed, draw_targets, exchange_statistics, find_sums, local_statistics
 from .source import Source, source_of, sweep_over
 
@@ -89,13 +90,14 @@ class Saved:
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
     """Memory for what the first sweep leaves; its sizes follow from shapes alone.
 
-    Small tensors are zeros, so that slots which are not active hold something. They are not where
-    all are active and each zero is a launch.
+    Small tensors are zeros, so that slots which are not active hold something, where somebody reads
+    those: each zero is a launch.
     """
     plan = make_plan(problem, passes, needs_grad)
     batch, components, positions, vocabulary = problem.sizes
     total, like, row = batch * positions, problem.log_weights, padded(vocabulary)
-    targets = problem.tokens.shape[1]
+    targets = problem.targets
+    shape = (batch, targets, positions)
 
     small: list[Tensor] = []
 
@@ -114,10 +116,17 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         number = head.shape[1] if len(head.shape) == 4 else 1
         return RowSums(new(total, number), new(total, number))
 
+    fills = problem.seed is not None and _draws(problem, passes) and passes.WRITES_ZEROS
+    if fills and not plan.computes:  # the draw visits every slot
+        tokens = like.new_empty(shape, dtype=torch.int64)
+    else:
+        partly = problem.active is not None
+        tokens = (like.new_zeros if partly else like.new_empty)(shape, dtype=torch.int64)
+        tokens[:, : problem.tokens.shape[1]].copy_(problem.tokens)
     reads_u = problem.consistency is not None and (problem.marginal or problem.seed is not None)
     both = total if problem.marginal else 0
     statistics = Statistics(
-        tokens=problem.tokens.clone(memory_format=torch.contiguous_format),
+        tokens=tokens,
         student=RowSums(new(total, components), new(total, components)),
         teacher=sums(problem.teacher),
         consistency=sums(problem.consistency) if reads_u else None,
@@ -133,8 +142,10 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
     if problem.active is None:
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
     else:
-        rows, count = order_positions(problem.active)
-    if total and (problem.active is not None or not passes.WRITES_ZEROS):
+        own = type(like) is Tensor and total <= getattr(passes, "ORDERS", 0)
+        rows, count = (passes.order if own else order_positions)(problem.active)
+    # Passes that visit every slot, and have what is joint, read no slot that is not active.
+    if total and not (passes.WRITES_ZEROS and (_joins(problem, passes) or problem.active is None)):
         torch._foreach_zero_(small)  # one launch
     dtype = problem.student.prepared_dtype
     logits = large(plan.kept_logits, components, row, dtype=dtype)
@@ -147,7 +158,7 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
 def _draws(problem: Problem, passes: Any) -> bool:
     """Whether `forward` of the passes draws the target rows."""
     alone = problem.student.shard is None and problem.position_group is None
-    return alone and getattr(passes, "DRAWS_TARGETS", False)
+    return alone and problem.sizes[3] <= getattr(passes, "DRAWS_TARGETS", 0)
 
 
 # The first sweep ----------------------------------------------------------------------------------
@@ -161,7 +172,8 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     statistics, mixture = saved.statistics, problem.mixture()
     draws_here = problem.seed is not None and not _draws(problem, passes)
     if not draws_here:
-        mixture = dataclasses.replace(mixture, seed=problem.seed)
+        given = problem.tokens.contiguous()
+        mixture = dataclasses.replace(mixture, seed=problem.seed, given=given)
     student = Source(problem.student, passes)
     teacher, consistency = source_of(problem.teacher, passes), None
     if statistics.consistency is not None:
@@ -190,48 +202,14 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
 
 def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Values:
     """The values from the statistics of all positions; what is joint goes into `saved`."""
-    statistics, dtype, part = saved.statistics, problem.dtype, slice(0, places.slots)
-    alive = places.alive(statistics.student.total[part])
-    log_prob, log_weights = statistics.log_prob[part], problem.log_weights
-    joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[part])
-    alone = problem.position_group is None
-    evaluate = passes.joint if alone and hasattr(passes, "joint") else joint_terms
-    value = evaluate(log_prob, alive, log_weights, places, problem.correlation, joint)
-
-    def total(values: Tensor) -> Tensor:
-        return places.sum(torch.where(alive, values[part], 0.0)).to(dtype)
-
-    def nothing() -> Tensor:  # an op returns no tensor twice
-        return problem.log_weights.new_zeros(problem.sizes[0])
-
-    teacher_kl: Tensor | None = None
-    consistency_kl: Tensor | None = None
-    marginal: Tensor | None = None
-    component: Tensor | None = None
-    if problem.marginal:
-        assert problem.teacher_weight is not None
-        teacher_kl = total(statistics.teacher_kl)
-        marginal = weighted(teacher_kl, problem.teacher_weight)
-        if problem.consistency is not None:
-            assert problem.consistency_weight is not None
-            consistency_kl = total(statistics.consistency_kl)
-            marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
-    if problem.component:
-        sums = places.sum(_counted_divergence(problem, saved, places))
-        share = problem.log_weights.exp() * sums
-        # However small its weight, a component that excludes a class of q_T is infinitely far.
-        component = torch.where(sums == float("inf"), sums, share).sum(-1).to(dtype)
-    terms = (marginal, component, teacher_kl, consistency_kl)
-    found = (nothing() if term is None else term for term in terms)
-    return Values(value.to(dtype), *found)
+    joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[: places.slots])
+    evaluate = passes.joint if _joins(problem, passes) else joint_terms
+    return evaluate(saved.statistics, problem.mixture(), places, joint)
 
 
-def _counted_divergence(problem: Problem, saved: Saved, places: Places) -> Tensor:
-    """KL(q_T || p_n) (A, N); 0 where it does not count: components of weight 0 are absent."""
-    statistics, part = saved.statistics, slice(0, places.slots)
-    counted = places.alive(statistics.student.total[part]).unsqueeze(-1)
-    present = places.spread(problem.log_weights != float("-inf"))
-    return torch.where(counted & present, statistics.divergence[part], 0.0)
+def _joins(problem: Problem, passes: Any) -> bool:
+    """Whether the passes have what is joint: positions of other ranks are beyond them."""
+    return problem.position_group is None and hasattr(passes, "joint")
 
 
 # The second sweep ---------------------------------------------------------------------------------
@@ -241,81 +219,28 @@ def backward(
     problem: Problem,
     passes: Any,
     saved: Saved,
-    upstream: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
     in_place: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of the student's tensors and, last, of the log-weights; None where not needed.
 
-    upstream: gradients with respect to rows (B, J), marginal (B,) and component (B,) of `Values`.
+    upstream: gradients of the rows (B, J) and the loss (B,) of `Values`; None for 0.
     """
-    places = saved.places(problem, passes)
-    alpha, marginal, component = (part.to(problem.dtype) for part in upstream)
+    places, statistics, mixture = saved.places(problem, passes), saved.statistics, problem.mixture()
+    joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[: places.slots])
     log_weights = None
     if needs[-1]:
-        log_weights = _log_weights_gradient(problem, saved, places, alpha, marginal, component)
+        log_weights = log_weights_gradient(statistics, mixture, places, joint, *upstream)
     if not any(needs[:-1]):
         return [*[None] * (len(needs) - 1), log_weights]
-    factors = _factors(problem, saved, places, alpha, marginal, component)
+    find = passes.factors if _joins(problem, passes) else factors
+    found = find(statistics, mixture, places, joint, *upstream)
     shard = problem.student.shard
     if shard is not None:
-        local = local_statistics(shard, saved.statistics)
-        saved = dataclasses.replace(saved, statistics=local)
-    students = _student_gradients(problem, passes, saved, places, factors, needs[:-1], in_place)
+        saved = dataclasses.replace(saved, statistics=local_statistics(shard, statistics))
+    students = _student_gradients(problem, passes, saved, places, found, needs[:-1], in_place)
     return [*students, log_weights]
-
-
-def _factors(
-    problem: Problem,
-    saved: Saved,
-    places: Places,
-    alpha: Tensor,
-    marginal: Tensor,
-    component: Tensor,
-) -> Factors:
-    statistics = saved.statistics
-    part = slice(0, places.slots)
-    kappa = saved.joint.difference[part] * places.spread(alpha).unsqueeze(-1)
-    probability = -kappa.sum(1)
-    by_slot = places.spread(marginal)
-    factor = torch.zeros_like(probability)
-    if problem.marginal:
-        probability = probability + by_slot.unsqueeze(-1) * statistics.mass[part]
-    if problem.component:
-        assert statistics.teacher is not None
-        # An infinite divergence has no gradient.
-        infinite = statistics.divergence[part] == float("inf")
-        factor = places.spread(component.unsqueeze(-1) * problem.log_weights.exp())
-        factor = torch.where(infinite, 0.0, factor)
-        # A teacher's component without any class takes its share out of q_T.
-        whole = (statistics.teacher.total[part] != 0).to(alpha.dtype).mean(-1, keepdim=True)
-        probability = probability + factor * whole
-    return Factors(probability, by_slot, factor, kappa)
-
-
-def _log_weights_gradient(
-    problem: Problem,
-    saved: Saved,
-    places: Places,
-    alpha: Tensor,
-    marginal: Tensor,
-    component: Tensor,
-) -> Tensor:
-    """dL/da (B, N), with respect to the normalised log-weights."""
-    statistics, joint = saved.statistics, saved.joint
-    part = slice(0, places.slots)
-    # sum_d rho - w = sum_d (rho - w) + (number of positions - 1) w
-    rows = places.sum(joint.difference[part]) + (joint.counted - 1).unsqueeze(-1) * joint.weights
-    gradient = (rows * alpha.unsqueeze(-1)).sum(1)
-    if problem.marginal:
-        alive = places.alive(statistics.student.total[part]).unsqueeze(-1)
-        mass = torch.where(alive, statistics.mass[part], 0.0)
-        gradient = gradient - marginal.unsqueeze(-1) * places.sum(mass)
-    if problem.component:
-        divergence = _counted_divergence(problem, saved, places)
-        sums = places.sum(torch.where(divergence == float("inf"), 0.0, divergence))
-        gradient = gradient + component.unsqueeze(-1) * problem.log_weights.exp() * sums
-    return gradient.to(problem.dtype)
 
 
 def _student_gradients(
@@ -323,7 +248,7 @@ def _student_gradients(
     passes: Any,
     saved: Saved,
     places: Places,
-    factors: Factors,
+    found: Factors,
     needs: Sequence[bool],
     in_place: bool,
 ) -> list[Tensor | None]:
@@ -372,12 +297,12 @@ def _student_gradients(
             z = Operand.of_chunk(kept[..., :vocabulary])
         chunk = Chunk(z, t, u, visit, mixture, statistics)
         if target is not None:
-            passes.backward(chunk, factors, target)
+            passes.backward(chunk, found, target)
             continue
         if scratch is None or scratch.shape[0] < visit.slots:
             scratch = student.new_chunk(visit.slots)
         part = scratch[: visit.slots, :, :vocabulary]
-        passes.backward(chunk, factors, Operand.of_chunk(part))
+        passes.backward(chunk, found, Operand.of_chunk(part))
         student.head.add_gradient(sums, student.rows(visit), part, passes)
     sums = head.share_gradients(sums)
     if target is not None and not sums:

@@ -20,8 +20,9 @@ from torch.autograd import forward_ad
 from .. import backends, record
 from ..checks import without_autocast
 from ..heads import TensorHead
+from ..passes.base import Values
 from .driver import Saved, backward, forward, gradient_strides, is_dense, new_saved
-from .problem import Problem, Values
+from .problem import Problem
 
 ONCE = (
     "the losses of di4c_fast can be differentiated once; a second derivative (a gradient "
@@ -52,8 +53,8 @@ def evaluate(problem: Problem, backend: str) -> Values:
         tensors, text = encoded
         in_place = isinstance(student, TensorHead) and _writes_over(student, problem)
         found = _Evaluation.apply(problem, text, backend, needs_grad, in_place, *tensors)
-    rows, marginal, component, teacher_kl, consistency_kl = found[:VALUES]
-    return Values(rows, marginal, component, teacher_kl.detach(), consistency_kl.detach())
+    rows, loss, *terms = found[:VALUES]
+    return Values(rows, loss, *(term.detach() for term in terms))
 
 
 def _writes_over(student: TensorHead, problem: Problem) -> bool:
@@ -102,7 +103,7 @@ def _(tensors: list[Tensor], text: str, backend: str, needs_grad: bool) -> list[
     _, saved = new_saved(problem, _passes(problem, backend), needs_grad)
     like, batch = problem.log_weights, problem.sizes[0]
     values = [like.new_empty(batch) for _ in range(VALUES - 1)]
-    return [like.new_empty(batch, problem.tokens.shape[1]), *values, *saved.tensors()]
+    return [like.new_empty(batch, problem.targets), *values, *saved.tensors()]
 
 
 @torch.library.custom_op("di4c_fast::mixture_backward", mutates_args=())
@@ -114,9 +115,13 @@ def mixture_backward(
     upstream: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of the student's tensors and of the log-weights; empty where not needed."""
+    """Gradients of the student's tensors and of the log-weights; empty where not needed.
+
+    `upstream` holds those of the rows and of the loss, empty ones for 0.
+    """
     problem = record.decode(Problem, tensors, text)
-    found = _gradients(problem, backend, saved, upstream, needs, False)
+    given = [part if part.numel() else None for part in upstream]
+    found = _gradients(problem, backend, saved, given, needs, False)
     return [problem.log_weights.new_empty(0) if part is None else part for part in found]
 
 
@@ -148,7 +153,7 @@ def _gradients(
     problem: Problem,
     backend: str,
     saved: Sequence[Tensor],
-    upstream: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
     in_place: bool,
 ) -> list[Tensor | None]:
@@ -161,7 +166,6 @@ def _keep(ctx: Any, text: str | None, backend: str, tensors: Any, output: Any) -
     """What the way back needs of a call."""
     ctx.text, ctx.backend, ctx.count = text, backend, len(tensors)
     ctx.save_for_backward(*tensors, *output[VALUES:])
-    ctx.like = [(value.shape, value.dtype, value.device) for value in output[:3]]
     ctx.set_materialize_grads(False)
 
 
@@ -174,11 +178,7 @@ def _kept(ctx: Any, problem: Problem | None, needs: Sequence[bool], upstream: An
     # None for an optional tensor that is absent.
     at = [next((i for i, t in enumerate(tensors) if t is part), None) for part in parts]
     wanted = [i is not None and needs[i] for i in at]
-    given = [
-        torch.zeros(shape, dtype=dtype, device=device) if part is None else part
-        for part, (shape, dtype, device) in zip(upstream[:3], ctx.like, strict=True)
-    ]
-    return problem, tensors, saved, given, wanted, at
+    return problem, tensors, saved, upstream[:2], wanted, at
 
 
 def _placed(count: int, at: Any, wanted: Any, found: Any) -> list[Tensor | None]:
@@ -197,7 +197,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _autograd(ctx: Any, upstream: list[Tensor | None]) -> tuple[Any, ...]:
     _, tensors, saved, given, wanted, at = _kept(ctx, None, ctx.needs, upstream)
-    found = mixture_backward(list(tensors), ctx.text, ctx.backend, list(saved), given, wanted)
+    none = saved[0].new_empty(0, dtype=torch.float32)
+    parts = [none if part is None else part for part in given]
+    found = mixture_backward(list(tensors), ctx.text, ctx.backend, list(saved), parts, wanted)
     return _placed(ctx.count, at, wanted, found), None, None, None
 
 
@@ -228,7 +230,7 @@ class _Evaluation(torch.autograd.Function):
         # A problem that holds the tensors itself would keep them beyond the backward pass.
         ctx.problem, ctx.in_place = problem if text is None else None, in_place
         _keep(ctx, text, backend, tensors, [*values, *saved.tensors()])
-        ctx.mark_non_differentiable(*values[3:])
+        ctx.mark_non_differentiable(*values[2:])
         return tuple(values)
 
     @staticmethod

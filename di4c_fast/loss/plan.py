@@ -32,6 +32,7 @@ class Plan:
     chunk: int  # slots
     kept: int  # slots whose rows of q, and of q_T, are kept
     kept_logits: int  # slots whose computed logits of the student are kept
+    computes: bool  # logits of some head
 
 
 def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
@@ -51,7 +52,7 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
             chunk = max(chunk, -(-MINIMUM_ROWS // max(map(_components, computed))))
         chunk = max(1, min(chunk, total))
     if not needs_grad:
-        return Plan(chunk, 0, 0)
+        return Plan(chunk, 0, 0, bool(computed))
     if budget is None:
         budget = KEPT_BYTES_GPU if computed and device.type != "cpu" else KEPT_BYTES
         if problem.student.operand() is not None and not computed:
@@ -72,7 +73,7 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
         size = components * row * problem.student.prepared_dtype.itemsize
         kept_logits = min(total, budget // size)
         kept_logits = kept_logits if kept_logits == total else kept_logits // chunk * chunk
-    return Plan(chunk, kept, kept_logits)
+    return Plan(chunk, kept, kept_logits, bool(computed))
 
 
 def _components(head: Head) -> int:

@@ -47,33 +47,28 @@ class LossTerms(NamedTuple):
     component: Tensor
 
 
-class Values(NamedTuple):
-    """What an evaluation gives, in the work dtype, in nats. Differentiable: the first three."""
-
-    rows: Tensor  # (B, J) cor(x) of every target row, or its negative joint log-likelihood
-    marginal: Tensor  # (B,) teacher_weight KL(q_T || m) + consistency_weight KL(q_u || m), over d
-    component: Tensor  # (B,) sum_n e^{a_n} sum_d KL(q_T || p_n)
-    teacher_kl: Tensor  # (B,) sum_d KL(q_T || m)
-    consistency_kl: Tensor  # (B,) sum_d KL(q_u || m)
-
-
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is to be evaluated. `log_weights` carries the graph of the caller's log-weights."""
+    """What is to be evaluated. `log_weights` carries the graph of the caller's log-weights.
+
+    Weights are (B,) in the work dtype and contiguous.
+    """
 
     student: Head  # (B, N, D, V)
-    tokens: Tensor  # (B, J, D) int64; the rows that are to be drawn come last and hold anything
+    tokens: Tensor  # (B, J, D) int64 target rows; with `seed` K more are drawn behind them
     log_weights: Tensor  # (B, N) work dtype, normalised
     active: Tensor | None = None  # (B, D) bool; None: every position counts
     mask_id: int | None = None
     correlation: bool = True  # of the target rows; False: their negative joint log-likelihood
     teacher: Head | None = None  # (B, D, V) or (B, M, D, V), detached
-    teacher_weight: Tensor | None = None  # (B,) work dtype
     consistency: Head | None = None  # (B, K, D, V), detached
-    consistency_weight: Tensor | None = None  # (B,)
+    data_weight: Tensor | None = None  # None: `Values.loss` is not asked for
+    teacher_weight: Tensor | None = None
+    consistency_weight: Tensor | None = None
+    component_weight: Tensor | None = None
     xu: Tensor | None = None  # (B, K, D) int64
     seed: Tensor | None = None  # () int64: the last K target rows are drawn from `consistency`
-    marginal: bool = False  # `Values.marginal` is asked for
+    marginal: bool = False  # the KL terms to the marginal are asked for
     component: bool = False  # `Values.component` is asked for
     position_group: str | None = None  # of ranks that have the other positions
 
@@ -90,7 +85,16 @@ class Problem:
         for name in ("student", "teacher", "consistency"):
             head = getattr(self, name)
             facts[name] = head and tuple(head.shape[:-2])
-        return facts | {"targets": self.tokens.shape[1], "drawn": self.seed is not None}
+        return facts | {"targets": self.targets, "drawn": self.seed is not None}
+
+    @property
+    def targets(self) -> int:
+        """J."""
+        drawn = 0
+        if self.seed is not None:
+            assert self.consistency is not None
+            drawn = self.consistency.shape[1]
+        return self.tokens.shape[1] + drawn
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,16 +116,14 @@ class Problem:
             mask_id,
             xu,
             self.log_weights.detach().contiguous(),
-            none if self.teacher_weight is None else self.teacher_weight.contiguous(),
-            none if self.consistency_weight is None else self.consistency_weight.contiguous(),
+            none if self.teacher_weight is None else self.teacher_weight,
+            none if self.consistency_weight is None else self.consistency_weight,
             self.marginal,
             self.component,
+            self.correlation,
+            self.data_weight,
+            self.component_weight,
         )
-
-
-def weighted(term: Tensor, weight: Tensor) -> Tensor:
-    """term · weight, left out where the weight is 0: an infinite term must not give NaN."""
-    return torch.where(weight > 0, term, 0.0) * weight
 
 
 def prepare_student(student: HeadLike) -> Head:
@@ -174,8 +176,8 @@ def prepare_log_weights(log_weights: Tensor | None, student: Head) -> Tensor:
     dtype = student.work_dtype
     if log_weights is None:
         # Filled on the device: a copy from the host would wait for it.
-        uniform = torch.full((), -math.log(components), dtype=dtype, device=student.device)
-        return uniform.expand(batch, components)
+        sizes, share = (batch, components), -math.log(components)
+        return torch.full(sizes, share, dtype=dtype, device=student.device)
     check_tensor(log_weights, "log_weights")
     if not log_weights.dtype.is_floating_point:
         raise TypeError(f"log_weights must be floating point, got {log_weights.dtype}")
@@ -285,13 +287,13 @@ def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Ten
                 f"{name} is not differentiable: pass {name}.detach(), or weight the terms "
                 "outside with reduction='none'"
             )
-        return value.detach().to(dtype).expand(batch), False
+        return value.detach().to(dtype).expand(batch).contiguous(), False
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a Tensor, got {describe(value)}")
     if not 0 <= value <= torch.finfo(dtype).max:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
-    weight = torch.full((), float(value), dtype=dtype, device=student.device)
-    return weight.expand(batch), float(value) == 0.0
+    weight = torch.full((batch,), float(value), dtype=dtype, device=student.device)
+    return weight, float(value) == 0.0
 
 
 def prepare_target(logits: HeadLike, name: str, student: Head, letters: str) -> Head:
@@ -327,32 +329,11 @@ def _target(head: Head, student: Head) -> Head:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """The weights of the terms, (B,) each in the work dtype, and the names of those that are the
-    number 0, whose terms need no work."""
-
-    data: Tensor
-    teacher: Tensor
-    consistency: Tensor
-    component: Tensor
-    zero: frozenset[str]
-
-
-def prepare_weights(student: Head, given: dict[str, float | Tensor]) -> Weights:
-    """The weights by the names of the terms, as `loss` was given them."""
-    prepared = {
-        name: prepare_weight(value, f"{name}_weight", student) for name, value in given.items()
-    }
-    zero = frozenset(name for name, (_, is_zero) in prepared.items() if is_zero)
-    return Weights(**{name: weight for name, (weight, _) in prepared.items()}, zero=zero)
-
-
 def prepare_loss(
     student: HeadLike,
     teacher: HeadLike,
     x0: Tensor,
-    weights: dict[str, float | Tensor],
+    given_weights: dict[str, float | Tensor],
     *,
     consistency: HeadLike | None,
     consistency_x: Tensor | None,
@@ -364,7 +345,7 @@ def prepare_loss(
     control_variate: bool,
     generator: torch.Generator | None,
     return_terms: bool,
-) -> tuple[Problem, Weights]:
+) -> Problem:
     """Check every argument of `loss` and build its problem, before any work starts."""
     check_bool(control_variate, "control_variate")
     check_bool(return_terms, "return_terms")
@@ -377,7 +358,10 @@ def prepare_loss(
     active = prepare_active(xt, valid, mask_id, head)
     x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
     check_targets_allowed(x0, "x0", mask_id, active)
-    prepared = prepare_weights(head, weights)
+    prepared = {
+        name: prepare_weight(value, f"{name}_weight", head) for name, value in given_weights.items()
+    }
+    weights = {name: weight for name, (weight, _) in prepared.items()}
     normalised = prepare_log_weights(log_weights, head)
 
     draws, seed = None, None
@@ -409,17 +393,17 @@ def prepare_loss(
                 )
 
     def asked(name: str) -> bool:
-        return return_terms or name not in prepared.zero
+        return return_terms or not prepared[name][1]
 
     tokens = x0.unsqueeze(1)
     if draws is None or not asked("consistency"):
         draws, xu, seed = None, None, None
     else:
-        given = tokens.new_zeros(sizes) if consistency_x is None else consistency_x
-        if xu is not None:
-            assert mask_id is not None
-            given = torch.where(xu.ne(mask_id), xu, given)
-        tokens = torch.cat([tokens, given], dim=1)
+        if consistency_x is not None:
+            if xu is not None:
+                assert mask_id is not None
+                consistency_x = torch.where(xu.ne(mask_id), xu, consistency_x)
+            tokens = torch.cat([tokens, consistency_x], dim=1)
     marginal = control_variate and (asked("teacher") or draws is not None)
     component = asked("component")
     problem = Problem(
@@ -430,15 +414,17 @@ def prepare_loss(
         mask_id=mask_id,
         correlation=control_variate,
         teacher=teacher_head if marginal or component else None,
-        teacher_weight=prepared.teacher,
         consistency=draws,
-        consistency_weight=prepared.consistency,
+        data_weight=weights["data"],
+        teacher_weight=weights["teacher"],
+        consistency_weight=weights["consistency"],
+        component_weight=weights["component"],
         xu=xu,
         seed=seed,
         marginal=marginal,
         component=component,
     )
-    return problem, prepared
+    return problem
 
 
 def prepare_rows_problem(

@@ -16,8 +16,15 @@ components at once. The driver calls them; nothing else does.
         Write zeros as dL/dz of the visited slots, faster than indexing does; optional.
     draw(x, y, visit, keys, options)
         A token and statistics for every row of the visited slots: see `di4c_fast.draw`.
-    joint(log_prob, alive, log_weights, places, correlation, out)
-        The joint terms, faster than `joint_terms` of `loss.joint` has them; optional.
+    joint(statistics, mixture, places, out)
+    factors(statistics, mixture, places, joint, rows, loss)
+        The values of a problem and the factors of its gradient, in fewer and faster steps than
+        `joint_terms` and `factors` of `loss.joint`; optional, both or none.
+    order(active)
+        The active positions first, and how many: `order_positions` of `loss.plan` for up to ORDERS
+        positions; optional.
+    DRAWS_TARGETS
+        The largest vocabulary of which `forward` draws target rows; optional.
     READS_BINS
         The most bins of an operand that stands for a `LogisticHead` by its two numbers per row; 0
         if there is none: then the head computes its logits.
@@ -176,9 +183,13 @@ class Mixture:
     consistency_weight: Tensor  # (B,)
     marginal: bool  # KL(q_T || m) and KL(q_u || m) are asked for
     component: bool  # KL(q_T || p_n) is asked for
-    # () int64: `forward` draws the last K target rows from u. Only for passes with
-    # DRAWS_TARGETS = True, and not in `backward`.
+    correlation: bool  # cor(x) of the target rows; False: their negative joint log-likelihood
+    data_weight: Tensor | None  # (B,); None: `Values.loss` is not asked for
+    component_weight: Tensor | None  # (B,)
+    # () int64: `forward` draws the last K target rows from u, behind those that are given,
+    # (B, J - K, D) int64. Only for passes with DRAWS_TARGETS, and not in `backward`.
     seed: Tensor | None = None
+    given: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +295,16 @@ class Joint:
     difference: Tensor  # (A, J, N) rho - w
     weights: Tensor  # (B, J, N) w, work dtype
     counted: Tensor  # (B, J) at how many positions the target counts, work dtype
+
+
+class Values(NamedTuple):
+    """What an evaluation gives, in the work dtype, in nats. Differentiable: the first two."""
+
+    rows: Tensor  # (B, J) cor(x) of every target row, or its negative joint log-likelihood
+    loss: Tensor  # (B,) the weighted sum of the terms, 0 where it is not asked for
+    component: Tensor  # (B,) sum_n e^{a_n} sum_d KL(q_T || p_n)
+    teacher_kl: Tensor  # (B,) sum_d KL(q_T || m)
+    consistency_kl: Tensor  # (B,) sum_d KL(q_u || m)
 
 
 @dataclasses.dataclass(frozen=True)

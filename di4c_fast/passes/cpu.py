@@ -18,11 +18,24 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu.build import BuildError, find_library
-from .base import Chunk, Drawn, DrawOptions, Factors, Joint, Operand, Places, RowSums, Visit
+from .base import (
+    Chunk,
+    Drawn,
+    DrawOptions,
+    Factors,
+    Joint,
+    Mixture,
+    Operand,
+    Places,
+    RowSums,
+    Statistics,
+    Values,
+    Visit,
+)
 
 WRITES_ZEROS = False  # `backward` visits active slots only
 READS_BINS = sys.maxsize
-DRAWS_TARGETS = True  # `forward` draws x^k
+DRAWS_TARGETS = sys.maxsize  # `forward` draws x^k
 SETS = ("plain", "avx2", "avx512")  # DI4C_FAST_CPU names the highest that may run
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOGISTIC = 3  # of Dtype in vec.h
@@ -101,23 +114,29 @@ def _signed(value: int | Tensor) -> int:
     return (int(value) + 2**63) % 2**64 - 2**63
 
 
-def joint(
-    log_prob: Tensor,
-    alive: Tensor,
-    log_weights: Tensor,
-    places: Places,
-    correlation: bool,
-    out: Joint,
-) -> Tensor:
+def joint(statistics: Statistics, mixture: Mixture, places: Places, out: Joint) -> Values:
     """See `loss.joint.joint_terms`."""
-    shape = out.counted.shape
-    value = log_prob.new_empty(shape, dtype=torch.float64)
-    words = _Words().pointers(log_prob).pointers(alive, dtype=torch.bool).pointers(log_weights)
-    words.pointers(places.rows, dtype=torch.int64)
-    words.numbers(places.slots, places.sizes[1], shape.numel(), *out.weights.shape[1:])
-    words.numbers(correlation, torch.get_num_threads()).pointers(value, dtype=torch.float64)
+    rows, *others = (torch.empty(shape) for shape in (out.counted.shape, *[places.sizes[:1]] * 4))
+    words = _Words().terms(statistics, mixture, places).outputs(rows, *others)
     _call("di4c_joint", words.outputs(out.difference, out.weights, out.counted))
-    return value
+    return Values(rows, *others)
+
+
+def factors(
+    statistics: Statistics,
+    mixture: Mixture,
+    places: Places,
+    joint: Joint,
+    rows: Tensor | None,
+    loss: Tensor | None,
+) -> Factors:
+    """See `loss.joint.factors`."""
+    slots, _, components = joint.difference.shape
+    probability, component = torch.empty(2, slots, components)
+    found = Factors(probability, torch.empty(slots), component, torch.empty_like(joint.difference))
+    words = _Words().terms(statistics, mixture, places).pointers(joint.difference, rows, loss)
+    _call("di4c_factors", words.outputs(probability, found.marginal, component, found.kappa))
+    return found
 
 
 class _Words:
@@ -170,6 +189,19 @@ class _Words:
         assert rows.stride(1) == 1
         return self.numbers(rows.data_ptr(), rows.shape[0], rows.stride(0))
 
+    def terms(self, s: Statistics, m: Mixture, places: Places) -> _Words:
+        self.pointers(places.rows, dtype=torch.int64)
+        teachers = 0 if s.teacher is None else s.teacher.total.shape[1]
+        self.numbers(places.slots, places.sizes[1], places.sizes[0], *s.log_prob.shape[1:])
+        self.numbers(teachers, torch.get_num_threads())
+        self.pointers(m.log_weights, m.data_weight, m.teacher_weight, m.consistency_weight)
+        self.pointers(m.component_weight, s.log_prob, s.student.total)
+        both = [s.mass, s.teacher_kl, None if s.consistency is None else s.consistency_kl]
+        self.pointers(*(both if m.marginal else [None] * 3))
+        apart = [s.divergence, None if s.teacher is None else s.teacher.total]
+        self.pointers(*(apart if m.component else [None] * 2))
+        return self.numbers(m.correlation)
+
     def mixture_pass(
         self, chunk: Chunk, factors: Factors | None = None, gradient: Operand | None = None
     ) -> _Words:
@@ -220,8 +252,8 @@ def _library() -> tuple[ctypes.CDLL | None, str | None, int]:
         parallel_for = ctypes.cast(_torch_library().torch_parallel_for, ctypes.c_void_p)
     except (BuildError, OSError, AttributeError) as error:
         return None, f"the C++ passes cannot be built or loaded: {error}", 0
-    for name in ("di4c_forward", "di4c_backward", "di4c_clear", "di4c_draw", "di4c_joint"):
-        getattr(library, name).argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_int64]
+    for name in ("forward", "backward", "clear", "draw", "joint", "factors"):
+        getattr(library, f"di4c_{name}").argtypes = [ctypes.POINTER(ctypes.c_int64), ctypes.c_int64]
     library.di4c_map.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     return library, None, library.di4c_start(parallel_for, SETS.index(highest))
 

@@ -5,26 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.triton.joint import joint_rows as joint
+from ..kernels.triton.joint import gradient_factors, joint_values
 from ..kernels.triton.marginal import marginal
 from ..kernels.triton.mixture_backward import mixture_backward
 from ..kernels.triton.mixture_forward import mixture_forward
+from ..kernels.triton.order import MAX_POSITIONS, order
 from ..kernels.triton.row_draw import MAX_VOCABULARY
 from ..kernels.triton.row_statistics import row_statistics
 from ..kernels.triton.target_gradient import target_gradient
-from .base import Chunk, Factors, Operand, Visit, padded
-from .triton_draw import draw
+from .base import (
+    Chunk,
+    Factors,
+    Joint,
+    Mixture,
+    Operand,
+    Places,
+    Statistics,
+    Values,
+    Visit,
+    padded,
+)
+from .triton_draw import draw, draw_targets
 
 __all__ = [
     "backward",
     "chunk_bytes",
     "draw",
+    "factors",
     "forward",
     "joint",
+    "order",
     "temporary_bytes",
 ]
 
-READS_BINS = MAX_VOCABULARY
+ORDERS = MAX_POSITIONS
+READS_BINS = DRAWS_TARGETS = MAX_VOCABULARY
 WRITES_ZEROS = True  # `backward` visits inactive slots, too, and writes their zeros
 
 
@@ -44,6 +59,9 @@ def forward(chunk: Chunk) -> None:
     mask_id = mixture.mask_id
     student = statistics.student
     tokens, log_prob = statistics.tokens, statistics.log_prob
+    if mixture.seed is not None:
+        assert u is not None
+        draw_targets(u, visit, mixture, statistics)
     if not statistics.all_known:
         row_statistics(z, visit, mask_id, student, tokens=tokens, log_prob=log_prob)
     if t is None:
@@ -57,7 +75,7 @@ def forward(chunk: Chunk) -> None:
         marginal(t, visit, mask_id, statistics.teacher, student.total, q_teacher)
     q_consistency = None
     if u is not None:
-        if not statistics.sums_known:
+        if mixture.seed is None and not statistics.sums_known:
             row_statistics(u, visit, mask_id, statistics.consistency)
         q_consistency = _rows(z, visit) if q is None else q  # q takes its place
         sums = statistics.consistency
@@ -86,6 +104,23 @@ def backward(chunk: Chunk, factors: Factors, gradient: Operand) -> None:
     mixture_backward(z, visit, mixture, statistics, factors, gradient, q=q, q_teacher=q_teacher)
     if z.bins is None:
         target_gradient(visit, mixture, statistics, factors, gradient, q=q, q_teacher=q_teacher)
+
+
+def joint(statistics: Statistics, mixture: Mixture, places: Places, out: Joint) -> Values:
+    """See `base`."""
+    return Values(*joint_values(statistics, mixture, places, out))
+
+
+def factors(
+    statistics: Statistics,
+    mixture: Mixture,
+    places: Places,
+    joint: Joint,
+    rows: Tensor | None,
+    loss: Tensor | None,
+) -> Factors:
+    """See `base`."""
+    return Factors(*gradient_factors(statistics, mixture, places, joint, rows, loss))
 
 
 def _distributions(chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:

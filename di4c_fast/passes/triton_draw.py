@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..draw.law import SAMPLE_BLOCK
-from ..kernels.triton.row_draw import MAX_VOCABULARY, row_draw
+from ..kernels.triton.row_draw import MAX_VOCABULARY, Targets, row_draw
 from . import torch_draw
-from .base import Drawn, DrawOptions, Operand, Visit
+from .base import Drawn, DrawOptions, Mixture, Operand, Statistics, Visit
 
 
 def draw(x: Operand, y: Operand | None, visit: Visit, keys: Tensor, options: DrawOptions) -> Drawn:
@@ -26,6 +26,17 @@ def draw(x: Operand, y: Operand | None, visit: Visit, keys: Tensor, options: Dra
     )
     token, argmax, values = row_draw(x, y, visit, keys.contiguous(), seeded, SAMPLE_BLOCK)
     return Drawn(token, argmax=argmax, **values)
+
+
+def draw_targets(u: Operand, visit: Visit, mixture: Mixture, statistics: Statistics) -> None:
+    """The last K target rows, one token from every component of u, and the row sums of u."""
+    sums = statistics.consistency
+    assert sums is not None
+    assert mixture.given is not None
+    assert mixture.seed is not None
+    options = DrawOptions(mixture.mask_id, mixture.seed)
+    targets = Targets(statistics.tokens, mixture.given, mixture.xu, sums.shift, sums.total)
+    row_draw(u, None, visit, None, options, SAMPLE_BLOCK, targets)
 
 
 def _integer(value: int | Tensor, device: torch.device) -> Tensor:

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..heads import Head
-from ..loss.problem import Problem, Values, weighted
+from ..loss.joint import loss_of
+from ..loss.problem import Problem
+from ..passes.base import Values
 from .draw import draw_ref
 
 NEG_INF = float("-inf")
@@ -161,20 +163,16 @@ def evaluate(problem: Problem) -> Values:
         return torch.where(active, values, torch.zeros_like(values)).sum(-1)
 
     zeros = log_weights.detach().new_zeros(rows.shape[0])
-    marginal, teacher_kl, consistency_kl, component = zeros, zeros, zeros, zeros
+    teacher_kl, consistency_kl, component = zeros, zeros, zeros
     if problem.teacher is not None:
         teacher = head_log_prob(problem.teacher, dtype, mask_id, problem.active).exp()
         if teacher.ndim == 4:
             teacher = teacher.mean(1)  # [B, D, V]
     if problem.marginal:
-        assert problem.teacher_weight is not None
         m = marginal_log_prob(log_prob, log_weights)  # [B, D, V]
         teacher_kl = over_active(kl_divergence(teacher, m))
-        marginal = weighted(teacher_kl, problem.teacher_weight)
         if q_consistency is not None:
-            assert problem.consistency_weight is not None
             consistency_kl = over_active(kl_divergence(q_consistency, m))
-            marginal = marginal + weighted(consistency_kl, problem.consistency_weight)
     if problem.component:
         divergence = kl_divergence(teacher.unsqueeze(1), log_prob)  # [B, N, D]
         # A component of weight 0 is as good as absent, even where its divergence is infinite.
@@ -185,7 +183,11 @@ def evaluate(problem: Problem) -> Values:
         # An infinite divergence has no gradient; NaN stays NaN.
         beyond = (counted & infinite).any(-1).any(-1) & ~component.isnan()
         component = component.masked_fill(beyond, float("inf"))
-    return Values(rows, marginal, component, teacher_kl.detach(), consistency_kl.detach())
+    terms = (component, teacher_kl, consistency_kl)
+    loss = zeros
+    if problem.data_weight is not None:
+        loss = loss_of(problem, rows, teacher_kl, consistency_kl, component)
+    return Values(rows, loss, *(term.detach() for term in terms))
 
 
 def consistency_targets(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -203,7 +205,8 @@ def consistency_targets(problem: Problem) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         log_prob = head_log_prob(problem.consistency, problem.dtype, problem.mask_id, counted)
         prob = log_prob.exp()  # [B, K, D, V]
-        draws = tokens[:, tokens.shape[1] - prob.shape[1] :]
+        given = problem.targets - prob.shape[1]
+        draws = tokens[:, given:]
         if problem.seed is not None:
             draws = draw_ref(log_prob, problem.seed)
         if revealed is not None:
@@ -211,4 +214,4 @@ def consistency_targets(problem: Problem) -> tuple[Tensor, Tensor]:
             one_hot = F.one_hot(problem.xu, prob.shape[-1]).to(prob.dtype)
             prob = torch.where(revealed.unsqueeze(-1), one_hot, prob)
             draws = torch.where(revealed, problem.xu, draws)
-        return prob.mean(1), torch.cat([tokens[:, : tokens.shape[1] - prob.shape[1]], draws], 1)
+        return prob.mean(1), torch.cat([tokens[:, :given], draws], 1)

@@ -86,12 +86,28 @@ struct DrawPass {  // one draw for each of the R rows, by slot, then by componen
   float *shift, *total, *log_weight, *entropy, *margin, *raw_prob;
 };
 
-struct JointPass {  // one task for each example and target row
-  const float* log_prob;  // [A, J, N]
-  const uint8_t* alive;   // [A]
+struct Terms {  // what the joint terms and the factors of the gradient know of a problem
+  const int64_t* rows;  // flat position of every slot, ascending; null: slot s is position s
+  int64_t slots, positions, batch, targets, components, teachers, threads;
   const float* log_weights;  // [B, N]
-  const int64_t* rows;    // flat position of every slot, ascending; null: slot s is position s
-  int64_t slots, positions, tasks, targets, components, correlation, threads;
-  double* value;                         // [B, J]
-  float *difference, *weights, *counted;  // [A, J, N], [B, J, N], [B, J]
+  const float *data_weight, *teacher_weight, *consistency_weight, *component_weight;  // [B]
+  // Of statistics: log_prob [A, J, N], and [A, N] each but for the KL terms [A] and the sums of the
+  // teacher's M rows [A, M]. Null where they are not asked for.
+  const float *log_prob, *total, *mass, *teacher_kl, *consistency_kl, *divergence, *teacher_total;
+  int64_t correlation;
+};
+
+// One task for each example and target row, and one more per example for what is a sum over
+// positions. Without data_weight there is no loss.
+struct JointPass {
+  Terms terms;
+  float *rows, *loss, *component, *teacher_kl, *consistency_kl;  // [B, J], and [B] each
+  float *difference, *weights, *counted;                         // [A, J, N], [B, J, N], [B, J]
+};
+
+struct FactorsPass {
+  Terms terms;
+  const float* difference;               // [A, J, N]
+  const float *rows_gradient, *gradient;  // [B, J], and [B] of the loss; null: 0
+  float *probability, *marginal, *component, *kappa;  // those of `Factors`
 };

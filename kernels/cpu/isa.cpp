@@ -23,5 +23,5 @@ void map(i64 which, const float* x, float* y, i64 n) {
 }  // namespace
 
 extern const Functions DI4C_ISA;
-const Functions DI4C_ISA = {forward_slot, backward_slot,   clear_slot,   draw_slot,
-                            joint_slot,   mixture_scratch, draw_scratch, map};
+const Functions DI4C_ISA = {forward_slot, backward_slot, clear_slot,      draw_slot,    joint_slot,
+                            loss_slot,    factors_slot,  mixture_scratch, draw_scratch, map};

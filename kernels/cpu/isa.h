@@ -9,6 +9,8 @@ struct Functions {
   void (*clear)(const void* pass, int64_t slot, char* scratch);
   void (*draw)(const void* pass, int64_t slot, char* scratch);
   void (*joint)(const void* pass, int64_t task, char* scratch);
+  void (*loss)(const void* pass, int64_t example, char* scratch);
+  void (*factors)(const void* pass, int64_t slot, char* scratch);
   int64_t (*mixture_scratch)(const void* pass, bool forward);
   int64_t (*draw_scratch)(const void* pass);
   void (*map)(int64_t which, const float* x, float* y, int64_t n);  // exp and log, for tests

@@ -122,9 +122,18 @@ DI4C_EXPORT int32_t di4c_draw(const DrawPass* a, int64_t words) {
 
 DI4C_EXPORT int32_t di4c_joint(const JointPass* a, int64_t words) {
   if (words * 8 != sizeof(*a)) return DIFFERS;
-  int64_t examples = a->tasks / (a->targets + !a->targets) + 1;
-  return run(functions->joint, a, a->tasks, a->slots / examples * a->components,
-             16 * a->components + 1024, a->threads);
+  const Terms& t = a->terms;
+  int32_t failure = run(functions->joint, a, t.batch * (t.targets + 1),
+                        t.slots / (t.batch + 1) * t.components, 16 * t.components + 1024, t.threads);
+  for (int64_t b = 0; !failure && b < t.batch; ++b) functions->loss(a, b, nullptr);
+  return failure;
+}
+
+DI4C_EXPORT int32_t di4c_factors(const FactorsPass* a, int64_t words) {
+  if (words * 8 != sizeof(*a)) return DIFFERS;
+  const Terms& t = a->terms;
+  return run(functions->factors, a, t.slots, t.targets * t.components, 4 * t.components + 1024,
+             t.threads);
 }
 
 // y = exp(x) or, with which = 1, log(x) of n numbers.

@@ -125,10 +125,10 @@ def rows_at(
     HAS_GUIDANCE: tl.constexpr,
 ):
     """Of these rows: whether to work on them, both offsets, T, whether it is at temperature 0
-    (then T is 1), and strength; [R] each."""
+    (then T is 1), strength, and place, example, component and position; [R] each."""
     # Rows fit in 32 bits, and 32-bit division is far cheaper.
     slot, c = (row // C).to(tl.int64), (row % C).to(tl.int64)
-    _, position, wanted = position_at(
+    place, position, wanted = position_at(
         slot, row < rows, rows_ptr, count_ptr, first, HAS_ROWS, HAS_COUNT
     )
     b, d = split_position(position, D)
@@ -145,7 +145,7 @@ def rows_at(
         strength = tl.load(guidance_ptr + row, mask=wanted, other=0.0) + 1.0
     else:
         strength = tl.zeros_like(row).to(tl.float32) + guidance + 1.0
-    return wanted, offset, offset_u, t, cold, strength
+    return wanted, offset, offset_u, t, cold, strength, (place, b, c, d)
 
 
 @triton.jit(do_not_specialize=["begin_row", "rows", "first", "plane"])
@@ -196,7 +196,7 @@ def _block_sums_kernel(
     pid = tl.program_id(0)
     local = pid // tiles + tl.arange(0, 1)
     tile = pid % tiles
-    wanted, offset, offset_u, t, _, strength = rows_at(
+    wanted, offset, offset_u, t, _, strength, _ = rows_at(
         begin_row + local, rows, rows_ptr, count_ptr, temperature_ptr, guidance_ptr, first, C, D,
         temperature, guidance, x_i, x_b, x_c, x_d, u_i, u_b, u_c, u_d, X_ALIGN, U_ALIGN,
         HAS_ROWS, HAS_COUNT, HAS_TEMPERATURE, HAS_GUIDANCE,

@@ -25,6 +25,7 @@ Moves: one read of the rows; 4 (2 to 4) V / W bytes per row written and read; on
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 import triton
@@ -54,6 +55,27 @@ class RowDraw:
     powers_of_two = ("elements", "warps", "whole_elements", "rows", "blocks", "joined_rows")
 
 
+@triton.jit
+def _store_targets(
+    token, shift, total, where, visited, wanted, alive, C, D, mask_id, given_ptr, xu_ptr,
+    tokens_ptr, shift_ptr, total_ptr, TARGETS: tl.constexpr, XU: tl.constexpr,
+):  # fmt: skip
+    """The last C target rows of a loss, with the given ones before them, and the sums of rows."""
+    place, b, c, d = where
+    token = tl.where(alive & wanted, token, 0).to(tl.int64)
+    if XU:
+        shown = tl.load(xu_ptr + (b * C + c) * D + d, mask=visited, other=mask_id)
+        token = tl.where(shown == mask_id, token, shown)
+    given = TARGETS - C
+    row = tokens_ptr + b * TARGETS * D + d
+    tl.store(row + (given + c) * D, token, mask=visited)
+    for j in range(given):
+        once = visited & (c == 0)
+        tl.store(row + j * D, tl.load(given_ptr + (b * given + j) * D + d, mask=once), mask=once)
+    tl.store(shift_ptr + place * C + c, shift, mask=wanted)
+    tl.store(total_ptr + place * C + c, total, mask=wanted)
+
+
 @triton.jit(do_not_specialize=["begin_row", "part", "rows", "first", "plane"])
 def _row_draw_kernel(
     x_ptr,  # logits, or mu of bins, in
@@ -65,12 +87,16 @@ def _row_draw_kernel(
     temperature_ptr,  # [R] fp32, in, with HAS_TEMPERATURE
     guidance_ptr,  # [R] fp32, in, with HAS_GUIDANCE
     parts_ptr,  # [2 + ENTROPY + RAW, part, G] fp32, in, unless WHOLE
-    keys_ptr,  # [R] int64, in
+    keys_ptr,  # [R] int64, in, unless TARGETS
     seed_ptr,  # [] int64, in
-    step_ptr,  # [] int64, in
-    token_ptr,  # [R] int64, out
+    step_ptr,  # [] int64, in, unless TARGETS
+    token_ptr,  # [R] int64, out, or [B, J, D] with TARGETS
     argmax_ptr,  # [R] int64, out, with ARGMAX
-    values_ptr,  # [3 + ENTROPY + MARGIN + RAW_PROB, R] fp32, out
+    values_ptr,  # [3 + ENTROPY + MARGIN + RAW_PROB, R] fp32, out, unless TARGETS
+    given_ptr,  # [B, J - C, D] int64, in, with TARGETS, and so what follows
+    xu_ptr,  # [B, C, D] int64, in, with XU
+    shift_ptr,  # [A, C] fp32, out
+    total_ptr,  # [A, C] fp32, out
     begin_row,  # first row of this launch
     part,  # its rows
     rows,  # R
@@ -107,18 +133,21 @@ def _row_draw_kernel(
     MARGIN: tl.constexpr,
     RAW: tl.constexpr,  # sums at T = 1 stand beside those at T
     RAW_PROB: tl.constexpr,
+    TARGETS: tl.constexpr,  # J: rows become the last target rows of a loss; 0: none
+    XU: tl.constexpr,  # tokens that are shown take the place of draws
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,  # at least G
     WIDTH: tl.constexpr,
 ):
     local = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row = begin_row + local
-    wanted, offset, offset_u, t, cold, strength = rows_at(
+    wanted, offset, offset_u, t, cold, strength, where = rows_at(
         row, rows, rows_ptr, count_ptr, temperature_ptr, guidance_ptr, first, C, D,
         temperature, guidance, x_i, x_b, x_c, x_d, u_i, u_b, u_c, u_d, X_ALIGN, U_ALIGN,
         HAS_ROWS, HAS_COUNT, HAS_TEMPERATURE, HAS_GUIDANCE,
     )  # fmt: skip
-    wanted = wanted & (local < part)
+    visited = (local < part) & (row < rows)
+    wanted = wanted & visited
     row = row.to(tl.int64)
     scale = 1.4426950408889634 / t
     offset, offset_u, strength = offset[:, None], offset_u[:, None], strength[:, None]
@@ -170,8 +199,12 @@ def _row_draw_kernel(
             margin = (1.0 - tl.exp((tl.maximum(within, outside) - shift) / t)) / sum_mass
 
     if not GREEDY:
-        key = tl.load(keys_ptr + row, mask=wanted, other=0)
-        seed, step = tl.load(seed_ptr), tl.load(step_ptr)
+        seed = tl.load(seed_ptr)
+        if TARGETS:
+            _, b, c, d = where
+            key, step = (b * C + c) * D + d, tl.full([], 0, tl.int64)
+        else:
+            key, step = tl.load(keys_ptr + row, mask=wanted, other=0), tl.load(step_ptr)
         number = uniform_run(seed, step, key, tl.zeros_like(local), BLOCKS, BLOCK_G)
         hit = number * tl.cumsum(mass, axis=1) < mass
         chosen = tl.max(tl.where(hit, g, 0), axis=1)
@@ -189,47 +222,65 @@ def _row_draw_kernel(
             at_drawn = tl.where(cold, shift, at_drawn)
         token, picked = drawn, at_drawn
 
-    tl.store(token_ptr + row, tl.where(alive, token, -1).to(tl.int64), mask=wanted)
-    value = values_ptr + row
-    tl.store(value, shift / t, mask=wanted)
-    value += rows
-    tl.store(value, sum_mass, mask=wanted)
-    value += rows
-    tl.store(value, (picked - shift) / t, mask=wanted)
-    if ENTROPY:
+    if TARGETS:
+        _store_targets(
+            token, shift, sum_mass, where, visited, wanted, alive, C, D, mask_id, given_ptr, xu_ptr,
+            token_ptr, shift_ptr, total_ptr, TARGETS, XU,
+        )  # fmt: skip
+    else:
+        tl.store(token_ptr + row, tl.where(alive, token, -1).to(tl.int64), mask=wanted)
+        value = values_ptr + row
+        tl.store(value, shift / t, mask=wanted)
         value += rows
-        log_share = tl.maximum(gap * scale[:, None], -1.0e5)
-        moment = tl.sum(share * (weighted + total * log_share), axis=1) * 0.6931471805599453
-        log_sum = tl.log(tl.where(alive, sum_mass, 1.0))
-        tl.store(value, log_sum - moment / sum_mass, mask=wanted)
-    if MARGIN:
+        tl.store(value, sum_mass, mask=wanted)
         value += rows
-        tl.store(value, margin, mask=wanted)
-    if RAW_PROB:
-        value += rows
-        sum_raw = sum_mass
-        if RAW:
-            sum_raw = tl.sum(raw * tl.exp2(gap * 1.4426950408889634), axis=1)
-        tl.store(value, tl.exp(picked - shift) / sum_raw, mask=wanted)
+        tl.store(value, (picked - shift) / t, mask=wanted)
+        if ENTROPY:
+            value += rows
+            log_share = tl.maximum(gap * scale[:, None], -1.0e5)
+            moment = tl.sum(share * (weighted + total * log_share), axis=1) * 0.6931471805599453
+            log_sum = tl.log(tl.where(alive, sum_mass, 1.0))
+            tl.store(value, log_sum - moment / sum_mass, mask=wanted)
+        if MARGIN:
+            value += rows
+            tl.store(value, margin, mask=wanted)
+        if RAW_PROB:
+            value += rows
+            sum_raw = sum_mass
+            if RAW:
+                sum_raw = tl.sum(raw * tl.exp2(gap * 1.4426950408889634), axis=1)
+            tl.store(value, tl.exp(picked - shift) / sum_raw, mask=wanted)
+
+
+class Targets(NamedTuple):
+    """Where the draws of a loss go: one from every component of u."""
+
+    tokens: Tensor  # (B, J, D) int64, filled with `given` and, behind it, the draws
+    given: Tensor  # (B, J - C, D) int64
+    xu: Tensor | None  # (B, C, D) int64: what it shows takes the place of a draw
+    shift: Tensor  # (A, C) fp32, and so `total`: the row sums of u
+    total: Tensor
 
 
 def row_draw(
-    x, y, visit, keys: Tensor, options, width: int
+    x, y, visit, keys: Tensor | None, options, width: int, targets: Targets | None = None
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Token, argmax (None unless wanted) and values by name, (R,) each; see `passes.base.Drawn`.
 
     x and y are operands of logits and of unconditional logits (None: no guidance), `options` a
-    `passes.base.DrawOptions` whose seed and step are on the device; width is SAMPLE_BLOCK.
+    `passes.base.DrawOptions` whose seed and step are on the device; width is SAMPLE_BLOCK. With
+    `targets` rows are keyed by their numbers in u, and everything goes there.
     """
-    rows, vocabulary, device = len(keys), x.vocabulary, x.logits.device
+    rows, vocabulary, device = visit.slots * x.components, x.vocabulary, x.logits.device
     assert vocabulary <= MAX_VOCABULARY
     wanted, temperature, guidance = options.wanted, options.temperature, options.guidance
     raw_prob = "raw_prob" in wanted
     raw = raw_prob and options.tempered
     names = ["shift", "total", "log_weight"]
     names += [name for name in ("entropy", "margin", "raw_prob") if name in wanted]
-    values = torch.empty(len(names), rows, dtype=torch.float32, device=device)
-    token = torch.empty(rows, dtype=torch.int64, device=device)
+    kept = rows if targets is None else 1
+    values = torch.empty(len(names), kept, dtype=torch.float32, device=device)
+    token = torch.empty(kept, dtype=torch.int64, device=device)
     argmax = torch.empty_like(token) if "argmax" in wanted else None
     found = token, argmax, dict(zip(names, values, strict=True))
     if rows == 0:
@@ -266,6 +317,10 @@ def row_draw(
         "RAW": raw,
         "WIDTH": width,
     }
+    xu, tokens, places, goals = None, token, [values] * 2, 0
+    if targets is not None:
+        tokens, _, xu, *places = targets
+        goals = tokens.shape[1]
     numbers = 2 + flags["ENTROPY"] + raw
     chunk = rows if whole else max(1, tuned.scratch_bytes // (4 * numbers * blocks))
     tile_blocks = elements // width
@@ -296,12 +351,15 @@ def row_draw(
         _row_draw_kernel[(triton.cdiv(part, block_r),)](
             *pointers,
             parts,
-            keys,
+            token if keys is None else keys,
             options.seed,
-            options.step,
-            token,
+            token if targets is not None else options.step,
+            tokens,
             token if argmax is None else argmax,
             values,
+            token if targets is None else targets.given,
+            token if xu is None else xu,
+            *places,
             begin,
             part,
             *common,
@@ -312,6 +370,8 @@ def row_draw(
             ARGMAX=argmax is not None,
             MARGIN="margin" in wanted,
             RAW_PROB=raw_prob,
+            TARGETS=goals,
+            XU=xu is not None,
             BLOCK_R=block_r,
             BLOCK_G=block_g,
             num_warps=warps,
