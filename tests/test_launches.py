@@ -70,11 +70,13 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("masked", "most"), [(False, (36, 13)), (True, (61, 15))], ids=["image", "masked"]
+    ("vocabulary", "masked", "most"),
+    [(9, False, (7, 3)), (9, True, (8, 3)), (1025, False, (8, 3))],
+    ids=["small", "masked", "image"],
 )
-def test_a_loss_launches_few_kernels(masked, most, launches):
-    mask = {"mask_id": 8, "revealed": True} if masked else {}
-    problem = single(make_problem(1, components=4, draws=4, vocabulary=9, **mask))
+def test_a_loss_launches_few_kernels(vocabulary, masked, most, launches):
+    mask = {"mask_id": vocabulary - 1, "revealed": True} if masked else {}
+    problem = single(make_problem(1, components=4, draws=4, vocabulary=vocabulary, **mask))
     problem["consistency_x"] = None
     problem["student"].requires_grad_()
     run_loss(problem, backend="triton", generator=torch.Generator().manual_seed(0)).backward()

@@ -201,7 +201,9 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
     integers = {"dtype": torch.int64}
     visit = base.Visit(0, total, positions)
     if shape.mask:
+        triton.order(_meta(total, dtype=torch.bool))
         visit = base.Visit(0, total, positions, _meta(total, **integers), _meta(**integers))
+    places = base.Places((size, positions), visit.rows, visit.count, total)
 
     def operand(number: int) -> base.Operand:
         if shape.logistic:
@@ -232,6 +234,8 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
         correlation=shape.marginals,
         data_weight=weight,
         component_weight=weight,
+        seed=_meta(**integers) if shape.draws else None,
+        given=_meta(size, 1, positions, **integers),
     )
     each = _meta(total, components)
     statistics = base.Statistics(
@@ -248,16 +252,15 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
         _meta(total, row),
         sums_known=usual,
     )
-    if consistency is not None:
-        keys = _meta(total * shape.draws, **integers)
-        options = base.DrawOptions(mixture.mask_id, _meta(**integers), _meta(**integers))
-        triton.draw(consistency, None, visit, keys, options)
     needs = shape.marginals or shape.component
-    u = consistency if shape.marginals else None
+    u = consistency if shape.marginals or shape.draws else None
     t = teacher if needs else None
     chunk = base.Chunk(student, t, u, visit, mixture, statistics)
     triton.forward(chunk)
-    factors = base.Factors(each, _meta(total), each, statistics.log_prob)
+    weights = _meta(size, targets, components)
+    joint = base.Joint(statistics.log_prob, weights, _meta(size, targets))
+    triton.joint(statistics, mixture, places, joint)
+    factors = triton.factors(statistics, mixture, places, joint, None, weight)
     for rows_kept in (True,) if usual else (True, False):
         again = chunk._replace(t=None, u=None)
         if not rows_kept:

@@ -51,6 +51,7 @@ class Saved:
     count: Tensor  # () int64
     logits: Tensor  # (kept, N, padded V) computed logits of the student
     joint: Joint
+    number: int | None = None  # of active positions, where the host knows it
 
     def tensors(self) -> list[Tensor]:
         """All tensors; empty ones stand for what is not there."""
@@ -64,7 +65,7 @@ class Saved:
         return [s.tokens, *sums, *rest, self.rows, self.count, self.logits, *joint]
 
     @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Saved:
+    def of(tensors: Sequence[Tensor], number: int | None = None) -> Saved:
         tokens, *others = tensors
         student = RowSums(*others[:2])
         teacher, consistency = (
@@ -73,18 +74,33 @@ class Saved:
         fields = (tokens, student, teacher, consistency, *others[6:13])
         statistics = Statistics(*fields, sums_known=True, all_known=True)  # type: ignore[misc, arg-type]
         rows, count, logits, *joint = others[13:]
-        return Saved(statistics, rows, count, logits, Joint(*joint))
+        return Saved(statistics, rows, count, logits, Joint(*joint), number)
 
     def places(self, problem: Problem, passes: Any) -> Places:
-        """The slots that the passes visit: all, or the active ones where the host counts them."""
+        """The slots that the passes know: all, or the active ones alone."""
         batch, _, positions, _ = problem.sizes
         sizes, total = (batch, positions), batch * positions
         if self.rows.numel() == 0:
             return Places(sizes, None, None, total, problem.position_group)
         if not passes.WRITES_ZEROS:
-            stop = int(self.count)
-            return Places(sizes, self.rows[:stop], None, stop, problem.position_group)
-        return Places(sizes, self.rows, self.count, total, problem.position_group)
+            assert self.number is not None
+            rows = self.rows[: self.number]
+            return Places(sizes, rows, None, self.number, problem.position_group)
+        return Places(sizes, self.rows, self.count, total, problem.position_group, self.number)
+
+    def counted(self, passes: Any, plan: Plan) -> Saved:
+        """The same, and how many positions are active: read once, since a GPU has to wait for it.
+
+        On a GPU it stays there, unless matrix products need their sizes; under capture of a graph
+        nothing can be read, and all rows are multiplied.
+        """
+        if self.number is not None or self.rows.numel() == 0:
+            return self
+        if passes.WRITES_ZEROS:
+            captures = self.count.is_cuda and torch.cuda.is_current_stream_capturing()
+            if captures or not plan.computes:
+                return self
+        return dataclasses.replace(self, number=int(self.count))
 
 
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
@@ -169,6 +185,7 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     shard = problem.student.shard
     problem, keys = agreed(problem)
     plan, saved = new_saved(problem, passes, needs_grad)
+    saved = saved.counted(passes, plan)
     statistics, mixture = saved.statistics, problem.mixture()
     draws_here = problem.seed is not None and not _draws(problem, passes)
     if not draws_here:
@@ -227,6 +244,8 @@ def backward(
 
     upstream: gradients of the rows (B, J) and the loss (B,) of `Values`; None for 0.
     """
+    plan = make_plan(problem, passes, True)
+    saved = saved.counted(passes, plan)
     places, statistics, mixture = saved.places(problem, passes), saved.statistics, problem.mixture()
     joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[: places.slots])
     log_weights = None
@@ -239,20 +258,20 @@ def backward(
     shard = problem.student.shard
     if shard is not None:
         saved = dataclasses.replace(saved, statistics=local_statistics(shard, statistics))
-    students = _student_gradients(problem, passes, saved, places, found, needs[:-1], in_place)
+    students = _student_gradients(problem, passes, plan, saved, places, found, needs[:-1], in_place)
     return [*students, log_weights]
 
 
 def _student_gradients(
     problem: Problem,
     passes: Any,
+    plan: Plan,
     saved: Saved,
     places: Places,
     found: Factors,
     needs: Sequence[bool],
     in_place: bool,
 ) -> list[Tensor | None]:
-    plan = make_plan(problem, passes, True)
     statistics, mixture = saved.statistics, problem.mixture()
     student = Source(problem.student, passes)
     teacher = source_of(problem.teacher, passes)
@@ -276,7 +295,8 @@ def _student_gradients(
             )
         target = Operand.of_all(gradient)
         if not everything and not clean:
-            first, (batch, _, positions, _) = int(saved.count), problem.sizes
+            assert saved.number is not None
+            first, (batch, _, positions, _) = saved.number, problem.sizes
             inactive = Visit(first, batch * positions - first, positions, saved.rows)
             if hasattr(passes, "clear"):
                 passes.clear(target, inactive)

@@ -121,7 +121,7 @@ def mixture_backward(
     """
     problem = record.decode(Problem, tensors, text)
     given = [part if part.numel() else None for part in upstream]
-    found = _gradients(problem, backend, saved, given, needs, False)
+    found = _gradients(problem, backend, Saved.of(saved), given, needs, False)
     return [problem.log_weights.new_empty(0) if part is None else part for part in found]
 
 
@@ -152,14 +152,14 @@ def _(
 def _gradients(
     problem: Problem,
     backend: str,
-    saved: Sequence[Tensor],
+    saved: Saved,
     upstream: Sequence[Tensor | None],
     needs: Sequence[bool],
     in_place: bool,
 ) -> list[Tensor | None]:
     with _on_device_of(problem.log_weights):
         passes = _passes(problem, backend)
-        return backward(problem, passes, Saved.of(saved), upstream, needs, in_place)
+        return backward(problem, passes, saved, upstream, needs, in_place)
 
 
 def _keep(ctx: Any, text: str | None, backend: str, tensors: Any, output: Any) -> None:
@@ -229,6 +229,7 @@ class _Evaluation(torch.autograd.Function):
             values, saved = forward(problem, _passes(problem, backend), needs_grad)
         # A problem that holds the tensors itself would keep them beyond the backward pass.
         ctx.problem, ctx.in_place = problem if text is None else None, in_place
+        ctx.number = saved.number
         _keep(ctx, text, backend, tensors, [*values, *saved.tensors()])
         ctx.mark_non_differentiable(*values[2:])
         return tuple(values)
@@ -238,7 +239,7 @@ class _Evaluation(torch.autograd.Function):
         needs = ctx.needs_input_grad[5:]
         problem, tensors, saved, given, wanted, at = _kept(ctx, ctx.problem, needs, upstream)
         over = ctx.in_place and wanted[0]
-        found = _gradients(problem, ctx.backend, saved, given, wanted, over)
+        found = _gradients(problem, ctx.backend, Saved.of(saved, ctx.number), given, wanted, over)
         if over:
             torch.autograd.graph.increment_version(tensors[at[0]])
         if torch.is_grad_enabled():

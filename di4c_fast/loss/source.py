@@ -67,13 +67,10 @@ def sweep_over(
 ) -> tuple[Iterator[Visit], bool]:
     """The chunks of a sweep over some heads, and whether they visit every slot.
 
-    On a GPU the number of active positions stays there, and all slots are visited. It is read on
-    the host where matrix products need their sizes, and by passes that visit active slots only.
+    Only the active slots are visited where the host knows how many there are.
     """
     positions, stop, count = problem.sizes[2], places.slots, places.count
-    computed = any(source is not None and source.whole is None for source in sources)
-    capturing = problem.log_weights.is_cuda and torch.cuda.is_current_stream_capturing()
-    if count is not None and computed and not capturing:
-        stop, count = int(count), None
+    if places.number is not None:
+        stop, count = places.number, None
     everything = stop == problem.sizes[0] * positions
     return visits(plan, positions, stop, places.rows, count), everything

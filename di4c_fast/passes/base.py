@@ -259,6 +259,7 @@ class Places:
     count: Tensor | None  # () int64, how many are active; None: all slots
     slots: int  # A
     group: str | None = None  # of ranks that have the other positions
+    number: int | None = None  # how many are active, where the host knows it beside `count`
 
     def spread(self, values: Tensor) -> Tensor:
         """(B, ...) -> (A, ...): every slot has the values of its example."""
