@@ -20,6 +20,7 @@ from di4c_fast.samplers import (
     sample_gaussian,
     sample_masked,
     sample_maskgit,
+    sample_psi,
     sample_remasked,
     sample_uniform_state,
 )
@@ -112,7 +113,10 @@ class Sampler:
         return self.function(model, shape, **{"seed": 5, **self.options, **changes})
 
     def takes(self, *names: str) -> bool:
-        return set(names) <= set(inspect.signature(self.function).parameters)
+        known = set(inspect.signature(self.function).parameters)
+        if "mask_id" not in self.options:  # where masks are optional
+            known.discard("mask_id")
+        return set(names) <= known
 
 
 masked = {"mask_id": MASK, "steps": 4}
@@ -124,6 +128,11 @@ SAMPLERS = {
     "remasked": Sampler(sample_remasked, {**masked, "eta": 0.4}, 1),
     "remasked, loop": Sampler(
         sample_remasked, {**masked, "steps": 8, "rule": "loop", "eta": 0.1, "active_only": False}, 1
+    ),
+    "remasked, conf": Sampler(sample_remasked, {**masked, "rule": "conf"}, 1),
+    "psi": Sampler(sample_psi, {**masked, "middle_mode": "constant-0.5"}, 1),
+    "psi, uniform": Sampler(
+        sample_psi, {"vocab_size": VOCAB, "steps": 4, "middle_mode": "max-capped-0.3"}, 1
     ),
     "uniform": Sampler(sample_uniform_state, {"vocab_size": VOCAB, "steps": 4}, 1),
     "uniform, greedy": Sampler(
@@ -152,7 +161,9 @@ SAMPLERS = {
     ),
 }  # fmt: skip
 # One of each function.
-FUNCTIONS = ("masked", "analytic", "remasked", "uniform", "gaussian", "maskgit", "confidence")
+FUNCTIONS = (
+    "masked", "analytic", "remasked", "psi", "uniform", "gaussian", "maskgit", "confidence"
+)  # fmt: skip
 
 
 def prompts(batch: int, length: int, seed: int = 1) -> Tensor:

@@ -34,6 +34,8 @@ def transition(rule: str, eta: float, t: float, s: float, loop: dict) -> tuple[f
         sigma = eta
     else:
         most = 1.0 if alpha_t == 0 else min(1.0, (1 - alpha_s) / alpha_t)
+        if rule == "conf":
+            return (alpha_s - alpha_t) / (1 - alpha_t), most
         sigma = {"cap": min(eta, most), "rescale": eta * most}[rule]
     return (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t), sigma
 
@@ -51,8 +53,12 @@ def enumerated_law(model: Tabular, steps: int, t_min: float, rule="cap", eta=0.0
         p = logits.softmax(-1)
         kept = torch.nn.functional.one_hot(states, vocab).double()
         if i < steps:
-            fill, again = transition(rule, eta, t, times[i + 1], loop)
-            filled, stays = fill * p, (1 - again) * kept
+            fill, most = transition(rule, eta, t, times[i + 1], loop)
+            again = torch.full(states.shape, most, dtype=torch.float64)
+            if rule == "conf":  # where the probability of a token is that of when it was drawn
+                doubt = -p.gather(-1, states[..., None])[..., 0]
+                again *= doubt.masked_fill(states == LAST, -torch.inf).softmax(1).nan_to_num()
+            filled, stays = fill * p, (1 - again[..., None]) * kept
             filled[..., LAST], stays[..., LAST] = 1 - fill, again
         else:
             filled = torch.nn.functional.one_hot(p.argmax(-1), vocab).double()
@@ -72,6 +78,17 @@ def test_tokens_have_the_law_of_the_chain(rule, timed):
     assert_counts_match(model.counts_of(tokens), law)
     with pytest.raises(AssertionError, match="chi-square"):  # remasking matters
         assert_counts_match(model.counts_of(tokens), enumerated_law(model, steps, t_min))
+
+
+def test_doubtful_tokens_are_masked_again_by_their_confidence():
+    model = Tabular(4, timed=False)
+    model.table[:] = 2 * model.table[:, :, :1]  # tokens do not depend on one another
+    tokens = sample(model, (40_000, 3), steps=6, t_min=0.05, rule="conf")
+    law = enumerated_law(model, 6, 0.05, "conf")
+    assert_counts_match(model.counts_of(tokens), law)
+    for other in ({}, {"rule": "rescale", "eta": 1 / 3}):
+        with pytest.raises(AssertionError, match="chi-square"):
+            assert_counts_match(model.counts_of(tokens), enumerated_law(model, 6, 0.05, **other))
 
 
 def test_without_remasking_it_is_ancestral_sampling():

@@ -122,13 +122,32 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
         ({"denoise": 1}, T, "denoise must be True or False"),
     ],
     "remasked": [
-        ({"rule": "conf"}, V, "rule must be one of 'cap', 'rescale', 'loop', got 'conf'"),
+        ({"rule": "dfm"}, V, "rule must be one of 'cap', 'rescale', 'loop', 'conf', got 'dfm'"),
         ({"eta": 1.5}, V, "eta must be in [0, 1], got 1.5"),
         ({"eta": "a"}, T, "eta must be a number"),
         ({"rule": "loop", "eta": 0.2}, V, "eta must be in [0, 0.111111], got 0.2"),
         ({"t_on": 1.0}, V, "t_on must be in (0, 1), got 1.0"),
         ({"t_off": 0.6}, V, "t_off must be in [0, 0.55), got 0.6"),
         ({"alpha_on": 1.0}, V, "alpha_on must be in (0, 1), got 1.0"),
+    ],
+    "psi": [
+        ({"mask_id": None}, T, "vocab_size must be an int, got NoneType None"),
+        ({"mask_id": None, "vocab_size": 11, "top_p": 0.9}, V, "top_p needs masks"),
+        ({"signal": "linear"}, V, "signal must be one of 'log_linear', 'cosine'"),
+        ({"signal": lambda t: t}, V, "signal must be in [0, 1] and decreasing in t"),
+        ({"condition": "time"}, V, "condition must be one of 't', 'sigma', 'alpha'"),
+        ({"last_step": "argmax"}, V, "last_step must be one of 'ancestral', 'greedy'"),
+        ({"time_profile": "cosine"}, V, "time_profile must be 'linear' or ..., got 'cosine'"),
+        ({"time_profile": "linear-constant-linear-x"}, V, "with a number, got 'x' there"),
+        ({"time_profile": "linear-constant-linear-1.5"}, V, "number of time_profile must be in (0"),
+        ({"time_profile": "linear-constant-linear-0.5-inv", "signal": lambda t: 1 - t}, V,
+         "time_profile with '-inv' needs a signal by name, got a function"),
+        ({"high_mode": "pure"}, V, "high_mode must be one of pure-posterior, ..., got 'pure'"),
+        ({"middle_mode": "constant-1.5"}, V, "number of middle_mode must be in [0, 1], got 1.5"),
+        ({"low_mode": "max-capped-"}, V, "low_mode must be one of ..., with a number, got ''"),
+        ({"high_mode": 1}, V, "high_mode must be one of pure-posterior, ..., got 1"),
+        ({"high_frac": -0.1}, V, "high_frac must be in [0, 1], got -0.1"),
+        ({"high_frac": 0.5, "middle_frac": 0.6}, V, "middle_frac must be in [0, 0.5], got 0.6"),
     ],
     "uniform": [
         ({"vocab_size": None}, T, "vocab_size must be an int, got NoneType"),
@@ -244,6 +263,7 @@ CASES = [
     for table in (SHARED, BY_MODEL, OWN[name])
     for changes, kind, message in table
     if table is OWN[name] or SAMPLERS[name].takes(*set(changes) - {"guidance_strength"})
+    if table is OWN[name] or name != "psi" or changes != {"mask_id": None}  # a uniform state
 ]
 
 

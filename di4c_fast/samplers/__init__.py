@@ -44,6 +44,7 @@ from .confidence import sample_confidence
 from .gaussian import sample_gaussian
 from .masked import sample_masked
 from .maskgit import sample_maskgit
+from .psi import sample_psi
 from .remask import sample_remasked
 from .uniform import sample_uniform_state
 
@@ -53,6 +54,7 @@ __all__ = [
     "sample_gaussian",
     "sample_masked",
     "sample_maskgit",
+    "sample_psi",
     "sample_remasked",
     "sample_uniform_state",
 ]

@@ -73,7 +73,10 @@ def at_times(
     falling: bool,
     top: float = math.inf,
 ) -> list[float]:
-    """The values of a schedule at falling times, checked to be in [0, top] and to fall or rise."""
+    """The values of a schedule at falling times, checked to be in [0, top] and to fall or rise.
+
+    At a time that is that before, the value is, too.
+    """
     if isinstance(schedule, str):
         check_choice(schedule, name, tuple(known))
         schedule = known[schedule]()
@@ -87,10 +90,20 @@ def at_times(
             raise TypeError(f"{name} must return a number, got {describe(value)}") from None
     for i, (here, following) in enumerate(itertools.pairwise(values)):
         low, high = (following, here) if falling else (here, following)
-        if not (0.0 <= low < high <= top and math.isfinite(high)):
+        steady = low == high and times[i] == times[i + 1]
+        if not (0.0 <= low <= high <= top and math.isfinite(high) and (low < high or steady)):
             range_ = "finite, not negative" if top == math.inf else f"in [0, {top:g}]"
             raise ValueError(
                 f"{name} must be {range_} and {'in' if falling else 'de'}creasing in t, "
                 f"got {here} at t = {times[i]:g} and {following} at t = {times[i + 1]:g}"
             )
     return values
+
+
+def moments(condition: Any, times: list[float], alphas: list[float]) -> list[float]:
+    """What a model with this `condition` is given at the times, whose signals are `alphas`."""
+    check_choice(condition, "condition", ("t", "sigma", "alpha"))
+    if condition == "sigma" and alphas[0] == 0.0:
+        raise ValueError('signal must be positive at t = 1 with condition="sigma", got 0.0')
+    sigmas = [-math.log(alpha) for alpha in alphas if alpha]
+    return {"t": times, "alpha": alphas, "sigma": sigmas}[condition]

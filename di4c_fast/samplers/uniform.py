@@ -10,8 +10,8 @@ Source: the posterior of Duo (arXiv 2506.10892) and of UDLM (arXiv 2412.10193).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from .. import rng
 from ..checks import check_choice
 from .arguments import Model, Options, Unpack, check_counts, sampler
 from .loop import START, Answer, Run, Step, single_logits
-from .schedules import Signal, at_times, cosine_signal, log_linear_signal, time_grid
+from .schedules import Signal, at_times, cosine_signal, log_linear_signal, moments, time_grid
 
 __all__ = ["cosine_signal", "log_linear_signal", "sample_uniform_state"]
 
-_SIGNALS = {"log_linear": log_linear_signal, "cosine": cosine_signal}
+SIGNALS = {"log_linear": log_linear_signal, "cosine": cosine_signal}
+LAST_STEPS = ("ancestral", "greedy", "none")
 
 
 @sampler(Options)
@@ -67,49 +68,79 @@ def sample_uniform_state(
     Rows of the prompt never go through the head. The hooks hear of every step. Host syncs: before
     the loop one to read a prompt; inside none.
     """
-    check_counts([("vocab_size", vocab_size, 2)])
-    check_choice(condition, "condition", ("t", "sigma", "alpha"))
-    check_choice(last_step, "last_step", ("ancestral", "greedy", "none"))
+    check_choice(last_step, "last_step", LAST_STEPS)
     times = time_grid(steps, t_min).tolist()
-    alphas = at_times(signal, "signal", _SIGNALS, times, falling=False, top=1.0)
-    if condition == "sigma" and alphas[0] == 0.0:
-        raise ValueError('signal must be positive at t = 1 with condition="sigma", got 0.0')
-    sigmas = [-math.log(alpha) for alpha in alphas if alpha]
-    moments = {"t": times, "alpha": alphas, "sigma": sigmas}[condition]
+    alphas = at_times(signal, "signal", SIGNALS, times, falling=False, top=1.0)
+    asked = moments(condition, times, alphas)
+    calls = steps + (last_step != "none")
+    run = uniform_run(model, shape, options, vocab_size, calls, prompt, start)
+    return run.loop(mixing(run, prompt, asked, alphas, [1.0] * steps, last_step == "greedy"))
+
+
+def uniform_run(
+    model: Model,
+    shape: tuple[int, int],
+    options: Mapping[str, object],
+    vocab_size: Any,
+    calls: int,
+    prompt: Tensor | None,
+    start: Tensor | None = None,
+) -> Run:
+    """A run that starts at uniform tokens, drawn from the seed, or at `start`."""
+    check_counts([("vocab_size", vocab_size, 2)])
 
     def anything(run: Run) -> Tensor:
         u = rng.uniform(run.seed, START, run.keys, 1, dtype=torch.float64)
         return (u * vocab_size).long().view_as(run.tokens)
 
-    run = Run(
-        model,
-        shape,
-        {**options, "vocab_size": vocab_size, "prompt": prompt},
-        calls=steps + (last_step != "none"),
-        start=anything if start is None else start,
-    )
-    known = 0 if prompt is None else prompt.shape[-1]
+    given = {**options, "vocab_size": vocab_size, "prompt": prompt}
+    return Run(model, shape, given, calls=calls, start=anything if start is None else start)
+
+
+def shares(p: Tensor, alpha: float, following: float, kappa: float, vocab_size: int) -> Tensor:
+    """(3, R): to take a uniform token, one from p, or to stay; p (R,) is that of the present token.
+
+    By the share `kappa` the posterior, and by the rest a token x0 of the posterior at the signal 1,
+    with noise again up to `following`.
+    """
+    ratio, present = alpha / following, alpha * vocab_size * p
+    total = present + (1.0 - alpha)
+    uniform = (1.0 - following) * (kappa * (1.0 - ratio) + (1.0 - kappa) * total)
+    from_p = kappa * (following - alpha) + (1.0 - kappa) * following * (1.0 - alpha)
+    stay = kappa * (present + (ratio - alpha)) + (1.0 - kappa) * following * present
+    return torch.stack([uniform, torch.full_like(p, from_p), stay]) / total
+
+
+def mixing(
+    run: Run,
+    prompt: Tensor | None,
+    asked: Sequence[float],
+    alphas: Sequence[float],
+    kappas: Sequence[float],
+    greedy: bool,
+) -> Iterator[Step]:
+    """Steps through the signals `alphas` by `shares`, and a last one to 1, or to the argmax.
+
+    The model is given the moments `asked`. The prompt never changes.
+    """
+    vocab_size, known = run.vocab_size, 0 if prompt is None else prompt.shape[-1]
+    assert vocab_size is not None
+    signals, weights = (*alphas, 1.0), (*kappas, 1.0)
     place = torch.arange(run.batch * run.positions, device=run.device).view_as(run.tokens)
     free = place[:, known:].flatten()
-
-    def rule() -> Iterator[Step]:
-        for i, moment in enumerate(moments[: run.calls]):
-            if i == steps and last_step == "greedy":
-                yield Step(i, moment, free, greedy=True)
-            else:
-                yield Step(i, moment, free, fill=fill, want=("logsumexp",))
 
     def fill(step: Step, answer: Answer) -> Tensor:
         draw, present = answer.draw, run.tokens.flatten()[free]
         assert draw.logsumexp is not None
-        p_present = (single_logits(answer.head, present) - draw.logsumexp).double().exp()
-        alpha, following = (*alphas, 1.0)[step.number : step.number + 2]
-        ratio, u = alpha / following, run.uniform(step, 2)
-        stay = alpha * vocab_size * p_present + (ratio - alpha)
-        from_p, uniform = following - alpha, (1.0 - ratio) * (1.0 - following)
-        at = u[:, 0] * (stay + from_p + uniform)
+        p = (single_logits(answer.head, present) - draw.logsumexp).double().exp()
+        i, u = step.number, run.uniform(step, 2)
+        bounds = shares(p, signals[i], signals[i + 1], weights[i], vocab_size).cumsum(0)
         # Staying comes last, so that rounding at the top end of u never makes up a token.
-        other = torch.where(at < uniform, (u[:, 1] * vocab_size).long(), draw.token)
-        return run.put(step, torch.where(at < uniform + from_p, other, present))
+        other = torch.where(u[:, 0] < bounds[0], (u[:, 1] * vocab_size).long(), draw.token)
+        return run.put(step, torch.where(u[:, 0] < bounds[1], other, present))
 
-    return run.loop(rule())
+    for i, moment in enumerate(asked[: run.calls]):
+        if i == len(kappas) and greedy:
+            yield Step(i, moment, free, greedy=True)
+        else:
+            yield Step(i, moment, free, fill=fill, want=("logsumexp",))
