@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,7 @@ HEADS: dict[str, Callable[..., Head | Tensor]] = {
     "linear": LinearHead,
     "linear, bias": LinearHead,
     "linear, bias per position": LinearHead,
+    "linear, capped": functools.partial(LinearHead, softcap=1.5),
     "logistic": lambda mu, log_scale: LogisticHead(mu, log_scale, BINS),
     "logistic, min": lambda mu, log_scale: LogisticHead(mu, log_scale, BINS, clamp="min"),
     "logistic, exact": lambda mu, log_scale: LogisticHead(mu, log_scale, BINS, eps=0.0),
@@ -96,7 +98,7 @@ def head_tensors(kind: str, leading: tuple[int, ...], vocabulary: int) -> dict[s
     tensors["weight"] = normal(vocabulary, WIDTH) / 2
     if kind in ("linear, bias", "user"):
         tensors["bias"] = normal(vocabulary)
-    if kind == "linear, bias per position":
+    if kind in ("linear, bias per position", "linear, capped"):
         tensors["bias"] = normal(leading[-1], vocabulary)
     return tensors
 

@@ -69,7 +69,7 @@ def leaves_of(kind: str, problem: dict[str, Any], dtype: torch.dtype) -> dict[st
             "hidden": torch.randn(*leading, WIDTH, generator=g, dtype=torch.float64),
             "weight": torch.randn(VOCABULARY, WIDTH, generator=g, dtype=torch.float64) / 2,
         }
-        if "bias" in kind:
+        if "bias" in kind or "capped" in kind:
             rows = leading[-1:] if "position" in kind else ()
             leaves["bias"] = torch.randn(*rows, VOCABULARY, generator=g, dtype=torch.float64)
     if "log_weights" in problem:
@@ -109,6 +109,7 @@ def evaluate(
     kinds = TensorHead if kind == "tensor" else LinearHead
     names = ("budget_bytes", "reduce_hidden_grad")
     options = {name: settings.pop(name) for name in names if name in settings}
+    options |= {"softcap": 1.5} if "capped" in kind else {}
     call["student"] = kinds(*parts, **here(columns), vocabulary=columns and VOCABULARY, **options)
     generator = torch.Generator().manual_seed(5)
     value, terms = run_loss(call, return_terms=True, generator=generator, **settings)

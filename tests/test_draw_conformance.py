@@ -291,11 +291,13 @@ def test_groups_do_not_change_a_draw(monkeypatch, arguments, backend):
             torch.testing.assert_close(value, other, rtol=2e-5, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("bias", [None, "vector", "positions"])
-def test_linear_heads_give_the_draws_of_their_logits(bias, backend):
+@pytest.mark.parametrize(
+    ("bias", "cap"), [(None, None), ("vector", None), ("positions", None), ("vector", 2.0)]
+)
+def test_linear_heads_give_the_draws_of_their_logits(bias, cap, backend):
     hidden, weight = normal(3, 70, 16, scale=1.0), normal(300, 16, seed=1, scale=1.0)
     offset = {"vector": normal(300, seed=2), "positions": normal(70, 300, seed=2)}.get(bias)
-    head = LinearHead(hidden, weight, offset, budget_bytes=64 * 300 * 4)
+    head = LinearHead(hidden, weight, offset, softcap=cap, budget_bytes=64 * 300 * 4)
     draw = drawn(head, backend, seed=1, mask_id=299, want="all")
     assert_near(draw, drawn(head.logits(), backend, seed=1, mask_id=299, want="all"))
     assert draw.token.shape == (3, 70)
@@ -379,7 +381,7 @@ def test_nothing_is_differentiable_and_logits_stay_untouched(backend):
 
 def head_of(kind: str, first: torch.Tensor, second: torch.Tensor):
     if kind == "linear":
-        return LinearHead(first[..., :8], second.flatten(0, 1)[:, :8].repeat(25, 1))
+        return LinearHead(first[..., :8], second.flatten(0, 1)[:, :8].repeat(25, 1), softcap=4.0)
     if kind == "logistic":
         return LogisticHead(first[..., 0] * 0.1, second[..., 0], 90)
     return first * 1.5

@@ -132,6 +132,9 @@ def test_linear_head_is_the_linear_layer():
     per_position = make("linear, bias per position")
     expected = F.linear(per_position.hidden, per_position.weight) + per_position.bias
     torch.testing.assert_close(per_position.logits(), expected, **TIGHT)
+    capped = make("linear, capped")
+    expected = 1.5 * torch.tanh((F.linear(capped.hidden, capped.weight) + capped.bias) / 1.5)
+    torch.testing.assert_close(capped.logits(), expected, **TIGHT)
 
 
 def test_linear_head_takes_a_slice_of_a_larger_embedding():
@@ -291,6 +294,10 @@ WRONG = [
     ),
     (lambda: LinearHead(h, w, integers), TypeError, f"bias must be {FLOATING}, got torch.int64"),
     (lambda: LinearHead(h, w, budget_bytes=0), "budget_bytes must be at least 1, got 0"),
+    (lambda: LinearHead(h, w, softcap=0), "softcap must be in (0, inf), got 0"),
+    (lambda: LinearHead(h, w, softcap=-30.0), "softcap must be in (0, inf), got -30.0"),
+    (lambda: LinearHead(h, w, softcap=math.inf), "softcap must be finite, got inf"),
+    (lambda: LinearHead(h, w, softcap="30"), TypeError, "softcap must be a number, got str '30'"),
     (lambda: LogisticHead(integers, mu, 4), TypeError, f"mu must be {FLOATING}, got torch.int64"),
     (lambda: LogisticHead(mu, 0.5, 4), TypeError, "log_scale must be a Tensor, got float 0.5"),
     (
@@ -366,7 +373,8 @@ def test_gradient_of_rows_is_that_of_autograd(head):
     (live.take(rows).logits() * upstream.to(head.dtype)).sum().backward()
     sums = head.new_gradients([leaf is not None for leaf in leaves])
     for part in (slice(0, 1), slice(1, 4)):
-        head.add_gradient(sums, rows[part], upstream[part].to(head.work_dtype))
+        logits = head.take(rows[part]).logits().to(head.work_dtype)
+        head.add_gradient(sums, rows[part], upstream[part].to(head.work_dtype), logits)
     for total, leaf in zip(sums, leaves, strict=True):
         if leaf is not None:
             torch.testing.assert_close(total, leaf.grad.to(total.dtype), rtol=2e-5, atol=2e-5)

@@ -45,7 +45,9 @@ def test_every_head_is_within_the_bound(kind, backend, control_variate):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["tensor", "linear", "linear, bias per position", "logistic"])
+@pytest.mark.parametrize(
+    "kind", ["tensor", "linear", "linear, bias per position", "linear, capped", "logistic"]
+)
 def test_half_precision_is_within_the_bound(kind, dtype, backend):
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter truncates where it should round to bf16")
@@ -91,7 +93,7 @@ def test_settings_are_within_the_bound(settings, reduction, backend):
     assert_within_bound(make_problem(4, vocabulary=11, **settings), backend, reduction=reduction)
 
 
-@pytest.mark.parametrize("kind", ["linear", "linear, bias per position", "logistic", "user"])
+@pytest.mark.parametrize("kind", ["linear", "linear, capped", "logistic", "user"])
 @pytest.mark.parametrize("budget_bytes", [1, 33_000])
 def test_several_chunks_are_within_the_bound(kind, budget_bytes, backend):
     # 64 rows are the least at a time: 16 positions of 4 components, of 60. With 1 byte nothing is

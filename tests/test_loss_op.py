@@ -15,7 +15,7 @@ import di4c_fast
 from di4c_fast import LinearHead, TensorHead
 from di4c_fast.loss import op
 
-KINDS = ["tensor", "linear, bias per position", "logistic"]
+KINDS = ["tensor", "linear, capped", "logistic"]
 
 
 @pytest.fixture(params=FAST)

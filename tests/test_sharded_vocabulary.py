@@ -56,7 +56,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "no consistency": {"draws": None, "padded": True},
     "large logits": {"scale": 300.0, "component_weight": 0.2},
 }
-KINDS = ("tensor", "linear", "linear, bias", "linear, bias per position")
+KINDS = ("tensor", "linear", "linear, bias", "linear, bias per position", "linear, capped")
 
 
 def compare(
@@ -265,9 +265,9 @@ def equal_logits_take_the_lowest_id() -> None:
 def tokens_of_a_linear_head_in_groups_of_rows() -> None:
     hidden, weight = normal(150, WIDTH), normal(300, WIDTH, seed=1)
     columns = columns_of(300, (100, 170))
-    head = LinearHead(hidden, weight[slice(*columns)], **here(columns))
+    head = LinearHead(hidden, weight[slice(*columns)], softcap=3.0, **here(columns))
     ours = sample(head, seed=1, budget_bytes=1)
-    assert ours.token.equal(sample(LinearHead(hidden, weight), seed=1).token)
+    assert ours.token.equal(sample(LinearHead(hidden, weight, softcap=3.0), seed=1).token)
 
 
 def model_of(columns: tuple[int, int] | None) -> Callable[..., TensorHead]:
@@ -400,6 +400,7 @@ def shard_of(columns: Any, dtype: torch.dtype = torch.float32, width: int | None
 @case()
 def wrong_columns_are_refused_on_every_rank() -> None:
     rank, world = dist.get_rank(GROUPS[0]), dist.get_world_size(GROUPS[0])
+    ones = torch.ones(2, 1), torch.ones(1, 1)
     assert_raises("overlap", shard_of, (rank, rank + 2))
     assert_raises("missing", shard_of, (3 * rank, 3 * rank + 2))
     assert_raises("missing", shard_of, (rank + 1, rank + 2))
@@ -421,6 +422,7 @@ def wrong_columns_are_refused_on_every_rank() -> None:
         torch.zeros(2, 1),
         **here((rank, rank + 1) if rank else 5),
     )
+    assert_raises("disagree", LinearHead, *ones, softcap=1.0 + rank, **here((rank, rank + 1)))
     assert_raises("need columns", TensorHead, torch.zeros(2, 3), group=dist.group.WORLD)
     assert_raises("<= vocabulary", TensorHead, torch.zeros(2, 3), **here((1, 4)), vocabulary=3)
     alone = GROUPS[1]

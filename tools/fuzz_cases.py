@@ -108,6 +108,8 @@ class Draws:
                 tensors["bias"] = self.normal(leading[-1], classes)
             elif kind == "linear" and self.chance(0.5):
                 tensors["bias"] = self.normal(classes)
+            if kind != "own":
+                options = {"softcap": self.pick(None, None, 3.0, 30.0)}
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         if kind in ("linear", "positional") and self.chance(0.2):
             # As under autocast: activations in half precision meet weights in single.
@@ -133,7 +135,8 @@ def make_head(recipe: Case, tensors: dict[str, Tensor]) -> Tensor | Head:
     if kind == "logistic":
         second = LAYOUTS[recipe["layout"]](rest[0])
         return LogisticHead(first, second, recipe["classes"], **recipe["options"])
-    head: Head = Capped(first, *rest) if kind == "own" else LinearHead(first, *rest)
+    cls = Capped if kind == "own" else LinearHead
+    head: Head = cls(first, *rest, **recipe["options"])
     head.budget_bytes = recipe["budget"]
     return head
 

@@ -169,17 +169,18 @@ class Head(abc.ABC):
         ]
 
     def add_gradient(
-        self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, passes: Any = None
+        self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, logits: Tensor
     ) -> None:
-        """Add to `sums` what dL/dlogits (*rows.shape, V) of some rows gives. Rows come once."""
+        """Add to `sums` what dL/dlogits (*rows.shape, V) of some rows gives. Rows come once.
+
+        logits: those of the rows, as `load` gives them.
+        """
         leaves = [None if t is None else t.detach() for t in self.tensors()]
         wanted = [i for i, total in enumerate(sums) if total is not None]
         with torch.enable_grad():
             inputs = [leaves[i].requires_grad_() for i in wanted]  # type: ignore[union-attr]
-            logits = self.with_tensors(leaves).take(rows).logits()
-            found = torch.autograd.grad(
-                logits, inputs, gradient.to(logits.dtype), allow_unused=True
-            )
+            again = self.with_tensors(leaves).take(rows).logits()
+            found = torch.autograd.grad(again, inputs, gradient.to(again.dtype), allow_unused=True)
         for i, part in zip(wanted, found, strict=True):
             if part is not None:
                 sums[i] += part  # type: ignore[operator]

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_bool, check_floating, check_int, check_rank, check_same_device
+from ..checks import (
+    check_bool,
+    check_floating,
+    check_int,
+    check_rank,
+    check_same_device,
+    check_within,
+)
 from ..groups import make_shard, unwrap
 from .base import BuiltInHead, set_leading, take_leading
 
@@ -19,7 +26,8 @@ class LinearHead(BuiltInHead):
     """Logits of a linear output layer, never all in memory: `hidden @ weight.T + bias`.
 
     Equivalent PyTorch: `F.linear(hidden, weight.to(hidden.dtype), bias)`, or with a bias per
-    position `F.linear(hidden, weight.to(hidden.dtype)) + bias`.
+    position `F.linear(hidden, weight.to(hidden.dtype)) + bias`; with `softcap` c of these logits
+    `c * torch.tanh(logits / c)`.
 
     Args:
         hidden: (..., C), floating point; the last leading dimension counts positions (D).
@@ -27,6 +35,8 @@ class LinearHead(BuiltInHead):
             says `columns` itself. Cast to the dtype of `hidden` for the product, so that
             half-precision activations meet fp32 master weights as they do under autocast.
         bias: (V,), or (D, V) for one row per position as in MaskGIT; None for no bias.
+        softcap: a positive number, the bound of the logits, as the final logits of Gemma have one
+            (`final_logit_softcapping`); None for none.
         budget_bytes: how much memory the logits of a chunk, and what is kept between the two
             sweeps of the loss, may take; None for the default of the backend that runs.
         columns: (start, stop), the columns of the vocabulary that `weight` and `bias` of this rank
@@ -48,7 +58,7 @@ class LinearHead(BuiltInHead):
         TypeError, ValueError: wrong kinds, ranks, sizes, dtypes or devices.
     """
 
-    options = ("budget_bytes", "reduce_hidden_grad")
+    options = ("softcap", "budget_bytes", "reduce_hidden_grad")
 
     def __init__(
         self,
@@ -56,6 +66,7 @@ class LinearHead(BuiltInHead):
         weight: Tensor,
         bias: Tensor | None = None,
         *,
+        softcap: float | None = None,
         budget_bytes: int | None = None,
         group: Any = None,
         columns: tuple[int, int] | None = None,
@@ -66,15 +77,16 @@ class LinearHead(BuiltInHead):
         bias, _ = unwrap(bias, -1, "bias")
 
         def check() -> tuple[int, Any]:
-            _check(hidden, weight, bias, budget_bytes)
+            _check(hidden, weight, bias, softcap, budget_bytes)
             check_bool(reduce_hidden_grad, "reduce_hidden_grad")
             biased = None if bias is None else (bias.ndim, bias.dtype)
             kinds = (hidden.dtype, weight.dtype, weight.shape[1], biased, reduce_hidden_grad)
-            return weight.shape[0], ("linear", *kinds)
+            return weight.shape[0], ("linear", *kinds, softcap)
 
         self.shard = make_shard(check, weight, found, group, columns, vocabulary)
         self.reduce_hidden_grad = reduce_hidden_grad
         self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.softcap = None if softcap is None else float(softcap)
         self.budget_bytes = budget_bytes
         # The position of each row, where the rows are no longer those of a (..., D, C) tensor.
         self._positions: Tensor | None = None
@@ -106,10 +118,15 @@ class LinearHead(BuiltInHead):
         weight, bias = self.weight.to(self.hidden.dtype), self.bias
         if bias is None or bias.ndim == 1:
             # In one product, as `nn.Linear` does: half precision then rounds once.
-            return F.linear(self.hidden, weight, None if bias is None else bias.to(weight.dtype))
+            bias = None if bias is None else bias.to(weight.dtype)
+            return self._capped(F.linear(self.hidden, weight, bias))
         logits = F.linear(self.hidden, weight)
         bias = bias if self._positions is None else bias[self._positions]
-        return logits + bias.to(logits.dtype)
+        return self._capped(logits + bias.to(logits.dtype))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """hidden, weight, bias; then, for taken rows of a (D, V) bias, their positions."""
@@ -151,6 +168,8 @@ class LinearHead(BuiltInHead):
         else:
             flat.copy_(self.bias[self.positions(rows.flatten())])
             flat.addmm_(hidden, weight)
+        if self.softcap is not None:
+            flat.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def logits_at(self, rows: Tensor, tokens: Tensor) -> Tensor:
         hidden = take_leading(self.hidden, rows, self.hidden.shape[:-1])
@@ -159,7 +178,7 @@ class LinearHead(BuiltInHead):
         if self.bias is not None:
             at = (self.positions(rows), tokens) if self.positional else (tokens,)
             logits = logits + self.bias[at].to(work)
-        return logits.to(hidden.dtype)
+        return self._capped(logits).to(hidden.dtype)
 
     def new_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
         sums = super().new_gradients(needs)
@@ -174,8 +193,11 @@ class LinearHead(BuiltInHead):
         return [*self.shard.sum(hidden), *others]
 
     def add_gradient(
-        self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, passes: Any = None
+        self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, logits: Tensor
     ) -> None:
+        if self.softcap is not None:  # the derivative of c tanh(z / c) is 1 - tanh²
+            part, share = gradient * logits, -1.0 / self.softcap**2
+            gradient = torch.addcmul(gradient, part, logits, value=share, out=part)
         flat = gradient.view(-1, gradient.shape[-1])
         leading, width = self.hidden.shape[:-1], self.hidden.shape[-1]
         if sums[0] is not None:
@@ -202,7 +224,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.t().to(total.dtype), right.to(total.dtype))
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, budget_bytes: int | None) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    budget_bytes: int | None,
+) -> None:
     check_floating(hidden, "hidden")
     check_floating(weight, "weight")
     check_rank(hidden, "hidden", minimum=2)
@@ -222,5 +250,7 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, budget_bytes: in
                 f"bias must have shape (V,) = {allowed[0]} or (D, V) = {allowed[1]}, "
                 f"got {tuple(bias.shape)}"
             )
+    if softcap is not None:
+        check_within(softcap, "softcap", "(0, inf)")
     if budget_bytes is not None:
         check_int(budget_bytes, "budget_bytes", minimum=1)

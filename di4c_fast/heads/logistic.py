@@ -175,7 +175,7 @@ class LogisticHead(BuiltInHead):
             out.copy_(self._taken(rows).logits())
 
     def add_gradient(
-        self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, passes: Any = None
+        self, sums: list[Tensor | None], rows: Tensor, gradient: Tensor, logits: Tensor
     ) -> None:
         for total, slope in zip(sums, self._taken(rows)._slopes(), strict=True):
             if total is not None:

@@ -323,7 +323,7 @@ def _student_gradients(
             scratch = student.new_chunk(visit.slots)
         part = scratch[: visit.slots, :, :vocabulary]
         passes.backward(chunk, found, Operand.of_chunk(part))
-        student.head.add_gradient(sums, student.rows(visit), part, passes)
+        student.head.add_gradient(sums, student.rows(visit), part, z.of_visit(visit))
     sums = head.share_gradients(sums)
     if target is not None and not sums:
         return [target.logits]
