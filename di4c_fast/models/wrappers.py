@@ -12,11 +12,13 @@ at the teacher, one of `with_latent_token` near it: see `LatentShift` and `Laten
 
 from __future__ import annotations
 
+import contextlib
 import copy as copies
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..checks import check_bool, check_tensor, describe
 from ..heads import Head
@@ -37,6 +39,7 @@ def with_latent_shift(
     zero_init: bool = True,
     frequencies: int = 128,
     scale: float = 1000.0,
+    share: bool = False,
     copy: bool = True,
 ) -> ShiftedModel:
     """A student that adds an embedding of λ to the output of one of the model's submodules.
@@ -55,6 +58,11 @@ def with_latent_shift(
         latent_dim: L.
         zero_init: start exactly at the model. False gives λ an influence at once.
         frequencies, scale: as in `LatentEmbedding`.
+        share: rows with the same tokens, time and context (the components of an example at x_t)
+            run through the layers up to and including this one once. The submodule must be one of
+            an `nn.ModuleList` whose entries are called one after another, as the layers of
+            a transformer are. The students are the same up to rounding; finding the
+            rows costs one host sync on a GPU.
         copy: work on a deep copy, so that training the student leaves the teacher alone. If no
             parameter of the model asks for a gradient (a frozen teacher), all of the copy's do.
             False shares the model as it is.
@@ -62,10 +70,13 @@ def with_latent_shift(
     check_module(model)
     if not isinstance(module, str):
         raise TypeError(f"module must be the name of a submodule, got {describe(module)}")
+    check_bool(share, "share")
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     if module not in names:
         known = f"such as {names[:5]}" if names else "which has none"
         raise ValueError(f"module must name a submodule of the model, {known}, got {module!r}")
+    if share and not isinstance(model.get_submodule(module.rpartition(".")[0]), nn.ModuleList):
+        raise ValueError(f"share=True needs a module of an nn.ModuleList, got {module!r}")
     found = _width_of(model.get_submodule(module)) if width is None else width
     if found is None:
         kind = type(model.get_submodule(module)).__name__
@@ -73,29 +84,45 @@ def with_latent_shift(
     options: dict[str, Any] = {"zero_init": zero_init, "frequencies": frequencies, "scale": scale}
     latent = LatentShift(found, latent_dim, **options)
     model, latent = _student_of(model, latent, copy)
-    return ShiftedModel(model, module, latent)
+    return ShiftedModel(model, module, latent, share)
 
 
 class ShiftedModel(Wrapper):
     """See `with_latent_shift`, which makes it: `model`, and `latent`, the `LatentShift`."""
 
-    def __init__(self, model: nn.Module, module: str, latent: LatentShift):
+    def __init__(self, model: nn.Module, module: str, latent: LatentShift, share: bool = False):
         super().__init__(model)
-        self.latent, self.module = latent, module
+        self.latent, self.module, self.share = latent, module, share
 
     def forward(self, tokens: Tensor, t: Tensor, latent: Tensor, **context: Any) -> Any:
         """(R, D) int64, (R,), (R, L) and the model's context to what the model returns."""
         check_latent(latent, len(tokens), self.latent.dim)
-        calls = 0
+        calls, rows = 0, len(tokens)
+        some, every = _distinct(tokens, t, *context.values()) if self.share else (None, None)
+
+        def fewer(module: nn.Module, arguments: Any, keywords: Any) -> Any:
+            def cut(value: Any) -> Any:
+                rows_of = isinstance(value, Tensor) and value.ndim > 1 and len(value) == rows
+                return value[some] if rows_of else value
+
+            return tree_map(cut, (arguments, keywords))
 
         def shift(module: nn.Module, arguments: Any, output: Any) -> Any:
             nonlocal calls
             calls += 1
             check_tensor(output, f"the output of module {self.module!r}")
-            return self.latent(output, latent)
+            return self.latent(output if every is None else output[every], latent)
 
         # For the length of the call: copies of the student then carry no hook of the original.
-        with self.model.get_submodule(self.module).register_forward_hook(shift):
+        with contextlib.ExitStack() as hooks:
+            if some is not None and len(some) < rows:
+                for layer in self.shared_layers():
+                    hook = layer.register_forward_pre_hook(fewer, with_kwargs=True)
+                    hooks.enter_context(hook)
+            else:
+                every = None
+            module = self.model.get_submodule(self.module)
+            hooks.enter_context(module.register_forward_hook(shift))
             output = self.model(tokens, t, **context)
         if not calls:
             raise RuntimeError(
@@ -103,8 +130,26 @@ class ShiftedModel(Wrapper):
             )
         return output
 
+    def shared_layers(self) -> list[nn.Module]:
+        """The layers up to and including the shifted one."""
+        stack, _, last = self.module.rpartition(".")
+        layers: Any = self.model.get_submodule(stack)
+        return list(layers[: int(last) + 1])
+
     def extra_repr(self) -> str:
-        return f"module={self.module!r}"
+        return f"module={self.module!r}, share={self.share}"
+
+
+def _distinct(*values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of one of each kind of rows, and for each row which of them is like it."""
+    columns = [v.double().view(torch.int64) if v.is_floating_point() else v.long() for v in values]
+    table = torch.cat(
+        [column.flatten(1) if column.ndim > 1 else column[:, None] for column in columns], 1
+    )
+    kinds, every = table.unique(dim=0, return_inverse=True)
+    return every.new_empty(len(kinds)).scatter_(
+        0, every, torch.arange(len(table), device=table.device)
+    ), every
 
 
 def with_latent_token(
@@ -183,7 +228,7 @@ class TokenModel(Wrapper):
         """
         check_latent(latent, len(tokens), self.latent.dim)
         length, extra = tokens.shape[1], self.latent.dim
-        limit = _position_limit(self.model)
+        limit = position_limit(self.model)
         if limit is not None and length + extra > limit:
             raise ValueError(
                 f"tokens must have at most {limit - extra} positions, {limit} of the model's "
@@ -254,7 +299,7 @@ def _input_embeddings(model: Any) -> nn.Module:
     return embeddings
 
 
-def _position_limit(model: nn.Module) -> int | None:
+def position_limit(model: nn.Module) -> int | None:
     """How many positions a table of position embeddings has room for."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):

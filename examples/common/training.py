@@ -15,23 +15,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from di4c_fast.training import EMA, Trainer
+from di4c_fast.training.finetune import cosine_rate
 
 from .options import Recipe
 from .rundir import RunDirectory, RunError
 
 WARMUP = 50
-FINAL_RATE = 0.05  # of the peak learning rate
 MAX_GRADIENT_NORM = 1.0
 DECAYS = {"teacher": 0.995, "student": 0.99}
 
 Model = TypeVar("Model", bound=nn.Module)
 Step = Callable[[Trainer], dict[str, Tensor]]
-
-
-def learning_rate(iteration: int, iterations: int) -> float:
-    """Linear warm-up, then a cosine down to FINAL_RATE, as a share of the peak."""
-    cosine = 0.5 * (1.0 + math.cos(math.pi * iteration / iterations))
-    return min(1.0, (iteration + 1) / WARMUP) * (FINAL_RATE + (1.0 - FINAL_RATE) * cosine)
 
 
 def train(
@@ -68,7 +62,7 @@ def train(
         model,
         optimizer=optimizer,
         ema=EMA(model, DECAYS[role], warmup=False),
-        scheduler=LambdaLR(optimizer, lambda i: learning_rate(i, iterations)),
+        scheduler=LambdaLR(optimizer, lambda i: cosine_rate(i, iterations, WARMUP)),
         clip_norm=MAX_GRADIENT_NORM * scale,
         generator=torch.Generator().manual_seed(seed + (role == "student")),
     )
@@ -122,14 +116,3 @@ def take_loss(trainer: Trainer, loss: Callable[[torch.Generator], Tensor]) -> di
         return {"loss": value.detach()}, 1
 
     return trainer.take(batch)
-
-
-def stratified_latents(batch: int, rows: int, dim: int, generator: torch.Generator) -> Tensor:
-    """λ (batch, rows, dim), each uniform on [0, 1), one per equal part in each dimension.
-
-    The average of a few components is then close to the average over all λ, so that the
-    marginal, which the loss compares with the teacher's, has less noise than with independent λ.
-    """
-    offset = torch.rand(batch, rows, dim, generator=generator)
-    part = torch.rand(batch, rows, dim, generator=generator).argsort(dim=1)
-    return (part + offset) / rows

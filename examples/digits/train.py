@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from di4c_fast.heads import as_head
+from di4c_fast.models import draw_latents
 from di4c_fast.training import Distiller, Trainer
 
 from ..common.rundir import RunDirectory
-from ..common.training import masked_cross_entropy, stratified_latents, take_loss, train
+from ..common.training import masked_cross_entropy, take_loss, train
 from .config import POSITIONS, Config
 from .data import Digits
 from .systems import system_of
@@ -59,7 +60,9 @@ def distill_student(
         x0, labels = draw_batch(digits, config.student_batch, generator)
 
         def latents(rows: int) -> Tensor:
-            return stratified_latents(len(x0), rows, config.latent_dim, generator)
+            return draw_latents(
+                len(x0), rows, config.latent_dim, stratified=True, generator=generator
+            )
 
         return distiller.step(
             x0,

@@ -16,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from di4c_fast import correlation, mixture_log_prob
+from di4c_fast.models import draw_latents
 from di4c_fast.processes import MaskedProcess
 
 from ..common.rundir import RunDirectory
-from ..common.training import stratified_latents
 from .blocks import BlockModel, cut
 from .config import Config
 from .data import Text, consecutive_windows
@@ -115,7 +115,9 @@ def nats(
     hidden, truth = cut(xt, blocks, 0), cut(x0, blocks, 0)
     times = t.repeat_interleave(blocks)
     teacher = BlockModel(models["teacher"], rows, blocks)(hidden, times)
-    latent = stratified_latents(len(truth), LATENTS, config.latent_dim // blocks, generator)
+    latent = draw_latents(
+        len(truth), LATENTS, config.latent_dim // blocks, stratified=True, generator=generator
+    )
     student = BlockModel(models["student"], rows, blocks)(
         hidden.repeat_interleave(LATENTS, dim=0),
         times.repeat_interleave(LATENTS),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from di4c_fast.models import draw_latents
 from di4c_fast.processes import MaskedProcess
 from di4c_fast.training import DistillConfig, Trainer, distill_step
 
 from ..common.model import start_from
 from ..common.rundir import RunDirectory
-from ..common.training import masked_cross_entropy, stratified_latents, take_loss, train
+from ..common.training import masked_cross_entropy, take_loss, train
 from .blocks import BlockModel, cut
 from .config import Config
 from .data import Text, draw_windows
@@ -79,7 +80,7 @@ def distill_student(
     latent_dim = config.latent_dim // blocks
 
     def latents(count: int, generator: torch.Generator) -> Tensor:
-        return stratified_latents(rows * blocks, count, latent_dim, generator)
+        return draw_latents(rows * blocks, count, latent_dim, stratified=True, generator=generator)
 
     def loss(generator: torch.Generator) -> Tensor:
         x0 = draw_batch(text, rows, config.length, generator)
