@@ -34,12 +34,22 @@ from ..models.call import check_callable
 from ..models.linear_output import call_for_head
 from ..samplers.arguments import check_counts
 from ..samplers.confidence import sample_confidence
+from ._fast_dllm import CachedModel
 from ._handle import Handle
 
-__all__ = ["EOS_ID", "EOT_ID", "accelerate", "denoiser", "generate", "generate_fast_dllm"]
+__all__ = [
+    "EOS_ID",
+    "EOT_ID",
+    "accelerate",
+    "cached_denoiser",
+    "denoiser",
+    "generate",
+    "generate_fast_dllm",
+]
 
 MASK_ID, EOS_ID, EOT_ID = 126336, 126081, 126348
 COMMON = ("model", "prompt", "steps", "gen_length", "block_length", "temperature", "remasking")
+CACHED = {"generate_with_prefix_cache": "suffix", "generate_with_dual_cache": "block"}
 REMASKING = ("low_confidence", "random")
 
 
@@ -51,15 +61,27 @@ def denoiser(model: Any) -> Callable[..., Head]:
             with logits (R, D, V); also without `attention_mask` if none is given.
     """
     check_callable(model, "model")
-    config: Any = getattr(model, "config", None)
-    scaled = getattr(config, "scale_logits", False)
-    scale = 1.0 / math.sqrt(config.d_model) if scaled else 1.0
+    scale = _scale_of(model)
 
     def call(tokens: Tensor, t: Tensor, attention_mask: Tensor | None = None) -> Head:
         arguments = {} if attention_mask is None else {"attention_mask": attention_mask}
         return call_for_head(model, tokens, scale=scale, **arguments)
 
     return call
+
+
+def cached_denoiser(model: Any) -> CachedModel:
+    """Fast-dLLM's `LLaDAModelLM` for `sample_confidence(..., window="suffix")` or "block".
+
+    Called as (tokens, t, window=..., attention_mask=None), see `di4c_fast.samplers.caches`. It
+    serves one run at a time.
+    """
+    return CachedModel(model, scale=_scale_of(model))
+
+
+def _scale_of(model: Any) -> float:
+    config: Any = getattr(model, "config", None)
+    return 1.0 / math.sqrt(config.d_model) if getattr(config, "scale_logits", False) else 1.0
 
 
 @torch.no_grad()
@@ -122,26 +144,37 @@ def generate_fast_dllm(
     mask_id: int = MASK_ID,
     threshold: float | None = None,
     factor: float | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    window: str = "all",
     **options: Any,
 ) -> tuple[Tensor, int]:
-    """Fast-dLLM's `generate` for LLaDA, without cache: the tokens and the number of model calls.
+    """Fast-dLLM's `generate` for LLaDA: the tokens and the number of model calls.
 
     Arguments as there and in `generate`; with a threshold or a factor `steps` is not used.
     `prompt` may hold several sequences: each goes through its blocks on its own. Where the
     repository would never end, because the model insists on the mask, this ends with masks left.
+
+    Args:
+        attention_mask: (B, P), 0 where a prompt is padded on its left.
+        window: "suffix" for `generate_with_prefix_cache`, "block" for `generate_with_dual_cache`:
+            the model must be Fast-dLLM's `LLaDAModelLM`, and all sequences are in the same block. A
+            block that its first call fills takes one call, there one more that does nothing.
     """
     calls = 0
-    given = denoiser(model)
+    callback = options.pop("callback", None)
 
-    def counted(tokens: Tensor, t: Tensor) -> Head:
+    def count(*step: Any) -> None:
         nonlocal calls
         calls += 1
-        return given(tokens, t)
+        if callback is not None:
+            callback(*step)
 
+    call = denoiser(model) if window == "all" else cached_denoiser(model)
     sizes = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
     options |= {"rule": remasking, "mask_id": mask_id, "temperature": temperature}
-    options |= {"threshold": threshold, "factor": factor}
-    return _generate(model, counted, prompt, None, sizes, **options), calls
+    options |= {"threshold": threshold, "factor": factor, "window": window, "callback": count}
+    return _generate(model, call, prompt, attention_mask, sizes, **options), calls
 
 
 def _generate(
@@ -183,22 +216,35 @@ def _generate(
 
 
 def accelerate(module: Any, **options: Any) -> Handle:
-    """Replace the `generate` of an imported `generate.py` of LLaDA or of Fast-dLLM.
+    """Replace the functions of an imported `generate.py` of LLaDA or of Fast-dLLM.
 
     Args:
         module: the module (or any object) with a function `generate`; one that takes `threshold`
-            and no `attention_mask` is Fast-dLLM's. Names that were imported out of the module
-            before stay as they were.
+            and no `attention_mask` is Fast-dLLM's, whose `generate_with_prefix_cache` and
+            `generate_with_dual_cache` are replaced, too, where they are. Names that were imported
+            out of the module before stay as they were.
         options: keywords for every call: exclude_mask, confidence_dtype, seed, eos_id, ...
     """
     found = getattr(module, "generate", None)
     if not callable(found):
         raise TypeError(f"module must have a function generate, got {describe(module)}")
-    names = set(inspect.signature(found).parameters)
-    for ours, its_own in ((generate, "cfg_scale"), (generate_fast_dllm, "threshold")):
-        if {*COMMON, "mask_id", its_own} <= names:
-            return Handle(module, "generate", functools.partial(ours, **options))
-    raise TypeError(
-        "module.generate must have the arguments of LLaDA's or of Fast-dLLM's, "
-        f"got {', '.join(sorted(names))}"
-    )
+    handle = Handle()
+    if {*COMMON, "mask_id", "cfg_scale"} <= _names(found):
+        handle.replace(module, "generate", functools.partial(generate, **options))
+        return handle
+    windows = {"generate": "all"} | {name: w for name, w in CACHED.items() if hasattr(module, name)}
+    for name in windows:
+        names = _names(getattr(module, name))
+        if not {*COMMON, "mask_id", "threshold"} <= names:
+            raise TypeError(
+                f"module.{name} must have the arguments of LLaDA's or of Fast-dLLM's, "
+                f"got {', '.join(sorted(names))}"
+            )
+    for name, window in windows.items():
+        ours = functools.partial(generate_fast_dllm, window=window, **options)
+        handle.replace(module, name, ours)
+    return handle
+
+
+def _names(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters)

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .caches import Window
 from .loop import Run, moved
 from .masked import plan_unmask_steps
 from .schedules import time_grid
@@ -23,24 +24,27 @@ class Fill:
     """Which masked positions a step computes, and how many of them it fills."""
 
     number: int  # of the step, from 0 on
-    limit: int | Tensor  # masked positions below it are active; a number or (B, 1)
+    opening: int | None  # that of its block's first step; None: sequences are in several blocks
+    begin: int
+    limit: int | Tensor  # masked positions in [begin, limit) are active; a number or (B, 1)
     size: int  # how many there are in all sequences
-    sequences: Tensor  # int64, those with any
+    sequences: Tensor  # int64, those of the call
     counts: Tensor | None = None  # (B,) int64, how many to fill; None: all, or as a rule decides
+    window: Window | None = None
 
 
-# Of a fill, worked out on the host: number, limit, (B,) active positions, (B,) counts.
-OnHost: TypeAlias = tuple[int, int, Tensor, Tensor]
+# A fill, and on the host: (B,) nonzero for the sequences of its call, (B,) counts.
+OnHost: TypeAlias = tuple[Fill, Tensor, Tensor | None]
 
 
 class Blocks:
-    """The blocks of a run. The first also holds the unknown tokens of the prompt.
+    """The blocks of a run. Without a window the first also holds the unknown tokens of the prompt.
 
     Args:
         block_length: None for a single block.
         steps: of all blocks together; None where a rule decides.
         capped: the steps cap a threshold.
-        schedule, t_min, eos_id: see `sample_confidence`.
+        schedule, t_min, eos_id, window, lead: see `sample_confidence`.
     """
 
     def __init__(
@@ -53,8 +57,11 @@ class Blocks:
         t_min: float,
         eos_id: int | None,
         capped: bool,
+        window: str,
+        lead: bool,
     ):
         self.run, self.schedule, self.t_min, self.eos_id = run, schedule, t_min, eos_id
+        self.window, self.lead = window, lead
         self.prompt_length = 0 if prompt is None else prompt.shape[-1]
         own = run.positions - self.prompt_length
         self.block_length = block_length or max(own, 1)
@@ -73,11 +80,30 @@ class Blocks:
             raise ValueError(
                 f"steps must be a multiple of the number of blocks, {self.blocks}, got {steps}"
             )
+        if lead and self.steps == 1 and own > 1:
+            raise ValueError(f"steps must be at least 2 per block with lead=True, got {steps}")
+        if window != "all" and bool(run.masked()[:, : self.prompt_length].any()):
+            raise ValueError(f"prompt must have no unknown tokens with window={window!r}")
 
     def bounds(self, block: int) -> tuple[int, int]:
+        """Where the masked positions of a block are, [begin, end)."""
         end = self.prompt_length + (block + 1) * self.block_length
-        begin = end - self.block_length if block else 0
+        begin = end - self.block_length if block or self.window != "all" else 0
         return begin, min(end, self.run.positions)
+
+    def window_of(self, block: int, first: bool) -> Window | None:
+        """What the model is told; first: at the block's first call."""
+        kind, (begin, end), length = self.window, self.bounds(block), self.run.positions
+        if kind == "all":
+            return None
+        if kind == "causal":
+            return Window(kind, begin, end, begin, end, begin == 0, length)
+        start, stop = begin, length if kind == "suffix" else end
+        if self.run.shift and not self.lead:  # the row before holds the logits of the first
+            start = max(begin - 1, 0)
+        if first:
+            start, stop = 0, length
+        return Window(kind, begin, end, start, stop, first, length)
 
     def counts(self, initial: Tensor, active: Tensor, step: int) -> Tensor:
         """How many of the active positions a step fills, with `initial` of them at the start."""
@@ -94,6 +120,10 @@ class Blocks:
         """What `done` steps fill of total / S each, the remainder one by one at first (LLaDA)."""
         done = min(done, self.steps)
         return total // self.steps * done + (total % self.steps).clamp(max=done)
+
+    def _capped(self, initial: Tensor, active: Tensor, step: int) -> Tensor:
+        """How many more a step may fill until as many are filled as `even` would have."""
+        return self.even(initial, step + 1) - (initial - active)
 
     def _block_of(self, position: Tensor) -> Tensor:
         return (position - self.prompt_length).clamp(min=0) // self.block_length
@@ -114,14 +144,25 @@ class Blocks:
             begin, end = self.bounds(block)
             if block and self.eos_id is not None:
                 masked[self._end_sequences(begin).cpu()] = False
-            initial = active = masked[:, begin:end].sum(1)
-            for number in range(block * self.steps, (block + 1) * self.steps):
+            initial = left = masked[:, begin:end].sum(1)
+            opening, first = block * self.steps, True
+            for index in range(self.steps):
+                limit, active = end, left
                 if origin:
-                    counts = active = (masked & (turns == number)).sum(1)
+                    counts = active = (masked & (turns == opening + index)).sum(1)
+                elif self.lead and not index:
+                    limit, active = begin + 1, masked[:, begin].long()
+                    counts = active
                 else:
-                    counts = self.counts(initial, active, number % self.steps)
-                fills.append((number, end, active, counts))
-                active = active - counts
+                    counts = self.counts(initial, left, index)
+                left = left - counts
+                if bool(active.any()):
+                    # A cache needs all sequences of a block at its first call.
+                    asked = initial if first and self.window != "all" else active
+                    window = self.window_of(block, first)
+                    fill = self._fill(opening + index, opening, limit, int(active.sum()), window)
+                    fills.append((fill, asked, counts))
+                    first = False
             if self.eos_id is not None or block == self.blocks - 1:
                 yield from self._moved(fills)
                 fills = []
@@ -135,19 +176,35 @@ class Blocks:
         self.turns = turns.to(run.device)
         return turns
 
-    def counted(self) -> Iterator[Fill]:
-        """Of a model that may draw the mask: one host sync per step counts what is masked."""
+    def counted(self, *, open_ended: bool = False) -> Iterator[Fill]:
+        """Of a model that may draw the mask, or open-ended with a window: all sequences are in the
+        same block. One host sync per step counts what is masked."""
+        opening = 0
         for block in range(self.blocks):
             begin, end = self.bounds(block)
             if block and self.eos_id is not None:
                 self._end_sequences(begin)
-            initial = None
-            for index in range(self.steps):
+            initial, taken = None, 0
+            for index in range(end - begin if open_ended else self.steps):
                 masked = self.run.masked()[:, :end]
-                active, inside = torch.stack([masked.sum(1), masked[:, begin:].sum(1)]).cpu()
+                inside = masked[:, begin:]
+                parts = (masked if self.window == "all" else inside, inside, inside[:, :1])
+                asked, inside, leading = torch.stack([part.sum(1) for part in parts]).cpu()
+                if not bool(asked.any()):
+                    break
                 initial = inside if initial is None else initial
-                counts = self.counts(initial, active, index)
-                yield from self._moved([(block * self.steps + index, end, active, counts)])
+                limit, active, counts = end, asked, None
+                if self.lead and not index:
+                    limit, active, counts = begin + 1, leading, leading
+                elif not open_ended:
+                    counts = self.counts(initial, active, index)
+                elif self.steps:
+                    counts = self._capped(initial, active, index)
+                window = self.window_of(block, not index)
+                fill = self._fill(opening + index, opening, limit, int(active.sum()), window)
+                yield from self._moved([(fill, asked, counts)])
+                taken = index + 1
+            opening += taken if open_ended else self.steps
 
     def open(self) -> Iterator[Fill]:
         """Until nothing is masked, each sequence in the block of its first masked position.
@@ -170,13 +227,13 @@ class Blocks:
             counts = None
             if self.steps:  # a cap on what the rule lets through, at least 1 while any are masked
                 initial = active if initial is None else initial
-                counts = self.even(initial, number + 1) - (initial - active)
+                counts = self._capped(initial, active, number)
             on_host = active.cpu()
             rows = int(on_host.sum())
             if not rows:
                 return
             sequences = on_host.nonzero()[:, 0].to(self.run.device)
-            yield Fill(number, limit, rows, sequences, counts)
+            yield Fill(number, None, 0, limit, rows, sequences, counts)
 
     def _end_sequences(self, begin: int | Tensor) -> Tensor:
         """Fill up, with eos_id, the sequences that hold it among their own tokens before `begin`.
@@ -192,10 +249,19 @@ class Blocks:
         run.tokens = torch.where(ended.unsqueeze(1) & run.masked(), end, run.tokens)
         return ended
 
+    def _fill(
+        self, number: int, opening: int, limit: int, size: int, window: Window | None
+    ) -> Fill:
+        """One whose tensors are still on the host."""
+        begin = 0 if window is None else window.begin
+        return Fill(number, opening, begin, limit, size, torch.empty(0), None, window)
+
     def _moved(self, fills: list[OnHost]) -> Iterator[Fill]:
-        """Those that fill anything, with all their tensors on the device, moved in one go."""
-        fills = [fill for fill in fills if bool(fill[3].any())]
-        tensors = [t for _, _, active, counts in fills for t in (active.nonzero()[:, 0], counts)]
-        each = iter(moved(tensors, self.run.device))
-        for number, limit, active, _ in fills:
-            yield Fill(number, limit, int(active.sum()), next(each), next(each))
+        """Them with all their tensors on the device, moved in one go."""
+        tensors = [asked.nonzero()[:, 0] for _, asked, _ in fills]
+        tensors += [counts for _, _, counts in fills if counts is not None]
+        each = moved(tensors, self.run.device)
+        sequences, rest = each[: len(fills)], iter(each[len(fills) :])
+        for (fill, _, counts), some in zip(fills, sequences, strict=True):
+            counts = None if counts is None else next(rest)
+            yield dataclasses.replace(fill, sequences=some, counts=counts)

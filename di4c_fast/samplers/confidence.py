@@ -21,6 +21,7 @@ from ..draw.api import sample
 from ..heads import Head
 from .arguments import MaskDrawOptions, Model, Unpack, check_counts, check_flags, sampler
 from .blocks import Blocks
+from .caches import WINDOWS, check_window
 from .loop import Answer, Guidance, Run, Step, single_logits
 
 __all__ = ["CONFIDENCE_RULES", "sample_confidence"]
@@ -59,6 +60,9 @@ def sample_confidence(
     eos_id: int | None = None,
     confidence_dtype: torch.dtype | None = None,
     active_only: bool = True,
+    window: str = "all",
+    lead: bool = False,
+    latent_every: str = "step",
     **options: Unpack[MaskDrawOptions],
 ) -> Tensor:
     """Fill token rows in the order of the model's confidence.
@@ -88,6 +92,20 @@ def sample_confidence(
 
     Equal confidences: the lowest position first.
 
+    What the model is called on, by `window`:
+
+    | window | first call of a block | later calls |
+    |---|---|---|
+    | all | all positions | all positions |
+    | suffix | all positions | from the block's start on (Fast-dLLM's prefix cache) |
+    | block | all positions | the block (Fast-dLLM's dual cache) |
+    | causal | the block | the block (BD3LM); `model.commit` stores what is before it, once |
+
+    With "suffix" and "block" what is outside the call is seen as it was at the block's first call:
+    the tokens are no longer exactly those of "all". All but "all" need a model with a cache, see
+    `di4c_fast.samplers.caches`; the head has only the rows of the call, and what a sequence becomes
+    still does not depend on the others, which are all in the same block.
+
     Args: those of all samplers, see `di4c_fast.samplers`, and
 
         model: t is the share of masked positions in each sequence.
@@ -115,8 +133,14 @@ def sample_confidence(
             still masked becomes eos_id without asking the model. None: never.
         confidence_dtype: None for fp32, or the dtype in which a repository computes confidences:
             then bit for bit by its operations, see `di4c_fast.sample`.
+        window: see above. "causal" knows no guidance and no shift, whose rows are committed.
+        lead: the first step of every block fills its first position and no other (Fast-dLLM's
+            cached Dream). Only with a window, and schedule="ancestral", a threshold or a factor.
+        latent_every: "block" keeps the λ of a block's first step to its end, as a cache needs it: a
+            window other than "all" refuses a fresh λ per step.
         latent: (D, B, L) for λ per step with a threshold or a factor.
-        prompt: its unknown tokens are filled with the first block.
+        prompt: its unknown tokens are filled with the first block; a window other than "all" needs
+            all of them known.
 
     The hooks hear of the steps that call the model; their total is `steps`, or the bound D where
     a rule decides. With `eos_id` the result may differ from the last entry of `history`, since a
@@ -124,8 +148,8 @@ def sample_confidence(
 
     Host syncs: before the loop one to read the prompt and one to count what is masked; inside
     none, but with `eos_id` one per block, and with `threshold`, `factor` or `exclude_mask=False`
-    one per step, to count what is still masked. Memory above the model's: the hidden states of the
-    active rows, a few numbers for each, and the head's budget.
+    one per step, to count what is still masked. A model's cache may have its own. Memory above the
+    model's: the hidden states of the active rows, a few numbers for each, and the head's budget.
     """
     check_choice(rule, "rule", CONFIDENCE_RULES)
     check_choice(schedule, "schedule", ("even", "ancestral"))
@@ -134,7 +158,9 @@ def sample_confidence(
     check_number(confidence_temperature, "confidence_temperature", minimum=0.0)
     check_number(0.0 if threshold is None else threshold, "threshold")
     check_number(0.0 if factor is None else factor, "factor", minimum=0.0)
-    check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only)
+    check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only, lead=lead)
+    check_choice(latent_every, "latent_every", ("step", "block"))
+    check_choice(window, "window", WINDOWS)
     given_ids = {"banned_ids": banned_ids, "deferred_ids": deferred_ids}
     banned, deferred = (_check_ids(ids, name) for name, ids in given_ids.items())
     check_int(mask_id, "mask_id", minimum=0)
@@ -142,6 +168,10 @@ def sample_confidence(
     check_counts([count for count in optional if count[1] is not None])
     open_ended, origin = threshold is not None or factor is not None, rule == "origin"
     field = _FIELDS[rule]  # None for origin and random
+    cached, causal = window != "all", window == "causal"
+    every_step = latent_every == "step" and bool(options["latent_dim"])
+    if isinstance(options["latent"], Tensor) and options["latent"].ndim == 2:
+        every_step = False
     bounded = threshold is None or rule == "entropy" or 0.0 <= threshold <= 1.0
     name, late = "threshold" if factor is None else "factor", "low_confidence"
     for wrong, message in (
@@ -153,6 +183,30 @@ def sample_confidence(
         (deferred and rule != late, f"deferred_ids needs rule={late!r}, got {rule!r}"),
         (steps and factor is not None, f"steps must be None with a factor, got {steps}"),
         (not open_ended and steps is None, "steps must be an int, or threshold or factor given"),
+        (
+            cached and every_step,
+            f"window={window!r} needs one λ for a block: latent (B, L), or "
+            "latent_every='block', got a fresh one per step",
+        ),
+        (
+            not cached and open_ended and latent_every == "block",
+            f"latent_every='block' with a {name} "
+            "needs a window other than 'all', where sequences are in blocks of their own",
+        ),
+        (
+            causal and guidance_scale,
+            "guidance_scale needs a cache of its own, which window='causal' has not",
+        ),
+        (
+            causal and shift,
+            "shift needs the row before a block, which is committed with window='causal'",
+        ),
+        (lead and not cached, "lead needs a window other than 'all'"),
+        (lead and origin, "lead needs a rule with counts, got origin"),
+        (
+            lead and schedule == "even" and not open_ended,
+            "lead needs schedule='ancestral', a threshold or a factor",
+        ),
         (mask_id in deferred, f"deferred_ids must not hold the mask, {mask_id}"),
         (eos_id == mask_id, f"eos_id must not hold the mask, {mask_id}"),
     ):
@@ -169,6 +223,8 @@ def sample_confidence(
         ids={"mask_id": mask_id, "eos_id": eos_id or 0, **ids},
     )
     run.shift = shift
+    prompt = options["prompt"]
+    check_window(model, window, block_length, 0 if prompt is None else prompt.shape[-1])
     run.banned = torch.tensor(banned, device=run.device) if banned else None
     last = torch.tensor(deferred, device=run.device) if deferred else None
     want = () if field is None else (field[0],)
@@ -178,10 +234,10 @@ def sample_confidence(
     changed = run.draws["temperature"] not in (0.0, 1.0) or options["top_k"] or options["top_p"]
     if last is not None and not changed:
         want = (*want, "logsumexp")
-    prompt, capped = options["prompt"], threshold is not None
-    blocks = Blocks(run, prompt, block_length, steps, schedule, t_min, eos_id, capped)
+    how = (schedule, t_min, eos_id, threshold is not None, window, lead)
+    blocks = Blocks(run, prompt, block_length, steps, *how)
     if open_ended:
-        fills = blocks.open()
+        fills = blocks.counted(open_ended=True) if cached else blocks.open()
     else:
         fills = blocks.known(origin=origin) if exclude_mask else blocks.counted()
     given, place = ~run.masked(), torch.arange(run.positions, device=run.device)
@@ -189,8 +245,12 @@ def sample_confidence(
 
     def filling() -> Iterator[Step]:
         nonlocal active, counts
+        before: Step | None = None
+        committed = 0
         for fill in fills:
             active, counts = run.masked() & (place < fill.limit), fill.counts
+            if fill.begin:
+                active &= place >= fill.begin
             if blocks.turns is not None:
                 active = active & (blocks.turns == fill.number)
             rows = run.rows_of(active, fill.size)
@@ -200,7 +260,16 @@ def sample_confidence(
                 guidance = Guidance(guidance_scale, without, run.context)
             some = fill.sequences if active_only else None
             how = None if origin else keep
-            yield Step(fill.number, None, rows, some, how, want=want, guidance=guidance)
+            lam = fill.opening if latent_every == "block" else None
+            step = Step(
+                fill.number, None, rows, some, how,
+                want=want, guidance=guidance, latent=lam, window=fill.window,
+            )  # fmt: skip
+            if causal and committed < fill.begin:
+                run.commit(before or step, committed, fill.begin)
+                committed = fill.begin
+            before = step
+            yield step
 
     def keep(step: Step, answer: Answer) -> Tensor:
         if field is None:

@@ -38,6 +38,7 @@ from ..models.call import (
     repeat_context,
 )
 from .arguments import Model, check_size, device_of, fill_prompt, seed_of
+from .caches import Window
 
 # Step numbers of the counter-based generator. λ and tokens of step k have k (in two streams),
 # what a rule draws besides has RULE + k, and what is drawn before the first step has START.
@@ -79,6 +80,8 @@ class Step:
     guidance: Guidance | None = None
     teacher: bool = False  # ask `Run.other` in place of the model, without λ
     tries: Tensor | None = None  # (B·n, L): n rows in place of each sequence, with these λ
+    latent: int | None = None  # the step whose λ it has; None: its own
+    window: Window | None = None  # of a model with a cache; rows lie in it
 
 
 class Run:
@@ -243,15 +246,18 @@ class Run:
 
     def _local_rows(self, step: Step) -> Tensor | None:
         """The rows by their numbers in the call of the model."""
-        rows = step.rows
-        if rows is None:
-            return None
-        position = rows % self.positions
-        if step.sequences is not None:
+        rows, window = step.rows, step.window
+        if rows is None or (step.sequences is None and window is None and not self.shift):
+            return rows
+        sequence, position = rows // self.positions, rows % self.positions
+        if step.sequences is not None and len(step.sequences) < self.batch:
             number = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
             number[step.sequences] = torch.arange(len(step.sequences), device=self.device)
-            rows = number[rows // self.positions] * self.positions + position
-        return rows - (position > 0).long() if self.shift else rows
+            sequence = number[sequence]
+        start, size = (0, self.positions) if window is None else (window.start, window.size)
+        if self.shift:
+            position = (position - 1).clamp(min=0)
+        return sequence * size + position - start
 
     def _heads(self, step: Step, rows: Tensor | None) -> tuple[Head, tuple[Head, float] | None]:
         """The wanted rows of the head, and `guidance` for `sample`."""
@@ -262,17 +268,15 @@ class Run:
         def cut(values: Tensor) -> Tensor:
             return values if some is None else values[some]
 
-        tokens, lam = cut(self.tokens), self.latent
+        tokens, lam = cut(self.tokens), self._latent_of(step, some)
         context: Context = {key: cut(value) for key, value in self.context.items()}
-        if lam is not None:
-            lam = cut(lam if lam.ndim == 2 else lam[step.number])
         if step.tries is not None:
             count = len(step.tries) // self.batch if self.batch else 1
             tokens, lam = repeat(tokens, "b d -> (b n) d", n=count), step.tries
             context = repeat_context(context, count)
         if guidance is None:
             name, lam = ("teacher", None) if step.teacher else ("model", lam)
-            head = self._call(name, step, tokens, lam, context)
+            head = self._call(name, step, tokens, lam, context, some)
             return (head if rows is None else head.take(rows)), None
         assert rows is not None
         others = cut(guidance.tokens)
@@ -283,16 +287,47 @@ class Run:
             return head.take(rows), (other.take(rows), guidance.scale)
         both = {key: torch.cat([value, without[key]]) for key, value in context.items()}
         lam = None if lam is None else torch.cat([lam, lam])
-        head = self._call("model", step, torch.cat([tokens, others]), lam, both)
-        return head.take(rows), (head.take(rows + tokens.numel()), guidance.scale)
+        twice = None if some is None else torch.cat([some, some + self.batch])
+        head = self._call("model", step, torch.cat([tokens, others]), lam, both, twice)
+        split = len(tokens) * head.shape[1]
+        return head.take(rows), (head.take(rows + split), guidance.scale)
+
+    def _latent_of(self, step: Step, some: Tensor | None = None) -> Tensor | None:
+        """λ (R, L) of a step, of some of the sequences."""
+        lam = self.latent
+        if lam is not None and lam.ndim == 3:
+            lam = lam[step.number if step.latent is None else step.latent]
+        return lam if lam is None or some is None else lam[some]
+
+    def commit(self, step: Step, start: int, stop: int) -> None:
+        """Have the model store its keys for the tokens of [start, stop), with the λ of a step."""
+        tokens, lam = self.tokens[:, start:stop], self._latent_of(step)
+        window = Window("causal", start, stop, start, stop, start == 0, self.positions, self.batch)
+        t = torch.zeros(self.batch, device=self.device)
+        arguments = (tokens, t) if lam is None else (tokens, t, lam)
+        self.model.commit(*arguments, window=window, **self.context)  # type: ignore[attr-defined]
 
     def _call(
-        self, name: str, step: Step, tokens: Tensor, lam: Tensor | None, context: Context
+        self,
+        name: str,
+        step: Step,
+        tokens: Tensor,
+        lam: Tensor | None,
+        context: Context,
+        some: Tensor | None = None,
     ) -> Head:
-        model = self.model if name == "model" else self.other
+        """some: the sequences of the call, for a window; with guidance those + B, too."""
+        model, window = self.model if name == "model" else self.other, step.window
         assert model is not None
+        timed = tokens
+        if window is not None:
+            batch = self.batch if step.guidance is None else 2 * self.batch
+            window = dataclasses.replace(window, batch=batch, sequences=some)
+            context = {**context, "window": window}  # type: ignore[dict-item]
+            tokens = tokens[:, window.start : window.stop]
+            timed = tokens if window.kind == "causal" else timed
         if step.time is None:
-            t = torch.eq(tokens, self.mask_id).float().mean(1)
+            t = torch.eq(timed, self.mask_id).float().mean(1)
         else:
             t = torch.full((len(tokens),), step.time, dtype=torch.float32, device=self.device)
         head = call_model(model, name, tokens, t, lam, context, self.vocab_size)
