@@ -78,12 +78,13 @@ class Saved:
         """The slots that the passes visit: all, or the active ones where the host counts them."""
         batch, _, positions, _ = problem.sizes
         sizes, total = (batch, positions), batch * positions
+        joint = problem.position_group, problem.ends, problem.sequence
         if self.rows.numel() == 0:
-            return Places(sizes, None, None, total, problem.position_group)
+            return Places(sizes, None, None, total, *joint)
         if not passes.WRITES_ZEROS:
             stop = int(self.count)
-            return Places(sizes, self.rows[:stop], None, stop, problem.position_group)
-        return Places(sizes, self.rows, self.count, total, problem.position_group)
+            return Places(sizes, self.rows[:stop], None, stop, *joint)
+        return Places(sizes, self.rows, self.count, total, *joint)
 
 
 def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Saved]:
@@ -138,8 +139,11 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
         torch._foreach_zero_(small)  # one launch
     dtype = problem.student.prepared_dtype
     logits = large(plan.kept_logits, components, row, dtype=dtype)
+    examples = like.shape[0]
     joint = Joint(
-        large(total, targets, components), new(batch, targets, components), new(batch, targets)
+        large(total, targets, components),
+        new(examples, targets, components),
+        new(examples, targets),
     )
     return plan, Saved(statistics, rows, count, logits, joint)
 
@@ -194,7 +198,7 @@ def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Valu
     alive = places.alive(statistics.student.total[part])
     log_prob, log_weights = statistics.log_prob[part], problem.log_weights
     joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[part])
-    alone = problem.position_group is None
+    alone = problem.position_group is None and problem.ends is None
     evaluate = passes.joint if alone and hasattr(passes, "joint") else joint_terms
     value = evaluate(log_prob, alive, log_weights, places, problem.correlation, joint)
 
@@ -202,7 +206,7 @@ def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Valu
         return places.sum(torch.where(alive, values[part], 0.0)).to(dtype)
 
     def nothing() -> Tensor:  # an op returns no tensor twice
-        return problem.log_weights.new_zeros(problem.sizes[0])
+        return problem.log_weights.new_zeros(problem.log_weights.shape[0])
 
     teacher_kl: Tensor | None = None
     consistency_kl: Tensor | None = None

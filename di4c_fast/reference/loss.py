@@ -8,6 +8,8 @@ so that -inf columns and excluded rows give finite gradients.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -186,6 +188,14 @@ def evaluate(problem: Problem) -> Values:
         beyond = (counted & infinite).any(-1).any(-1) & ~component.isnan()
         component = component.masked_fill(beyond, float("inf"))
     return Values(rows, marginal, component, teacher_kl.detach(), consistency_kl.detach())
+
+
+def with_draws(problem: Problem) -> Problem:
+    """The problem with its target rows drawn."""
+    if problem.seed is None:
+        return problem
+    _, tokens = consistency_targets(problem)
+    return dataclasses.replace(problem, tokens=tokens, seed=None)
 
 
 def consistency_targets(problem: Problem) -> tuple[Tensor, Tensor]:
