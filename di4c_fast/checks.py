@@ -151,6 +151,23 @@ def check_values(condition: Tensor, message: str, values: Tensor | None = None) 
         torch._assert_async(condition.all(), message)
 
 
+def check_cu_seqlens(value: Any, total: int, device: torch.device) -> Tensor:
+    """Cumulative lengths of S sequences that have `total` positions, as int64 (S + 1,)."""
+    check_tensor(value, "cu_seqlens")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {value.dtype}")
+    if value.ndim != 1 or value.numel() == 0:
+        raise ValueError(f"cu_seqlens must have shape (S + 1,), got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"cu_seqlens must be on {device}, got {value.device}")
+    ends = value.long()
+    fits = ends.diff(prepend=ends[:1]) >= 0
+    fits[0] &= ends[0] == 0
+    fits[-1] &= ends[-1] == total
+    check_values(fits, f"cu_seqlens must rise from 0 to the {total} positions", ends)
+    return ends
+
+
 def check_token_range(tokens: Tensor, name: str, vocabulary: int) -> None:
     check_values(
         (tokens >= 0) & (tokens < vocabulary),

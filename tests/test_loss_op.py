@@ -196,3 +196,17 @@ def test_a_gradient_in_place_compiles_to_one_that_is_not(backend):
     (gradient,) = torch.autograd.grad(compiled(student), student)
     (expected,) = torch.autograd.grad(value(student), student)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_a_packed_batch_compiles_to_the_same_numbers():
+    problem = single_problem(85, batch=1, positions=9, log_weights=torch.zeros(4, 3))
+    student, ends = problem.pop("student").requires_grad_(), torch.tensor([0, 3, 3, 4, 9])
+
+    def value(student: Tensor, ends: Tensor) -> Tensor:
+        return run_loss({"student": student, **problem}, cu_seqlens=ends, backend="torch")
+
+    torch.compiler.reset()
+    compiled = torch.compile(value, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(student, ends), student)
+    (expected,) = torch.autograd.grad(value(student, ends), student)
+    torch.testing.assert_close(gradient, expected)

@@ -150,6 +150,10 @@ class Head(abc.ABC):
         """(B·N, ..., V) viewed as (B, N, ..., V)."""
         return self.take(self._row_numbers().unflatten(0, (batch, components)))
 
+    def positions_first(self) -> Head:
+        """(1, ..., D, V) viewed as (D, ..., 1, V)."""
+        return self.take(self._row_numbers().transpose(0, -1))
+
     def split(self, first: int) -> tuple[Head, Head]:
         """The first entries of the first dimension, and the others."""
         rows = self._row_numbers()
@@ -248,6 +252,10 @@ class BuiltInHead(Head):
 
     def unflatten(self, batch: int, components: int) -> Head:
         return self.map_rows(lambda tensor: tensor.unflatten(0, (batch, components)))
+
+    def positions_first(self) -> Head:
+        last = len(self.shape) - 2
+        return self.map_rows(lambda tensor: tensor.transpose(0, last))
 
     def split(self, first: int) -> tuple[Head, Head]:
         # One split has one concatenation as its backward; two slices would each fill a whole

@@ -14,6 +14,7 @@ from ..checks import check_choice, check_whole, without_autocast
 from ..groups import group_name, shared_errors
 from ..heads import HeadLike
 from ..passes.base import Values
+from .packed import pack_problem, pad_problem
 from .problem import (
     LossTerms,
     Problem,
@@ -41,6 +42,7 @@ class _Options(TypedDict, total=False):
     mask_id: int | None
     valid: Tensor | None
     log_weights: Tensor | None
+    cu_seqlens: Tensor | None
     data_weight: float | Tensor
     teacher_weight: float | Tensor
     consistency_weight: float | Tensor
@@ -86,6 +88,7 @@ def loss(
     mask_id: int | None = None,
     valid: Tensor | None = None,
     log_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     data_weight: float | Tensor = 1.0,
     teacher_weight: float | Tensor = 1.0,
     consistency_weight: float | Tensor = 1.0,
@@ -143,6 +146,10 @@ def loss(
         valid: (B, D) bool; False (padding, prompt) contributes no loss, no gradient, no work, and
             the tokens there may be anything, such as -100.
         log_weights: (B, N) log-weights of the components, normalised here; None for uniform.
+        cu_seqlens: (S + 1,) int32 or int64, cumulative lengths 0 .. T of a packed batch: S
+            sequences one after the other in the T positions of one row. B above is then 1 and D
+            is T, but for `log_weights` (S, N), weights (S,) and what comes back, (S,) for B:
+            every sequence is an example, with its own joint terms. None: the batch is not packed.
         data_weight, teacher_weight, consistency_weight, component_weight: finite and not
             negative, a float or a tensor (B,). A term of weight 0 is left out, even if infinite.
         control_variate: False replaces cor(x) by -log sum_n e^{a_n} prod_d p[n,d,x_d] and drops
@@ -200,11 +207,12 @@ def loss(
             mask_id=mask_id,
             valid=valid,
             log_weights=log_weights,
+            cu_seqlens=cu_seqlens,
             control_variate=control_variate,
             generator=generator,
             return_terms=return_terms,
         )
-        problem = _with_group(problem, position_group)
+        problem = _laid_out(problem, position_group)
     with without_autocast(problem.student.device):
         values = _evaluate(problem, backend)
     value = values.loss
@@ -220,11 +228,12 @@ def loss(
     return value, LossTerms(*(term.detach() for term in terms))
 
 
-def _with_group(problem: Problem, position_group: Any) -> Problem:
-    if position_group is None:
-        return problem
-    name = group_name(position_group, "position_group")
-    return dataclasses.replace(problem, position_group=name)
+def _laid_out(problem: Problem, position_group: Any) -> Problem:
+    """The problem of positions on several ranks, or of sequences in one row."""
+    if position_group is not None:
+        name = group_name(position_group, "position_group")
+        problem = dataclasses.replace(problem, position_group=name)
+    return problem if problem.ends is None else pack_problem(problem)
 
 
 def _evaluate(problem: Problem, backend: Backend) -> Values:
@@ -233,6 +242,8 @@ def _evaluate(problem: Problem, backend: Backend) -> Values:
         from ..reference import loss as reference
 
         check_whole(problem.student, 'backend="reference"', problem.position_group)
+        if problem.ends is not None:
+            problem = pad_problem(reference.with_draws(problem))
         return reference.evaluate(problem)
     from .op import evaluate
 
@@ -247,6 +258,7 @@ def mixture_log_prob(
     mask_id: int | None = None,
     valid: Tensor | None = None,
     log_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     position_group: Any = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -262,8 +274,8 @@ def mixture_log_prob(
     Args:
         student: logits (B, N, D, V), a tensor or a head.
         x: (B, K, D) int64, or (B, D) for one row per example.
-        xt, mask_id, valid, log_weights, position_group, backend: as in `loss`; only active
-            positions count.
+        xt, mask_id, valid, log_weights, cu_seqlens, position_group, backend: as in `loss`; only
+            active positions count.
 
     Returns:
         (B, K), or (B,) for x (B, D); fp32 (fp64 for fp64 logits). -inf for impossible rows.
@@ -276,7 +288,8 @@ def mixture_log_prob(
     Source: the mixture denoiser of Di4C (arXiv 2410.08709); `loss` uses it when `control_variate`
     is off.
     """
-    return _token_rows(backend, position_group, False, student, x, xt, mask_id, valid, log_weights)
+    given = (xt, mask_id, valid, log_weights, cu_seqlens)
+    return _token_rows(backend, position_group, False, student, x, *given)
 
 
 def correlation(
@@ -287,6 +300,7 @@ def correlation(
     mask_id: int | None = None,
     valid: Tensor | None = None,
     log_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     position_group: Any = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -305,7 +319,8 @@ def correlation(
 
     Source: the control variates of Di4C (arXiv 2410.08709).
     """
-    return _token_rows(backend, position_group, True, student, x, xt, mask_id, valid, log_weights)
+    given = (xt, mask_id, valid, log_weights, cu_seqlens)
+    return _token_rows(backend, position_group, True, student, x, *given)
 
 
 def _token_rows(
@@ -319,7 +334,7 @@ def _token_rows(
     check_choice(backend, "backend", backends.names())
     with shared_errors(student, position_group):
         problem, single = prepare_rows_problem(correlation, student, x, *others)
-        problem = _with_group(problem, position_group)
+        problem = _laid_out(problem, position_group)
     with without_autocast(problem.student.device):
         rows = _evaluate(problem, backend).rows
     rows = rows if correlation else 0.0 - rows

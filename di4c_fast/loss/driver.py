@@ -80,13 +80,14 @@ class Saved:
         """The slots that the passes know: all, or the active ones alone."""
         batch, _, positions, _ = problem.sizes
         sizes, total = (batch, positions), batch * positions
+        joint = problem.position_group, problem.ends, problem.sequence
         if self.rows.numel() == 0:
-            return Places(sizes, None, None, total, problem.position_group)
+            return Places(sizes, None, None, total, *joint)
         if not passes.WRITES_ZEROS:
             assert self.number is not None
             rows = self.rows[: self.number]
-            return Places(sizes, rows, None, self.number, problem.position_group)
-        return Places(sizes, self.rows, self.count, total, problem.position_group, self.number)
+            return Places(sizes, rows, None, self.number, *joint)
+        return Places(sizes, self.rows, self.count, total, *joint, self.number)
 
     def counted(self, passes: Any, plan: Plan) -> Saved:
         """The same, and how many positions are active: read once, since a GPU has to wait for it.
@@ -158,15 +159,18 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
     if problem.active is None:
         rows, count = new(0, dtype=torch.int64), new(dtype=torch.int64)
     else:
-        own = type(like) is Tensor and total <= getattr(passes, "ORDERS", 0)
+        own = type(like) is Tensor and 0 < total <= getattr(passes, "ORDERS", 0)
         rows, count = (passes.order if own else order_positions)(problem.active)
     # Passes that visit every slot, and have what is joint, read no slot that is not active.
     if total and not (passes.WRITES_ZEROS and (_joins(problem, passes) or problem.active is None)):
         torch._foreach_zero_(small)  # one launch
     dtype = problem.student.prepared_dtype
     logits = large(plan.kept_logits, components, row, dtype=dtype)
+    examples = like.shape[0]
     joint = Joint(
-        large(total, targets, components), new(batch, targets, components), new(batch, targets)
+        large(total, targets, components),
+        new(examples, targets, components),
+        new(examples, targets),
     )
     return plan, Saved(statistics, rows, count, logits, joint)
 
@@ -221,12 +225,14 @@ def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Valu
     """The values from the statistics of all positions; what is joint goes into `saved`."""
     joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[: places.slots])
     evaluate = passes.joint if _joins(problem, passes) else joint_terms
-    return evaluate(saved.statistics, problem.mixture(), places, joint)
+    return evaluate(saved.statistics, problem.mixture(by_sequence=True), places, joint)
 
 
 def _joins(problem: Problem, passes: Any) -> bool:
-    """Whether the passes have what is joint: positions of other ranks are beyond them."""
-    return problem.position_group is None and hasattr(passes, "joint")
+    """Whether the passes have what is joint: positions of other ranks are beyond them, and so are
+    sequences of a packed batch."""
+    alone = problem.position_group is None and problem.ends is None
+    return alone and hasattr(passes, "joint")
 
 
 # The second sweep ---------------------------------------------------------------------------------
@@ -246,7 +252,8 @@ def backward(
     """
     plan = make_plan(problem, passes, True)
     saved = saved.counted(passes, plan)
-    places, statistics, mixture = saved.places(problem, passes), saved.statistics, problem.mixture()
+    places, statistics = saved.places(problem, passes), saved.statistics
+    mixture = problem.mixture(by_sequence=True)
     joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[: places.slots])
     log_weights = None
     if needs[-1]:

@@ -41,7 +41,7 @@ def joint_terms(statistics: Statistics, mixture: Mixture, places: Places, out: J
         return places.sum(torch.where(alive, values[part], 0.0)).to(rows.dtype)
 
     def nothing() -> Tensor:  # an op returns no tensor twice
-        return mixture.log_weights.new_zeros(places.sizes[0])
+        return mixture.log_weights.new_zeros(len(mixture.log_weights))
 
     teacher_kl, consistency_kl, component = nothing(), nothing(), nothing()
     if mixture.marginal:

@@ -101,7 +101,7 @@ def mixture(tensors: list[Tensor], text: str, backend: str, needs_grad: bool) ->
 def _(tensors: list[Tensor], text: str, backend: str, needs_grad: bool) -> list[Tensor]:
     problem = record.decode(Problem, tensors, text)
     _, saved = new_saved(problem, _passes(problem, backend), needs_grad)
-    like, batch = problem.log_weights, problem.sizes[0]
+    like, batch = problem.log_weights, problem.log_weights.shape[0]
     values = [like.new_empty(batch) for _ in range(VALUES - 1)]
     return [like.new_empty(batch, problem.targets), *values, *saved.tensors()]
 

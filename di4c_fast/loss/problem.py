@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checks import (
     check_bool,
+    check_cu_seqlens,
     check_int64,
     check_mask_id,
     check_same_device,
@@ -71,6 +72,10 @@ class Problem:
     marginal: bool = False  # the KL terms to the marginal are asked for
     component: bool = False  # `Values.component` is asked for
     position_group: str | None = None  # of ranks that have the other positions
+    # Of a packed batch every position is an example, and values, log-weights and weights are those
+    # of S sequences; see `loss.packed`.
+    ends: Tensor | None = None  # (S + 1,) int64 cumulative lengths
+    sequence: Tensor | None = None  # (B,) int64 of each position
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -101,8 +106,8 @@ class Problem:
         """The work dtype, that of all arithmetic and of the values."""
         return self.log_weights.dtype
 
-    def mixture(self) -> Mixture:
-        """What the passes need of it."""
+    def mixture(self, by_sequence: bool = False) -> Mixture:
+        """What the passes need of it; weights by sequence of a packed batch, or by position."""
         none = self.log_weights[:, 0].detach()
         mask_id, xu, shard = self.mask_id, self.xu, self.student.shard
         if shard is not None:
@@ -112,12 +117,21 @@ class Problem:
                 hidden = -1 if mask_id is None else mask_id
                 local = shard.local(xu)
                 xu = torch.where(xu.eq(self.mask_id), hidden, local)
+
+        def by_example(values: Tensor | None) -> Tensor:
+            if values is None:
+                return none
+            values = values.detach()
+            if self.sequence is None or by_sequence:
+                return values.contiguous()
+            return values[self.sequence]
+
         return Mixture(
             mask_id,
             xu,
-            self.log_weights.detach().contiguous(),
-            none if self.teacher_weight is None else self.teacher_weight,
-            none if self.consistency_weight is None else self.consistency_weight,
+            by_example(self.log_weights),
+            by_example(self.teacher_weight),
+            by_example(self.consistency_weight),
             self.marginal,
             self.component,
             self.correlation,
@@ -170,9 +184,9 @@ def _check_tensors(head: Head, name: str) -> None:
                 )
 
 
-def prepare_log_weights(log_weights: Tensor | None, student: Head) -> Tensor:
+def prepare_log_weights(log_weights: Tensor | None, student: Head, batch: int) -> Tensor:
     """Component log-weights (B, N), normalised over N in the compute dtype."""
-    batch, components = student.shape[:2]
+    components = student.shape[1]
     dtype = student.work_dtype
     if log_weights is None:
         # Filled on the device: a copy from the host would wait for it.
@@ -194,6 +208,19 @@ def prepare_log_weights(log_weights: Tensor | None, student: Head) -> Tensor:
         "log_weights must leave at least one component of every example a weight above -inf",
     )
     return torch.log_softmax(log_weights, dim=-1)
+
+
+def prepare_ends(cu_seqlens: Tensor | None, student: Head) -> tuple[Tensor | None, int]:
+    """The cumulative lengths of a packed batch, if it is one, and how many examples there are."""
+    batch, _, positions, _ = student.shape
+    if cu_seqlens is None:
+        return None, batch
+    if batch != 1:
+        raise ValueError(
+            f"student must have shape (1, N, T, V) with cu_seqlens, got {tuple(student.shape)}"
+        )
+    ends = check_cu_seqlens(cu_seqlens, positions, student.device)
+    return ends, ends.numel() - 1
 
 
 def prepare_active(
@@ -266,9 +293,11 @@ def check_targets_allowed(
     )
 
 
-def prepare_weight(value: float | Tensor, name: str, student: Head) -> tuple[Tensor, bool]:
+def prepare_weight(
+    value: float | Tensor, name: str, student: Head, batch: int
+) -> tuple[Tensor, bool]:
     """A weight per example (B,) in the compute dtype, and whether it is the number 0."""
-    batch, dtype = student.shape[0], student.work_dtype
+    dtype = student.work_dtype
     if isinstance(value, Tensor):
         if value.dtype == torch.bool or value.dtype.is_complex:
             raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
@@ -342,6 +371,7 @@ def prepare_loss(
     mask_id: int | None,
     valid: Tensor | None,
     log_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
     control_variate: bool,
     generator: torch.Generator | None,
     return_terms: bool,
@@ -352,6 +382,7 @@ def prepare_loss(
     check_generator(generator)
     head = prepare_student(student)
     batch, _, positions, _ = head.shape
+    ends, examples = prepare_ends(cu_seqlens, head)
     mask_id = check_mask_id(mask_id, head.vocabulary)
     letters = "(B, D, V) or (B, M, D, V) with M >= 1"
     teacher_head = prepare_target(teacher, "teacher", head, letters)
@@ -359,10 +390,11 @@ def prepare_loss(
     x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
     check_targets_allowed(x0, "x0", mask_id, active)
     prepared = {
-        name: prepare_weight(value, f"{name}_weight", head) for name, value in given_weights.items()
+        name: prepare_weight(value, f"{name}_weight", head, examples)
+        for name, value in given_weights.items()
     }
     weights = {name: weight for name, (weight, _) in prepared.items()}
-    normalised = prepare_log_weights(log_weights, head)
+    normalised = prepare_log_weights(log_weights, head, examples)
 
     draws, seed = None, None
     if consistency is None:
@@ -423,6 +455,7 @@ def prepare_loss(
         seed=seed,
         marginal=marginal,
         component=component,
+        ends=ends,
     )
     return problem
 
@@ -435,13 +468,15 @@ def prepare_rows_problem(
     mask_id: int | None,
     valid: Tensor | None,
     log_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Problem, bool]:
     """The problem without distributions of `mixture_log_prob` and `correlation`, and whether x came
     as one row for each example."""
     head = prepare_student(student)
+    ends, examples = prepare_ends(cu_seqlens, head)
     mask_id = check_mask_id(mask_id, head.vocabulary)
     active = prepare_active(xt, valid, mask_id, head)
     tokens, single = prepare_rows(x, head, valid)
     check_targets_allowed(tokens, "x", mask_id, active)
-    weights = prepare_log_weights(log_weights, head)
-    return Problem(head, tokens, weights, active, mask_id, correlation), single
+    weights = prepare_log_weights(log_weights, head, examples)
+    return Problem(head, tokens, weights, active, mask_id, correlation, ends=ends), single

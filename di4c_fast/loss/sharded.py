@@ -38,7 +38,7 @@ def agreed(problem: Problem) -> tuple[Problem, Keys]:
     shard, group, device = problem.student.shard, problem.position_group, problem.tokens.device
     facts, positions, seed = problem.facts(), problem.sizes[2], problem.seed
     if shard is not None:
-        tensors = (problem.tokens, problem.xu, problem.active)
+        tensors = (problem.tokens, problem.xu, problem.active, problem.ends)
         shard.agree(facts | {"positions": positions}, device, *tensors)
         seed = None if seed is None else of_first_rank(seed, shard.group)
     if group is None:

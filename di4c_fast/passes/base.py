@@ -252,18 +252,25 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where every slot lies, and which slots count."""
+    """Where every slot lies, and which slots count.
+
+    Of a packed batch every position is an example of its own, and "example" below is a sequence.
+    """
 
     sizes: tuple[int, int]  # B, D
     rows: Tensor | None  # (A,) int64 position of each slot, active ones first; None: slot s is s
     count: Tensor | None  # () int64, how many are active; None: all slots
     slots: int  # A
     group: str | None = None  # of ranks that have the other positions
+    ends: Tensor | None = None  # (S + 1,) cumulative lengths of the sequences of a packed batch
+    sequence: Tensor | None = None  # (B,) of each position of it
     number: int | None = None  # how many are active, where the host knows it beside `count`
 
     def spread(self, values: Tensor) -> Tensor:
         """(B, ...) -> (A, ...): every slot has the values of its example."""
         batch, positions = self.sizes
+        if self.sequence is not None:
+            return values[self.sequence if self.rows is None else self.sequence[self.rows]]
         if self.rows is None:
             every = values.unsqueeze(1).expand(batch, positions, *values.shape[1:])
             return every.flatten(0, 1).contiguous()
@@ -285,6 +292,11 @@ class Places:
         if self.rows is not None:  # back into the order of positions, so that sums repeat
             every = values.new_zeros(batch * positions, *values.shape[1:])
             values = every.index_copy_(0, self.rows, values)
+        if self.ends is not None:
+            wide = values.to(torch.float64)
+            return torch.segment_reduce(
+                wide, "sum", offsets=self.ends, axis=0, initial=0, unsafe=True
+            )
         sums = values.reshape(batch, positions, *values.shape[1:]).sum(1, dtype=torch.float64)
         return sums if self.group is None else all_sum(sums, self.group)
 

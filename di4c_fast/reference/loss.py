@@ -8,6 +8,8 @@ so that -inf columns and excluded rows give finite gradients.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -188,6 +190,14 @@ def evaluate(problem: Problem) -> Values:
     if problem.data_weight is not None:
         loss = loss_of(problem, rows, teacher_kl, consistency_kl, component)
     return Values(rows, loss, *(term.detach() for term in terms))
+
+
+def with_draws(problem: Problem) -> Problem:
+    """The problem with its target rows drawn."""
+    if problem.seed is None:
+        return problem
+    _, tokens = consistency_targets(problem)
+    return dataclasses.replace(problem, tokens=tokens, seed=None)
 
 
 def consistency_targets(problem: Problem) -> tuple[Tensor, Tensor]:

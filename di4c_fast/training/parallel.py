@@ -51,7 +51,10 @@ def agreed(work: Callable[[], T]) -> T:
         failure = error
     messages = gathered(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            failure = None  # its traceback holds this frame
     for rank, message in enumerate(messages):
         if message is not None:
             raise RuntimeError(f"rank {rank} failed: {message}")

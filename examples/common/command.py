@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from .options import Recipe
+from .ranks import is_first, process_group
 from .rundir import RunError, write_file
 
 SomeRecipe = TypeVar("SomeRecipe", bound=Recipe)
@@ -112,10 +113,13 @@ def run_command(threads: int, run: Callable[[], None]) -> int:
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        run()
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with process_group():
+            try:
+                run()
+            except RunError as error:
+                if is_first():
+                    print(f"error: {error}", file=sys.stderr)
+                return 2
     except KeyboardInterrupt:
         print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
         return 130

@@ -1,8 +1,8 @@
 """The directory of a run: what it belongs to, and its files, written whole or not at all.
 
 `run.json` holds the recipe and the names of the files written so far; one process at a time holds
-it. Checkpoints and samples are checkpoint files of the library, which an interruption at any point
-leaves as they were or complete.
+it, rank 0 of those that `torchrun` starts. Checkpoints and samples are checkpoint files of the
+library, which an interruption at any point leaves as they were or complete.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from di4c_fast.training.checkpoint import (
 )
 
 from .options import Recipe
+from .ranks import is_first, on_first
 
-FORMAT = 2
+FORMAT = 3
 STORED = "di4c_fast.examples/2"
 
 Result = TypeVar("Result")
@@ -52,6 +53,12 @@ class RunDirectory:
         self.path = pathlib.Path(path)
         self._identity = {"format": FORMAT, "config": config.to_json(), **data}
         self._files: list[str] = []
+        try:
+            on_first(self._open)
+        except RuntimeError as error:  # of another rank
+            raise RunError(str(error)) from error
+
+    def _open(self) -> None:
         record = self.path / "run.json"
         if record.exists():
             self._claim(record)
@@ -107,11 +114,14 @@ class RunDirectory:
     def file(self, name: str) -> pathlib.Path:
         """`<name>.safetensors`, `name` being folder/file; the folder is made."""
         file = self.path / f"{name}.safetensors"
-        file.parent.mkdir(exist_ok=True)
+        if is_first():
+            file.parent.mkdir(exist_ok=True)
         return file
 
     def written(self, file: pathlib.Path, write: Callable[[], None]) -> None:
-        """Let `write` write a file, and record that the run has it."""
+        """Let `write` write a file, and record that the run has it; rank 0 does."""
+        if not is_first():
+            return
         write()
         name = str(file.relative_to(self.path))
         if name not in self._files:

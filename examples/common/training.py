@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from di4c_fast.training import EMA, Trainer
 from di4c_fast.training.finetune import cosine_rate
+from di4c_fast.training.parallel import rank_and_size
 
 from .options import Recipe
+from .ranks import Loss, Objective, is_first, mean, shared
 from .rundir import RunDirectory, RunError
 
 WARMUP = 50
@@ -25,7 +27,6 @@ MAX_GRADIENT_NORM = 1.0
 DECAYS = {"teacher": 0.995, "student": 0.99}
 
 Model = TypeVar("Model", bound=nn.Module)
-Step = Callable[[Trainer], dict[str, Tensor]]
 
 
 def train(
@@ -35,8 +36,7 @@ def train(
     config: Recipe,
     seed: int,
     checkpoint_every: int,
-    step: Step,
-    make: Callable[..., Trainer] = Trainer,
+    loss: Loss,
     scale: float = 1.0,
 ) -> Model:
     """The "teacher" or the "student" of a run's seed, trained or resumed, with averaged weights.
@@ -44,10 +44,10 @@ def train(
     The student draws from the next seed, so that it does not see its teacher's batches again.
 
     Args:
-        step: one step of the trainer; every draw comes from `trainer.generator`.
-        make: `Trainer`, or `Distiller` with its own arguments filled in.
-        scale: the loss that `step` goes down is this many times the one that is reported. Gradients
-            are clipped, and Adam's epsilon counts, as if it were not.
+        loss: the mean over those rows of a batch that belong to this process; every draw comes
+            from the generator that it is given.
+        scale: `loss` is this many times the one that is reported. Gradients are clipped, and Adam's
+            epsilon counts, as if it were not.
     """
     iterations = getattr(config, f"{role}_iterations")
     optimizer = torch.optim.AdamW(
@@ -58,7 +58,7 @@ def train(
         weight_decay=0.01,
         fused=True,
     )
-    trainer = make(
+    trainer = Trainer(
         model,
         optimizer=optimizer,
         ema=EMA(model, DECAYS[role], warmup=False),
@@ -66,6 +66,16 @@ def train(
         clip_norm=MAX_GRADIENT_NORM * scale,
         generator=torch.Generator().manual_seed(seed + (role == "student")),
     )
+    rows, size = getattr(config, f"{role}_batch"), rank_and_size()[1]
+    if rows < size:
+        raise RunError(f"--{role}-batch must be at least {size}, one for each process, got {rows}")
+    objective = shared(Objective(model, loss, rows))
+
+    def batch(backward: Callable[..., None]) -> tuple[dict[str, Tensor], int]:
+        value, weight = objective(trainer.generator)
+        backward(value, weight)
+        return {"loss": mean(value.detach(), weight)}, 1
+
     file = run.file(f"seed-{seed}/{role}")
     losses: list[float] = []
     seconds = 0.0
@@ -73,15 +83,18 @@ def train(
         stored = run.reading(file, lambda: trainer.load(file))
         losses, seconds = stored["losses"], stored["seconds"]
     started = time.perf_counter() - seconds
-    with tqdm(total=iterations, initial=len(losses), desc=role, unit="it") as bar:
+    initial = len(losses)
+    with tqdm(
+        total=iterations, initial=initial, desc=role, unit="it", disable=not is_first()
+    ) as bar:
         while len(losses) < iterations:
-            loss = float(step(trainer)["loss"]) / scale
-            if not math.isfinite(loss):
+            value = float(trainer.take(batch)["loss"]) / scale
+            if not math.isfinite(value):
                 raise RunError(
-                    f"the loss of the {role} became {loss} at iteration {len(losses)}; "
+                    f"the loss of the {role} became {value} at iteration {len(losses)}; "
                     f"try a smaller --{role}-lr"
                 )
-            losses.append(loss)
+            losses.append(value)
             recent = losses[-50:]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
             bar.update()
@@ -104,15 +117,3 @@ def masked_cross_entropy(logits: Tensor, x0: Tensor, masked: Tensor, mask_id: in
     nll = F.cross_entropy(logits[..., :mask_id].flatten(0, 1), x0.flatten(), reduction="none")
     nll = nll.view_as(masked) * masked
     return (nll.sum(1) / masked.sum(1).clamp(min=1)).mean()
-
-
-def take_loss(trainer: Trainer, loss: Callable[[torch.Generator], Tensor]) -> dict[str, Tensor]:
-    """One step of a trainer down a loss of one's own."""
-
-    def batch(backward: Callable[[Tensor], None]) -> tuple[dict[str, Tensor], int]:
-        assert trainer.generator is not None
-        value = loss(trainer.generator)
-        backward(value)
-        return {"loss": value.detach()}, 1
-
-    return trainer.take(batch)

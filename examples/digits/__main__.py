@@ -14,6 +14,7 @@ from torch import nn
 
 from ..common import report
 from ..common.command import add_recipe, base_parser, parse_recipe, run_command, write_all
+from ..common.ranks import is_first
 from ..common.rundir import RunDirectory, RunError
 from ..common.sampling import sample_seeds
 from . import data, speed
@@ -89,6 +90,16 @@ def run_example(config: Config, arguments: argparse.Namespace) -> None:
     refuse_other_system(arguments.run_dir, config.system)
     run = RunDirectory(arguments.run_dir, config)
     digits = data.load(config.levels)
+
+    def models_of(seed: int) -> dict[str, nn.Module]:
+        teacher = train_teacher(config, digits, run, seed, arguments.checkpoint_every)
+        student = distill_student(config, digits, teacher, run, seed, arguments.checkpoint_every)
+        return {"teacher": teacher, "student": student}
+
+    if not is_first():
+        for seed in arguments.seeds:
+            models_of(seed)
+        return
     print(f"{len(digits.tokens)} real digits, 64 pixels, {config.levels} levels; run in {run.path}")
     system = system_of(config)
     judge = system.judge(digits)
@@ -96,11 +107,6 @@ def run_example(config: Config, arguments: argparse.Namespace) -> None:
     within = "; distances within classes" if isinstance(judge, ClassJudge) else ""
     accuracy = judge.features.accuracy
     print(f"classifier: {accuracy:.1%} of the held-out digits right{within}", flush=True)
-
-    def models_of(seed: int) -> dict[str, nn.Module]:
-        teacher = train_teacher(config, digits, run, seed, arguments.checkpoint_every)
-        student = distill_student(config, digits, teacher, run, seed, arguments.checkpoint_every)
-        return {"teacher": teacher, "student": student}
 
     scores, samples = sample_seeds(config, arguments.seeds, run, judge, models_of, system.draw)
     comparisons = None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
 from di4c_fast.heads import as_head
 from di4c_fast.models import draw_latents
-from di4c_fast.training import Distiller, Trainer
+from di4c_fast.training import distill_step
 
+from ..common.ranks import generators_of
 from ..common.rundir import RunDirectory
-from ..common.training import masked_cross_entropy, take_loss, train
+from ..common.training import masked_cross_entropy, train
 from .config import POSITIONS, Config
 from .data import Digits
 from .systems import system_of
@@ -26,17 +25,15 @@ def train_teacher(
     system = system_of(config)
     model = system.teacher()
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator, part: slice) -> Tensor:
         x0, labels = draw_batch(digits, config.teacher_batch, generator)
         t = system.times(len(x0), generator)
-        xt = system.process.corrupt(x0, t, generator=generator)
-        head = as_head(model(xt, t, **system.context(labels, generator)))
-        return masked_cross_entropy(head.logits(), x0, system.counted(xt), system.columns)
+        xt = system.process.corrupt(x0, t, generator=generator)[part]
+        given = {name: value[part] for name, value in system.context(labels, generator).items()}
+        head = as_head(model(xt, t[part], **given))
+        return masked_cross_entropy(head.logits(), x0[part], system.counted(xt), system.columns)
 
-    def step(trainer: Trainer) -> dict[str, Tensor]:
-        return take_loss(trainer, loss)
-
-    return train("teacher", model, run, config, seed, checkpoint_every, step)
+    return train("teacher", model, run, config, seed, checkpoint_every, loss)
 
 
 def distill_student(
@@ -51,34 +48,37 @@ def distill_student(
     torch.manual_seed(seed + 1)
     system = system_of(config)
     model = system.student(teacher)
-    own_pass = system.process.component_time is not None
+    recipe, own_pass = system.recipe(), system.process.component_time is not None
 
-    def step(distiller: Trainer) -> dict[str, Tensor]:
-        assert isinstance(distiller, Distiller)
-        generator = distiller.generator
-        assert generator is not None
+    def loss(generator: torch.Generator, part: slice) -> Tensor:
         x0, labels = draw_batch(digits, config.student_batch, generator)
+        t = system.student_times(len(x0), generator)
 
         def latents(rows: int) -> Tensor:
-            return draw_latents(
+            drawn = draw_latents(
                 len(x0), rows, config.latent_dim, stratified=True, generator=generator
             )
+            return drawn[part]
 
-        return distiller.step(
-            x0,
-            t=system.student_times(len(x0), generator),
+        context = system.context(labels, generator)
+        output = distill_step(
+            model,
+            teacher,
+            x0[part],
+            process=system.process,
+            config=recipe,
+            t=t[part],
             latent=latents(config.components),
             latent_u=latents(config.draws),
             latent_min=latents(config.components) if own_pass else None,
-            context=system.context(labels, generator),
+            context={name: value[part] for name, value in context.items()},
+            generator=generators_of(generator, part),
             return_terms=False,
         )
+        return output.loss
 
-    make = functools.partial(
-        Distiller, teacher=teacher, process=system.process, config=system.recipe()
-    )
     # The loss is reported per pixel.
-    return train("student", model, run, config, seed, checkpoint_every, step, make, scale=POSITIONS)
+    return train("student", model, run, config, seed, checkpoint_every, loss, scale=POSITIONS)
 
 
 def draw_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from di4c_fast.samplers import sample_masked
 from ..common import report
 from ..common.command import add_recipe, base_parser, parse_recipe, run_command, write_all
 from ..common.plots import step_words
+from ..common.ranks import is_first
 from ..common.rundir import RunDirectory
 from ..common.sampling import MODELS, sample_seeds
 from . import data, likelihood
@@ -51,6 +52,16 @@ def run_example(config: Config, arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     text = data.load()
     run = RunDirectory(arguments.run_dir, config, text=text.fingerprint)
+
+    def train_models(seed: int) -> dict[str, nn.Module]:
+        teacher = train_teacher(config, text, run, seed, arguments.checkpoint_every)
+        student = distill_student(config, text, teacher, run, seed, arguments.checkpoint_every)
+        return {"teacher": teacher, "student": student}
+
+    if not is_first():
+        for seed in arguments.seeds:
+            train_models(seed)
+        return
     sizes = [sum(map(len, topics)) for topics in (text.train, text.held_out)]
     print(
         f"{sizes[0]} characters to train on, {sizes[1]} held out ({len(text.held_out)} topics), "
@@ -63,9 +74,7 @@ def run_example(config: Config, arguments: argparse.Namespace) -> None:
     likelihoods: list[likelihood.Likelihoods] = []
 
     def models_of(seed: int) -> Mapping[str, nn.Module]:
-        teacher = train_teacher(config, text, run, seed, arguments.checkpoint_every)
-        student = distill_student(config, text, teacher, run, seed, arguments.checkpoint_every)
-        models = {"teacher": teacher, "student": student}
+        models = train_models(seed)
         likelihoods.append(likelihood.one_step(config, text, models, run, seed))
         return models
 

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from di4c_fast.models import draw_latents
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training import DistillConfig, Trainer, distill_step
+from di4c_fast.training import DistillConfig, distill_step
 
 from ..common.model import start_from
+from ..common.ranks import generators_of
 from ..common.rundir import RunDirectory
-from ..common.training import masked_cross_entropy, take_loss, train
+from ..common.training import masked_cross_entropy, train
 from .blocks import BlockModel, cut
 from .config import Config
 from .data import Text, draw_windows
@@ -39,16 +40,14 @@ def train_teacher(
     model = TextDenoiser(len(text.alphabet), config)
     process = process_of(text, config)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator, part: slice) -> Tensor:
         x0 = draw_batch(text, config.teacher_batch, config.length, generator)
         t = process.sample_times(len(x0), stratified=True, generator=generator)
-        xt = process.corrupt(x0, t, generator=generator)
-        return masked_cross_entropy(model(xt, t), x0, xt == process.mask_id, process.mask_id)
+        xt = process.corrupt(x0, t, generator=generator)[part]
+        logits = model(xt, t[part])
+        return masked_cross_entropy(logits, x0[part], xt == process.mask_id, process.mask_id)
 
-    def step(trainer: Trainer) -> dict[str, Tensor]:
-        return take_loss(trainer, loss)
-
-    return train("teacher", model, run, config, seed, checkpoint_every, step)
+    return train("teacher", model, run, config, seed, checkpoint_every, loss)
 
 
 def distill_student(
@@ -79,28 +78,28 @@ def distill_student(
     rows, blocks = config.student_batch, config.length // config.block
     latent_dim = config.latent_dim // blocks
 
-    def latents(count: int, generator: torch.Generator) -> Tensor:
-        return draw_latents(rows * blocks, count, latent_dim, stratified=True, generator=generator)
-
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(generator: torch.Generator, part: slice) -> Tensor:
         x0 = draw_batch(text, rows, config.length, generator)
         t = process.sample_times(rows, stratified=True, generator=generator)
         t = t.pow(config.time_power).clamp(min=process.t_min)
         shift = int(torch.randint(config.block, (1,), generator=generator))
+        own, examples = part.stop - part.start, slice(part.start * blocks, part.stop * blocks)
+
+        def latents(count: int) -> Tensor:
+            size = (rows * blocks, count, latent_dim)
+            return draw_latents(*size, stratified=True, generator=generator)[examples]
+
         output = distill_step(
-            BlockModel(model, rows, blocks, shift),
-            BlockModel(teacher, rows, blocks, shift),
-            cut(x0, blocks, shift),
+            BlockModel(model, own, blocks, shift),
+            BlockModel(teacher, own, blocks, shift),
+            cut(x0[part], blocks, shift),
             process=process,
             config=recipe,
-            generator=generator,
-            t=t.repeat_interleave(blocks),
-            latent=latents(config.components, generator),
-            latent_u=latents(config.draws, generator),
+            t=t[part].repeat_interleave(blocks),
+            latent=latents(config.components),
+            latent_u=latents(config.draws),
+            generator=generators_of(generator, examples),
         )
         return output.loss / config.block
 
-    def step(trainer: Trainer) -> dict[str, Tensor]:
-        return take_loss(trainer, loss)
-
-    return train("student", model, run, config, seed, checkpoint_every, step)
+    return train("student", model, run, config, seed, checkpoint_every, loss)
