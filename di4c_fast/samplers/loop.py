@@ -75,6 +75,7 @@ class Step:
     sequences: Tensor | None = None  # int64, those with such rows, ascending; None: all
     fill: Callable[[Step, Answer], Tensor] | None = None  # new tokens (B, D); None: the draws
     greedy: bool = False  # the argmax in place of a draw
+    temperature: float | None = None  # None: that of the run
     mask: Tensor | None = None  # (B, D) bool, positions that are masked again after the draws
     want: tuple[str, ...] = ()  # statistics of the draw
     guidance: Guidance | None = None
@@ -240,6 +241,8 @@ class Run:
         if step.tries is None:
             keys = self.keys.view_as(self.tokens) if step.rows is None else self.keys[step.rows]
         options = self.draws | ({"temperature": 0.0} if step.greedy else {})
+        if step.temperature is not None:
+            options["temperature"] = step.temperature
         options |= {"seed": self.seed, "step": step.number, "row_keys": keys, "want": step.want}
         draw = sample(head, guidance=guidance, **options)
         return Answer(draw, head, guidance)
