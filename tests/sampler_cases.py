@@ -143,7 +143,9 @@ SAMPLERS = {
         sample_canvas, {"vocab_size": VOCAB, "steps": 4, "mean_entropy": None, "active_only": False}
     ),
     "canvas, ending": Sampler(
-        sample_canvas, {"vocab_size": VOCAB, "steps": 6, "entropy_bound": 3.0, "mean_entropy": 1.0}
+        sample_canvas,
+        {"vocab_size": VOCAB, "steps": 6, "entropy_bound": 3.0}
+        | {"mean_entropy": 1.1, "stable_steps": 0},
     ),
     "gaussian": Sampler(sample_gaussian, {"process": PROCESS, "steps": 4}),
     "maskgit": Sampler(sample_maskgit, masked),

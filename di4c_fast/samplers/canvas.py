@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import rng
 from ..checks import check_number, check_within
 from .arguments import Model, Options, Unpack, check_counts, check_flags, sampler
-from .loop import START, Answer, Run, Step
+from .loop import Answer, Step
+from .uniform import uniform_run
 
 __all__ = ["accepted", "sample_canvas"]
 
@@ -82,25 +82,14 @@ def sample_canvas(
     which sequences have ended, none with mean_entropy=None.
     """
     check_flags(active_only=active_only)
-    check_counts([("vocab_size", vocab_size, 2), ("steps", steps, 1)])
-    check_counts([("stable_steps", stable_steps, 0)])
+    check_counts([("steps", steps, 1), ("stable_steps", stable_steps, 0)])
     check_number(entropy_bound, "entropy_bound", minimum=0.0)
     check_within(first_temperature, "first_temperature", "(0, inf)")
     check_within(last_temperature, "last_temperature", "(0, inf)")
     if mean_entropy is not None:
         check_number(mean_entropy, "mean_entropy", minimum=0.0)
 
-    def anything(run: Run) -> Tensor:
-        u = rng.uniform(run.seed, START, run.keys, 1, dtype=torch.float64)
-        return (u * vocab_size).long().view_as(run.tokens)
-
-    run = Run(
-        model,
-        shape,
-        {**options, "vocab_size": vocab_size, "prompt": prompt},
-        calls=steps,
-        start=anything if start is None else start,
-    )
+    run = uniform_run(model, shape, options, vocab_size, steps, prompt, start)
     known = 0 if prompt is None else prompt.shape[-1]
     place = torch.arange(run.batch * run.positions, device=run.device).view_as(run.tokens)
     free, everyone = place[:, known:], torch.arange(run.batch, device=run.device)

@@ -75,7 +75,6 @@ class Step:
     sequences: Tensor | None = None  # int64, those with such rows, ascending; None: all
     fill: Callable[[Step, Answer], Tensor] | None = None  # new tokens (B, D); None: the draws
     greedy: bool = False  # the argmax in place of a draw
-    temperature: float | None = None  # None: that of the run
     mask: Tensor | None = None  # (B, D) bool, positions that are masked again after the draws
     want: tuple[str, ...] = ()  # statistics of the draw
     guidance: Guidance | None = None
@@ -83,6 +82,7 @@ class Step:
     tries: Tensor | None = None  # (B·n, L): n rows in place of each sequence, with these λ
     latent: int | None = None  # the step whose λ it has; None: its own
     window: Window | None = None  # of a model with a cache; rows lie in it
+    temperature: float | None = None  # None: that of the run
 
 
 class Run:
