@@ -117,6 +117,30 @@ def gumbel_draw(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return ((wide - wide.amax(-1, keepdim=True)).exp() / noise).argmax(-1)
 
 
+def canvas_step(
+    logits: Tensor, canvas: Tensor, temperature: float, bound: float, mean_entropy: float
+) -> tuple[Tensor, ...]:
+    """A step of DiffusionGemma's sampler: canvas (B, D), ended (B,), token, argmax, entropy (B·D,).
+
+    As the loop of transformers does, the sampler and the stopping rule each compute the entropy.
+
+    Args:
+        logits: (B·D, V).
+        canvas: (B, D), the argmax of the step before.
+    """
+    logits = logits.float() / temperature
+    token = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+    argmax = logits.argmax(-1)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    lowest, order = entropy.view_as(canvas).sort(-1)
+    chosen = lowest.cumsum(-1) - lowest <= bound
+    chosen = torch.zeros_like(chosen).scatter(-1, order, chosen)
+    noise = torch.randint_like(canvas, logits.shape[-1])
+    again = torch.distributions.Categorical(logits=logits).entropy().view_as(canvas)
+    ended = (argmax.view_as(canvas) == canvas).all(1) & (again.mean(1) < mean_entropy)
+    return torch.where(chosen, token.view_as(canvas), noise), ended, token, argmax, entropy
+
+
 # Samplers and steps -----------------------------------------------------------------------------
 
 Model = Callable[..., Tensor]

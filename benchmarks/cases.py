@@ -24,7 +24,7 @@ LETTERS |= {"layers": "layers", "steps": "steps"}
 class Case:
     """One shape at one size: everything that is needed to build the inputs again elsewhere."""
 
-    kind: str  # loss, draw, ancestral, confidence or step
+    kind: str  # loss, draw, canvas, ancestral, confidence or step
     shape: str
     size: str
     dtype: str
@@ -52,7 +52,7 @@ class Case:
     def title(self) -> str:
         """The shape with its sizes, for people."""
         letters = {letter: getattr(self, field) for field, letter in LETTERS.items()}
-        if self.kind == "draw":
+        if self.kind in ("draw", "canvas"):
             letters = {"rows": self.positions, "V": self.vocabulary, "C": self.width}
         if self.kind == "confidence":
             del letters["N"]
@@ -115,6 +115,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[tuple[Any, ...], ...]]] = {
     # rows of a linear head: half of 1024 positions are still masked
     "head-rows": ("draw", {"head": "linear"}, (
         (1, 1, 512, 126464, None, 4096), (1, 1, 512, 50258, None, 512), (1, 1, 192, 65, None, 8))),
+    # 256 positions with the vocabulary of Gemma, of which the model gives logits in half precision
+    "canvas": ("canvas", {"dtype": "bf16"}, (
+        (1, 1, 1024, 262144), (1, 1, 64, 262144), (1, 1, 192, 257))),
     "ancestral": ("ancestral", {}, (
         (16, 1, 1024, 50258, None, 768, 12, 16), (1, 1, 128, 50258, None, 768, 4, 16),
         (2, 1, 12, 33, None, 16, 1, 3))),
@@ -167,8 +170,8 @@ def make_case(shape: str, size: str, dtype: str, device: str, **changes: Any) ->
             raise ValueError(f"unknown {what} {name!r}; known are {', '.join(known)}")
     kind, shared, sizes = SHAPES[shape]
     given = dict(zip(_FIELDS, sizes[SIZES.index(size)], strict=False))
-    fields = given | shared | changes
-    return Case(kind=kind, shape=shape, size=size, dtype=dtype, device=device, **fields)
+    fields = {"dtype": dtype} | given | shared | changes
+    return Case(kind=kind, shape=shape, size=size, device=device, **fields)
 
 
 def sweep_cases(size: str, dtype: str, device: str, threads: int) -> list[Case]:

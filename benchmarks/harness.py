@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .canvas import CanvasGroup
 from .cases import SHAPES, Case, make_case
 from .draw import DrawGroup
 from .floors import Machine, format_bytes
@@ -38,6 +39,7 @@ from .step import StepGroup
 KINDS: dict[str, type[Group]] = {
     "loss": LossGroup,
     "draw": DrawGroup,
+    "canvas": CanvasGroup,
     "ancestral": AncestralGroup,
     "confidence": ConfidenceGroup,
     "step": StepGroup,

@@ -135,6 +135,8 @@ CPU = [
     Target("rows", "cpu", FLOOR, 0.5),
     Target("rows", "cpu-all", FASTER, 60, "multinomial"),
     Target("rows", "cpu", FASTER, 50, "multinomial", note="busy"),
+    Target("canvas", "cpu", FASTER, 8, "plain"),
+    Target("canvas", "cpu", SMALLER, 6, "plain"),
     Target("ancestral", "cpu", FASTER, 2.5, "naive"),
     Target("ancestral", "cpu", SMALLER, 8, "naive"),
     Target("confidence", "cpu", SMALLER, 4, "naive"),

@@ -16,6 +16,7 @@ from di4c_fast.heads import LinearHead, LogisticHead
 from di4c_fast.processes import GaussianProcess
 from di4c_fast.samplers import (
     sample_analytic,
+    sample_canvas,
     sample_confidence,
     sample_gaussian,
     sample_masked,
@@ -138,6 +139,14 @@ SAMPLERS = {
     "uniform, greedy": Sampler(
         sample_uniform_state, {"vocab_size": VOCAB, "steps": 4, "last_step": "greedy"}, 1
     ),
+    "canvas": Sampler(
+        sample_canvas, {"vocab_size": VOCAB, "steps": 4, "mean_entropy": None, "active_only": False}
+    ),
+    "canvas, ending": Sampler(
+        sample_canvas,
+        {"vocab_size": VOCAB, "steps": 6, "entropy_bound": 3.0}
+        | {"mean_entropy": 1.1, "stable_steps": 0},
+    ),
     "gaussian": Sampler(sample_gaussian, {"process": PROCESS, "steps": 4}),
     "maskgit": Sampler(sample_maskgit, masked),
     "maskgit, resampled": Sampler(sample_maskgit, {**masked, "resample": True}),
@@ -162,7 +171,8 @@ SAMPLERS = {
 }  # fmt: skip
 # One of each function.
 FUNCTIONS = (
-    "masked", "analytic", "remasked", "psi", "uniform", "gaussian", "maskgit", "confidence"
+    "masked", "analytic", "remasked", "psi", "uniform", "canvas", "gaussian", "maskgit",
+    "confidence",
 )  # fmt: skip
 
 

@@ -7,8 +7,11 @@ import functools
 import pytest
 import torch
 
-from di4c_fast import sample
+from di4c_fast import LinearHead, rng, sample
 from di4c_fast.integrations import diffusion_gemma
+from di4c_fast.samplers import sample_canvas
+from di4c_fast.samplers.canvas import accepted
+from di4c_fast.samplers.loop import RULE, START
 
 gemma = pytest.importorskip("transformers.models.diffusion_gemma")
 generation = pytest.importorskip("transformers.models.diffusion_gemma.generation_diffusion_gemma")
@@ -112,7 +115,7 @@ def test_entropy_bound_accepts_what_transformers_accepts():
         theirs = generation.EntropyBoundSampler(config, 11, 40, 1)
         canvas = torch.zeros(5, 11, dtype=torch.int64)
         theirs.accept_canvas(canvas, canvas, logits, 1)
-        assert diffusion_gemma._accept(entropy, bound).equal(theirs.accepted_token_mask)
+        assert accepted(entropy, bound).equal(theirs.accepted_token_mask)
 
 
 def test_a_model_of_another_kind_is_refused():
@@ -120,3 +123,64 @@ def test_a_model_of_another_kind_is_refused():
         diffusion_gemma.accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"backend must be one of 'auto', .* got 'fast'"):
         diffusion_gemma.accelerate(model(), backend="fast")
+
+
+class Captured(Exception):
+    """The arguments of the first denoising step."""
+
+
+@pytest.mark.parametrize(("stable", "mean_entropy", "count"), [(1, 2.6, 9), (0, 1.0, 3)])
+def test_the_canvas_sampler_gives_the_canvas_of_transformers_through_a_capped_head(
+    stable, mean_entropy, count, monkeypatch
+):
+    made, how = model(), {"max_new_tokens": 8, "max_denoising_steps": 9, "t_min": 0.1, "t_max": 0.4}
+    how |= {"stability_threshold": stable, "confidence_threshold": mean_entropy}
+    how |= {"sampler_config": generation.EntropyBoundSamplerConfig(entropy_bound=4.0)}
+    keys, drawn = torch.arange(3 * 8), []
+
+    def uniform(low, high, size, device):
+        number = START if not drawn else RULE + len(drawn) - 1
+        u = rng.uniform(7, number, keys, 1, dtype=torch.float64)
+        return (u * high).long().view(size)
+
+    def multinomial(probs, num_samples):
+        drawn.append(sample(probs.log(), seed=7, step=len(drawn)).token)
+        return drawn[-1].unsqueeze(-1)
+
+    def step(**arguments):
+        raise Captured(arguments)
+
+    prompt = torch.randint(3, 60, (3, 5), generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(made, "_finalize_canvas", lambda input_ids, finished_sequences, **_: (
+        input_ids, finished_sequences))  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "multinomial", multinomial)
+        patch.setattr(torch, "randint", uniform)
+        expected = made.generate(prompt, **how).sequences[:, 5:]
+    monkeypatch.setattr(made, "_denoising_step", step)
+    with pytest.raises(Captured) as caught:
+        made.generate(prompt, **how)
+    (given,) = caught.value.args
+    before, calls = [None], []
+
+    def denoiser(tokens, t):
+        hidden = []
+        with made.lm_head.register_forward_pre_hook(lambda _, inputs: hidden.extend(inputs)):
+            logits = given["decoder_forward"](
+                decoder_input_ids=tokens,
+                self_conditioning_logits=before[0],
+                decoder_attention_mask=given["mask_mapping"],
+                cache=given["cache"],
+                decoder_position_ids=given["decoder_position_ids"],
+            ).logits
+        before[0] = logits / (0.1 + 0.3 * float(t[0]))
+        calls.append(len(tokens))
+        return LinearHead(hidden[0], made.lm_head.weight, softcap=made.final_logit_softcapping)
+
+    tokens = sample_canvas(
+        denoiser, (3, 8), vocab_size=VOCABULARY, steps=9, entropy_bound=4.0, first_temperature=0.4,
+        last_temperature=0.1, stable_steps=stable, mean_entropy=mean_entropy, active_only=False,
+        seed=7,
+    )  # fmt: skip
+    assert tokens.equal(expected)
+    assert len(calls) == len(drawn) == count

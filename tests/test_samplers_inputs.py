@@ -163,6 +163,16 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
         ({"start": tokens(2, 5) + 11}, V, "start must hold token ids in [0, 11)"),
         ({"start": 3}, T, "start must be a Tensor"),
     ],
+    "canvas": [
+        ({"vocab_size": None}, T, "vocab_size must be an int, got NoneType"),
+        ({"entropy_bound": -0.1}, V, "entropy_bound must be finite and at least 0, got -0.1"),
+        ({"first_temperature": 0.0}, V, "first_temperature must be in (0, inf), got 0.0"),
+        ({"last_temperature": "a"}, T, "last_temperature must be a number, got str 'a'"),
+        ({"stable_steps": 1.0}, T, "stable_steps must be an int, got float 1.0"),
+        ({"stable_steps": -1}, V, "stable_steps must be at least 0, got -1"),
+        ({"mean_entropy": math.nan}, V, "mean_entropy must be finite and at least 0, got nan"),
+        ({"start": tokens(2, 2)}, V, "start must have shape (B, D)"),
+    ],
     "gaussian": [
         ({"process": MaskedProcess(3)}, T, "process must be a GaussianProcess"),
         ({"teacher": 3}, T, "teacher must be callable"),
@@ -279,7 +289,7 @@ def test_wrong_arguments_are_named_before_any_work(wrong: Wrong):
     sampler = SAMPLERS[name]
     minimal = {"mask_id": MASK, "steps": 2, "process": PROCESS}
     right = {key: value for key, value in minimal.items() if sampler.takes(key)}
-    right |= {"vocab_size": VOCAB} if name == "uniform" else {}
+    right |= {"vocab_size": VOCAB} if name in ("uniform", "canvas") else {}
     arguments = {"model": model, "shape": (2, 5), **right, **changes}
     with wrong.raises():
         sampler.function(arguments.pop("model"), arguments.pop("shape"), **arguments)

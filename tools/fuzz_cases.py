@@ -299,6 +299,7 @@ def sampler_case(seed: int, small: bool) -> Case:
         ("sample_analytic", masked),
         ("sample_remasked", {**masked, **warm, "rule": d.pick("cap", "rescale"), "eta": 0.4}),
         ("sample_uniform_state", {"last_step": d.pick("ancestral", "greedy")}),
+        ("sample_canvas", {"entropy_bound": d.pick(0.1, 5.0), "mean_entropy": d.pick(None, 2.0)}),
         ("sample_maskgit", {**masked, **warm, "resample": d.chance(0.5)}),
         ("sample_gaussian", {"last": d.pick("argmax", "draw")}),
         ("sample_confidence", {**confidence, "rule": rule}),
@@ -306,7 +307,7 @@ def sampler_case(seed: int, small: bool) -> Case:
         ("sample_confidence", {**confidence, **d.pick({"threshold": 0.4}, {"factor": 1.5})}),
         ("sample_confidence", {**confidence, "shift": True, "confidence_temperature": 0.5}),
     )
-    if name == "sample_uniform_state":
+    if name in ("sample_uniform_state", "sample_canvas"):
         options["vocab_size"] = classes
     if name == "sample_gaussian":
         options["process"] = GaussianProcess(

@@ -28,6 +28,7 @@ from torch import Tensor
 from .. import backends
 from ..checks import check_choice
 from ..draw.api import sample
+from ..samplers.canvas import accepted
 from ._handle import Handle, check_attributes
 
 __all__ = ["accelerate"]
@@ -91,9 +92,8 @@ def _denoising_step(
     assert argmax is not None
     assert entropy is not None
     if type(sampler).__name__ == "EntropyBoundSampler":
-        accepted = _accept(entropy, sampler.entropy_bound)
-        sampler.accepted_token_mask = accepted
-        canvas = torch.where(accepted, draw.token, current_canvas)
+        sampler.accepted_token_mask = accepted(entropy, sampler.entropy_bound)
+        canvas = torch.where(sampler.accepted_token_mask, draw.token, current_canvas)
     else:
         canvas = sampler.accept_canvas(current_canvas, draw.token, logits, step).clone()
     canvas = sampler.renoise_canvas(canvas, step).clone()
@@ -107,16 +107,6 @@ def _denoising_step(
         finished_denoising |= _finished(diffusion_stopping_criteria, argmax, entropy, logits)
     dtype = model.model.decoder.embed_tokens.weight.dtype
     return canvas, argmax, logits.to(dtype), finished_denoising
-
-
-def _accept(entropy: Tensor, bound: float) -> Tensor:
-    """(B, D) bool: the k positions of lowest entropy, the sum of all but the last within `bound`.
-
-    Source: EB-Sampler (arXiv 2505.24857).
-    """
-    lowest, order = entropy.sort(dim=-1)
-    chosen = lowest.cumsum(-1) - lowest <= bound
-    return torch.zeros_like(chosen).scatter(-1, order, chosen)
 
 
 def _finished(criteria: Any, argmax: Tensor, entropy: Tensor, logits: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ returns something wrong as soon as it does.
 """
 
 from .analytic import sample_analytic
+from .canvas import sample_canvas
 from .confidence import sample_confidence
 from .gaussian import sample_gaussian
 from .masked import sample_masked
@@ -50,6 +51,7 @@ from .uniform import sample_uniform_state
 
 __all__ = [
     "sample_analytic",
+    "sample_canvas",
     "sample_confidence",
     "sample_gaussian",
     "sample_masked",

@@ -82,6 +82,7 @@ class Step:
     tries: Tensor | None = None  # (B·n, L): n rows in place of each sequence, with these λ
     latent: int | None = None  # the step whose λ it has; None: its own
     window: Window | None = None  # of a model with a cache; rows lie in it
+    temperature: float | None = None  # None: that of the run
 
 
 class Run:
@@ -240,6 +241,8 @@ class Run:
         if step.tries is None:
             keys = self.keys.view_as(self.tokens) if step.rows is None else self.keys[step.rows]
         options = self.draws | ({"temperature": 0.0} if step.greedy else {})
+        if step.temperature is not None:
+            options["temperature"] = step.temperature
         options |= {"seed": self.seed, "step": step.number, "row_keys": keys, "want": step.want}
         draw = sample(head, guidance=guidance, **options)
         return Answer(draw, head, guidance)
