@@ -161,8 +161,8 @@ def new_saved(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Plan, Sa
     else:
         own = type(like) is Tensor and 0 < total <= getattr(passes, "ORDERS", 0)
         rows, count = (passes.order if own else order_positions)(problem.active)
-    # Passes that visit every slot, and have what is joint, read no slot that is not active.
-    if total and not (passes.WRITES_ZEROS and (_joins(problem, passes) or problem.active is None)):
+    # Passes that have what is joint read no slot that is not active.
+    if total and problem.active is not None and not _joins(problem, passes):
         torch._foreach_zero_(small)  # one launch
     dtype = problem.student.prepared_dtype
     logits = large(plan.kept_logits, components, row, dtype=dtype)
