@@ -1,0 +1,130 @@
+"""Compile for a GPU every kernel launch that tests or benchmarks make on the CPU.
+
+    TRITON_INTERPRET=1 python -m pytest -p tools.rehearse tests --launches launches.jsonl
+    python -m tools.rehearse launches.jsonl [--targets sm_90 sm_100]
+
+The first command writes down each launch once: the kernel, the dtypes of its tensors, its numbers
+and constants. The second makes the same launches on tensors without memory and compiles them ahead
+of time, as `tools.compile_report` does, with whatever Triton is installed. Exits with 1 if one
+does not compile; the others are compiled all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe_argument(value: Any) -> Any:
+    """What a launch depends on: of a tensor its dtype, of a number whether 1 or divisible by 16."""
+    if isinstance(value, Tensor):
+        return {"tensor": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, bool) or value is None or isinstance(value, (str, float)):
+        return value
+    if isinstance(value, int):
+        return value if value == 1 else 16 if value % 16 == 0 else 3
+    if isinstance(value, tuple):
+        return {"tuple": [describe_argument(part) for part in value]}
+    return describe_argument(value.item())  # a number of numpy
+
+
+def rebuild_argument(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(rebuild_argument(part) for part in value["tuple"])
+    return torch.empty(16, dtype=getattr(torch, value["tensor"]), device="meta")
+
+
+# Recording, as a plugin of pytest -----------------------------------------------------------------
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--launches", type=Path, help="where the launches of kernels are written")
+
+
+def pytest_configure(config: Any) -> None:
+    path = config.getoption("--launches")
+    if path is None:
+        return
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+
+    seen: set[str] = set()
+    run = GridExecutor.__call__
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        constants = _constants(self.fn)
+        names = [name for name in self.arg_names if name not in kwargs]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        launch = {
+            "kernel": f"{self.fn.__module__}:{self.fn.__name__}",
+            "arguments": {
+                name: value if name in constants and not isinstance(value, tuple)
+                else describe_argument(value)
+                for name, value in given.items()
+            },
+        }  # fmt: skip
+        line = json.dumps(launch, sort_keys=True)
+        if line not in seen:
+            seen.add(line)
+            with path.open("a") as file:
+                file.write(line + "\n")
+        return run(self, *args, **kwargs)
+
+    assert InterpretedFunction is not None
+    GridExecutor.__call__ = recorded
+
+
+def _constants(function: Any) -> set[str]:
+    """Arguments whose exact value counts: compile-time constants and launch options."""
+    kinds = function.__annotations__.items()
+    named = {name for name, kind in kinds if "constexpr" in str(kind)}
+    return named | {"num_warps", "num_stages", "num_ctas"}
+
+
+# Compiling ----------------------------------------------------------------------------------------
+
+
+def rehearse(lines: list[str], target: str) -> list[str]:
+    """Compile the launches; returns what failed and why."""
+    from .compile_report import compile_only
+
+    failures = []
+    with compile_only(target):
+        for line in lines:
+            launch = json.loads(line)
+            module, name = launch["kernel"].split(":")
+            kernel = getattr(importlib.import_module(module), name)
+            arguments = {k: rebuild_argument(v) for k, v in launch["arguments"].items()}
+            try:
+                kernel[(1,)](**arguments)
+            except Exception as error:
+                failures.append(f"{launch['kernel']}: {type(error).__name__}: {error}\n  {line}")
+    return failures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("launches", type=Path, nargs="+")
+    parser.add_argument("--targets", nargs="+", default=["sm_80", "sm_90", "sm_100"])
+    options = parser.parse_args(arguments)
+    lines = sorted({line for path in options.launches for line in path.read_text().splitlines()})
+    failed = 0
+    for target in options.targets:
+        failures = rehearse(lines, target)
+        print(f"{target}: {len(lines)} launches, {len(failures)} do not compile", flush=True)
+        for failure in failures:
+            print(failure, file=sys.stderr)
+        failed += len(failures)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
