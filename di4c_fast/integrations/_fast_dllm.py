@@ -65,7 +65,11 @@ class CachedModel:
             options["past_key_values"] = list(zip(kept[::2], kept[1::2], strict=True))
 
         def call() -> Tensor:
-            with contextlib.nullcontext() if attention_mask is None else Attending(attention_mask):
+            with contextlib.ExitStack() as stack:
+                if attention_mask is not None:
+                    # LLaDA compiles its attention, and a graph knows no mask of another call.
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                    stack.enter_context(Attending(attention_mask))
                 output = self.model(tokens, **options)
             if window.first:
                 pairs = output.past_key_values
