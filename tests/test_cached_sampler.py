@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cached_models import Attention, Cached, Frozen
+from cached_models import Attention, Cached, Frozen, compiled
 from confidence_cases import naive
 from naming import stable_id
 from sampler_cases import MASK, prompts
@@ -154,7 +154,7 @@ class Plain(torch.nn.Module):
     [
         ({"model": Plain()}, "window='block' needs a model with a cache for it, ... with none"),
         ({"window": "prefix"}, "window must be one of 'all', 'suffix', 'block', 'causal', got"),
-        ({"model": torch.compile(Plain())}, "needs a model that is not compiled, got one"),
+        ({"model": compiled(Plain())}, "needs a model that is not compiled, got one"),
         ({"latent_dim": 1}, "window='block' needs one λ for a block: latent (B, L), or"),
         ({"latent_dim": 1, "latent": torch.rand(3, 3, 1)}, "needs one λ for a block"),
         ({"latent_every": "run"}, "latent_every must be one of 'step', 'block', got 'run'"),

@@ -38,6 +38,8 @@ class CachedModel:
 
     def __init__(self, model: Any, scale: float = 1.0):
         check_callable(model, "model")
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("model must not be compiled to keep keys, got one that is")
         names = set(inspect.signature(getattr(model, "forward", model)).parameters)
         if not names >= NEEDED:
             raise TypeError(
@@ -45,8 +47,6 @@ class CachedModel:
                 f"Fast-dLLM (24cc59e) do, got {describe(model)} without "
                 f"{', '.join(sorted(NEEDED - names))}"
             )
-        if hasattr(model, "_orig_mod"):
-            raise ValueError("model must not be compiled to keep keys, got one that is")
         self.model, self.scale, self.kept = model, scale, KeyValues()
         self.among = {"dual_cache": True} if "dual_cache" in names else {}
 
