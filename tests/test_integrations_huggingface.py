@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
-from huggingface_models import FAMILIES, MASK, POSITIONS, VOCAB, tiny
+import torch.nn.functional as F
+from cached_models import compiled
+from huggingface_models import FAMILIES, MASK, POSITIONS, VOCAB, WIDTH, tiny, transformers
 from torch import nn
 from wrong_arguments import Wrong, wrong
 
 from di4c_fast.heads import LinearHead, TensorHead
-from di4c_fast.integrations.huggingface import MaskedLM, has_linear_head
+from di4c_fast.integrations.huggingface import CachedLM, MaskedLM, has_linear_head
 from di4c_fast.samplers import sample_masked
+from di4c_fast.samplers.caches import Window
 from di4c_fast.samplers.confidence import sample_confidence
 
 TOKENS = torch.randint(5, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -153,3 +157,92 @@ def test_the_adapter_names_what_is_wrong(wrong: Wrong):
     model, linear_head = wrong.what
     with wrong.raises():
         MaskedLM(model, linear_head=linear_head)
+
+
+# Decoders that keep keys
+
+
+def decoder(family: str, **options) -> nn.Module:
+    """A tiny causal language model of a family in float64, in eval mode."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 32, **options}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+    if family == "GPT2":
+        sizes = {"vocab_size": VOCAB, "n_positions": 32, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
+    elif "num_key_value_heads" not in sizes:
+        sizes["num_key_value_heads"] = 2
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = getattr(transformers, name)(config).eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+LONG = torch.randint(5, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
+REAL = torch.arange(12) >= torch.tensor([[0], [2], [5]])
+DECODERS = [("Llama", {}), ("Qwen2", {}), ("GPT2", {}), ("Llama", {"attn_implementation": "eager"})]
+
+
+def window(kind: str, start: int, stop: int, first: bool = False) -> Window:
+    begin, end = (start, stop) if kind == "causal" else (5, 8)
+    return Window(kind, begin, end, start, stop, first, 12, 3)
+
+
+@pytest.mark.parametrize(("family", "options"), DECODERS, ids=str)
+def test_a_decoder_sees_both_sides_and_keeps_keys(family, options):
+    model = CachedLM(decoder(family, **options), block_length=3)
+    close = lambda one, other: torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # noqa: E731
+    whole = model(LONG, attention_mask=REAL)
+    assert isinstance(whole, LinearHead)
+    whole = whole.logits()
+    later = LONG.clone()
+    later[:, -1] = 5 + (LONG[:, -1] - 4) % (VOCAB - 5)
+    assert bool((model(later, attention_mask=REAL).logits()[:, 5] != whole[:, 5]).any())
+    for kind, stop in (("suffix", 12), ("block", 8)):
+        model(LONG, T, window=window(kind, 0, 12, True), attention_mask=REAL)
+        for _ in range(2):
+            part = model(LONG[:, 5:stop], T, window=window(kind, 5, stop), attention_mask=REAL)
+            close(part.logits(), whole[:, 5:stop])
+    for row, missing in ((1, 2), (2, 5)):  # as without padding
+        close(model(LONG[row : row + 1, missing:]).logits()[0], whole[row, missing:])
+    # What is committed together or one after another is the same, and what is behind unseen.
+    found = []
+    for bounds in ([0, 9], [0, 3, 6, 9], [0, 6, 9]):
+        for start, stop in itertools.pairwise(bounds):
+            w = window("causal", start, stop, start == 0)
+            model.commit(LONG[:, start:stop], T, window=w, attention_mask=REAL)
+        last = model(LONG[:, 9:], T, window=window("causal", 9, 12), attention_mask=REAL)
+        found.append(last.logits())
+        close(found[-1], found[0])
+
+
+def test_a_decoder_fills_batches_as_one_by_one_in_every_window():
+    prompt, real = LONG[:, :6], REAL[:, :6]
+    for kind in ("all", "suffix", "block", "causal"):
+        model = CachedLM(decoder("Llama"), block_length=3 if kind == "causal" else None)
+        for how in ({"steps": 4}, {"threshold": 0.4, "steps": None}):
+            how |= {"mask_id": MASK, "block_length": 3, "window": kind}
+            context = {"attention_mask": F.pad(real, (0, 6), value=True)}
+            both = sample_confidence(model, (3, 12), prompt=prompt, context=context, **how)
+            for row, tokens in zip((0, 1, 2), both, strict=True):
+                cut = {"attention_mask": context["attention_mask"][row : row + 1]}
+                alone = {"prompt": prompt[row : row + 1], "context": cut}
+                one = sample_confidence(model, (1, 12), **alone, **how)
+                assert torch.equal(one[0], tokens)
+
+
+@wrong(
+    [
+        (lambda: CachedLM(lambda x: x), TypeError, "model must be an nn.Module"),
+        (lambda: CachedLM(tiny("ModernBert")), TypeError, "model must take past_key_values and"),
+        (lambda: CachedLM(decoder("Gemma2", num_key_value_heads=2, head_dim=4)), TypeError,
+         "full attention in all layers, got Gemma2ForCausalLM ... with full_attention, sliding"),
+        (lambda: CachedLM(decoder("Llama"), block_length=0), "block_length must be at least 1"),
+        (lambda: CachedLM(compiled(decoder("Llama"))), "model must not be compiled to keep keys"),
+    ]
+)  # fmt: skip
+def test_models_that_keep_no_keys_are_refused(wrong: Wrong):
+    with wrong.raises():
+        wrong.what()

@@ -38,6 +38,8 @@ class CachedModel:
 
     def __init__(self, model: Any, scale: float = 1.0):
         check_callable(model, "model")
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("model must not be compiled to keep keys, got one that is")
         names = set(inspect.signature(getattr(model, "forward", model)).parameters)
         if not names >= NEEDED:
             raise TypeError(
@@ -45,8 +47,6 @@ class CachedModel:
                 f"Fast-dLLM (24cc59e) do, got {describe(model)} without "
                 f"{', '.join(sorted(NEEDED - names))}"
             )
-        if hasattr(model, "_orig_mod"):
-            raise ValueError("model must not be compiled to keep keys, got one that is")
         self.model, self.scale, self.kept = model, scale, KeyValues()
         self.among = {"dual_cache": True} if "dual_cache" in names else {}
 
@@ -65,7 +65,11 @@ class CachedModel:
             options["past_key_values"] = list(zip(kept[::2], kept[1::2], strict=True))
 
         def call() -> Tensor:
-            with contextlib.nullcontext() if attention_mask is None else Attending(attention_mask):
+            with contextlib.ExitStack() as stack:
+                if attention_mask is not None:
+                    # LLaDA compiles its attention, and a graph knows no mask of another call.
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                    stack.enter_context(Attending(attention_mask))
                 output = self.model(tokens, **options)
             if window.first:
                 pairs = output.past_key_values

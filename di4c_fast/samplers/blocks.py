@@ -155,10 +155,10 @@ class Blocks:
                     counts = active
                 else:
                     counts = self.counts(initial, left, index)
+                # What a cache holds of a block grows fewer, never more.
+                asked = active if self.window == "all" else left
                 left = left - counts
                 if bool(active.any()):
-                    # A cache needs all sequences of a block at its first call.
-                    asked = initial if first and self.window != "all" else active
                     window = self.window_of(block, first)
                     fill = self._fill(opening + index, opening, limit, int(active.sum()), window)
                     fills.append((fill, asked, counts))
@@ -179,12 +179,14 @@ class Blocks:
     def counted(self, *, open_ended: bool = False) -> Iterator[Fill]:
         """Of a model that may draw the mask, or open-ended with a window: all sequences are in the
         same block. One host sync per step counts what is masked."""
-        opening = 0
         for block in range(self.blocks):
             begin, end = self.bounds(block)
             if block and self.eos_id is not None:
                 self._end_sequences(begin)
-            initial, taken = None, 0
+            # Open-ended, a block may take a step for each position; its numbers must not depend on
+            # how many other sequences take.
+            opening = block * (self.block_length if open_ended else self.steps)
+            initial = None
             for index in range(end - begin if open_ended else self.steps):
                 masked = self.run.masked()[:, :end]
                 inside = masked[:, begin:]
@@ -203,8 +205,6 @@ class Blocks:
                 window = self.window_of(block, not index)
                 fill = self._fill(opening + index, opening, limit, int(active.sum()), window)
                 yield from self._moved([(fill, asked, counts)])
-                taken = index + 1
-            opening += taken if open_ended else self.steps
 
     def open(self) -> Iterator[Fill]:
         """Until nothing is masked, each sequence in the block of its first masked position.

@@ -134,7 +134,9 @@ class KeyValues:
         return tensors
 
 
-def check_window(model: Any, kind: Any, block_length: int | None, prompt_length: int) -> None:
+def check_window(
+    model: Any, kind: Any, block_length: int | None, prompt_length: int, length: int
+) -> None:
     """The window is one that the model has a cache for, and the blocks are those of the model.
 
     block_length: of the run, None for a single block.
@@ -164,3 +166,5 @@ def check_window(model: Any, kind: Any, block_length: int | None, prompt_length:
             raise ValueError(
                 f"prompt must hold whole blocks of {own} tokens, got {prompt_length} tokens"
             )
+        if length % own:
+            raise ValueError(f"D must be a multiple of the model's blocks of {own}, got {length}")

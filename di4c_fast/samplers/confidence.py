@@ -224,7 +224,8 @@ def sample_confidence(
     )
     run.shift = shift
     prompt = options["prompt"]
-    check_window(model, window, block_length, 0 if prompt is None else prompt.shape[-1])
+    before = 0 if prompt is None else prompt.shape[-1]
+    check_window(model, window, block_length, before, run.positions)
     run.banned = torch.tensor(banned, device=run.device) if banned else None
     last = torch.tensor(deferred, device=run.device) if deferred else None
     want = () if field is None else (field[0],)
