@@ -101,6 +101,7 @@ setup(
         "ninja",
         "typing_extensions>=4.1",
     ],
+    entry_points={"sglang.srt.plugins": ["di4c_fast = di4c_fast.integrations.sglang:register"]},
     extras_require={
         "examples": EXAMPLES,
         "bench": BENCH,
