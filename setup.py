@@ -28,6 +28,7 @@ DEV = [
     "mypy>=1.11",
     "scipy>=1.11",
     "transformers>=4.40",
+    "diffusers>=0.42",
 ]
 
 spec = spec_from_file_location("build_passes", ROOT / "kernels" / "cpu" / "build.py")

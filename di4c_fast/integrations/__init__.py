@@ -23,6 +23,7 @@ Hugging Face), both return `LinearHead(hidden, weight, bias)`, computed a few ro
 import importlib as _importlib
 
 __all__ = [
+    "diffusers",
     "diffusion_gemma",
     "dream",
     "huggingface",

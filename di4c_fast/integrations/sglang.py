@@ -37,7 +37,7 @@ from torch import Tensor
 from ..checks import check_bool, check_choice, check_int, check_number, describe
 from ..draw.api import sample
 from ..heads import as_head
-from ..processes.reveal import most_confident
+from ..processes.reveal import confident
 from ..samplers.canvas import accepted
 from ._handle import check_attributes
 
@@ -183,7 +183,7 @@ class Decoding:
             kept = accepted(whole, self.gamma)
         else:
             first = torch.ones(len(ids), dtype=torch.int64, device=ids.device)
-            kept = (whole > self.threshold) | most_confident(whole, first)
+            kept = confident(whole, self.threshold, first)
         tokens = ids.flatten().index_copy(0, rows, draw.token.to(ids.dtype)).view_as(ids)
         # In place: graphs and the scheduler hold on to this tensor.
         target.copy_(torch.where(kept & masked, tokens, ids).view_as(target))
