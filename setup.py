@@ -28,6 +28,7 @@ DEV = [
     "mypy>=1.11",
     "scipy>=1.11",
     "transformers>=4.40",
+    "diffusers>=0.42",
 ]
 
 spec = spec_from_file_location("build_passes", ROOT / "kernels" / "cpu" / "build.py")
@@ -101,6 +102,7 @@ setup(
         "ninja",
         "typing_extensions>=4.1",
     ],
+    entry_points={"sglang.srt.plugins": ["di4c_fast = di4c_fast.integrations.sglang:register"]},
     extras_require={
         "examples": EXAMPLES,
         "bench": BENCH,

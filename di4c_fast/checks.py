@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,27 @@ def describe(value: Any) -> str:
         return f"Tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
     text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def warn_of_probabilities(logits: Any, name: str) -> None:
+    """A warning where a few rows of a tensor (..., V) say that these are no logits.
+
+    Only on a CPU, where looking is free.
+    """
+    if not isinstance(logits, Tensor) or logits.device.type != "cpu" or not logits.numel():
+        return
+    if torch.compiler.is_compiling():
+        return
+    rows = logits.detach()
+    while rows.ndim > 2:
+        rows = rows[0]
+    rows = rows[:8]
+    if rows.ndim < 2 or bool((rows[0] < 0).any()):
+        return
+    rows = rows.double()
+    if rows.shape[1] > 1 and bool((rows >= 0).all() & ((rows.sum(1) - 1).abs() < 1e-2).all()):
+        message = f"{name} must hold logits, got rows that sum to 1 as probabilities do"
+        warnings.warn(f"{message}: take their log()?", stacklevel=5)
 
 
 def check_kind(value: Any, kind: type, name: str) -> None:

@@ -330,15 +330,16 @@ def test_mask_of_the_only_class_is_refused():
         di4c_fast.loss(zeros(1, 2, 3, 1), zeros(1, 3, 1), tokens(1, 3), mask_id=0)
 
 
-def test_probabilities_in_place_of_logits_are_warned_of():
+@pytest.mark.parametrize("name", ["student", "teacher", "consistency"])
+def test_probabilities_in_place_of_logits_are_warned_of(name):
     problem = right()
     for dtype in (torch.float64, torch.bfloat16):
-        student = problem["student"].softmax(-1).to(dtype)
-        with pytest.warns(UserWarning, match=r"student must hold logits, got rows that sum to 1"):
-            run_loss(problem, student=student, backend="torch")
+        probs = problem[name].softmax(-1).to(dtype)
+        with pytest.warns(UserWarning, match=rf"{name} must hold logits, got rows that sum to 1"):
+            run_loss(problem, **{name: probs}, backend="torch")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            run_loss(problem, student=student.log(), backend="torch")
+            run_loss(problem, **{name: probs.log()}, backend="torch")
 
 
 def test_triton_backend_says_why_it_cannot_run(monkeypatch):

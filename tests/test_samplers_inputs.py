@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from sampler_cases import FUNCTIONS, MASK, PROCESS, SAMPLERS, VOCAB
 from wrong_arguments import Wrong, wrong
@@ -309,3 +310,9 @@ def test_wrong_arguments_are_named_before_any_work(wrong: Wrong):
 def test_schedules_out_of_range_are_named(wrong: Wrong):
     with wrong.raises():
         wrong.what()
+
+
+def test_models_that_return_probabilities_are_warned_of():
+    uniform = lambda tokens, t: torch.full((*tokens.shape, VOCAB), 1 / VOCAB)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"the output of model must hold logits, got rows that"):
+        SAMPLERS["masked"](uniform, (2, 5))

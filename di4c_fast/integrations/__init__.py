@@ -22,7 +22,18 @@ Hugging Face), both return `LinearHead(hidden, weight, bias)`, computed a few ro
 
 import importlib as _importlib
 
-__all__ = ["diffusion_gemma", "dream", "huggingface", "llada", "maskgit", "mdlm", "sdtt", "tauldr"]
+__all__ = [
+    "diffusers",
+    "diffusion_gemma",
+    "dream",
+    "huggingface",
+    "llada",
+    "maskgit",
+    "mdlm",
+    "sdtt",
+    "sglang",
+    "tauldr",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from ..checks import (
     check_token_range,
     check_values,
     describe,
+    warn_of_probabilities,
 )
 from ..heads import Head, HeadLike, as_head
 from ..passes.base import Mixture
@@ -153,22 +153,8 @@ def prepare_student(student: HeadLike) -> Head:
     if head.shape[3] == 0:
         raise ValueError(f"student must have V >= 1 classes, got shape {tuple(head.shape)}")
     _check_tensors(head, "student")
-    if isinstance(student, Tensor):
-        _warn_of_probabilities(student)
+    warn_of_probabilities(student, "student")
     return head
-
-
-def _warn_of_probabilities(student: Tensor) -> None:
-    """A warning where a few rows say that these are no logits; on a CPU, where looking is free."""
-    looked_at = student.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not looked_at or not student.numel() or bool((student[0, 0, 0] < 0).any()):
-        return
-    rows = student.detach()[0, :, 0].double()
-    if student.shape[-1] > 1 and bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-2).all()):
-        warnings.warn(
-            "student must hold logits, got rows that sum to 1 as probabilities do: student.log()?",
-            stacklevel=5,
-        )
 
 
 def _check_tensors(head: Head, name: str) -> None:
@@ -342,6 +328,7 @@ def prepare_target(logits: HeadLike, name: str, student: Head, letters: str) -> 
     check_same_shard(head, name, student, "student")
     check_same_device(head, name, student, "student")
     _check_tensors(head, name)
+    warn_of_probabilities(logits, name)
     return _target(head, student)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_same_device, check_tensor, describe
+from ..checks import check_same_device, check_tensor, describe, warn_of_probabilities
 from ..heads import Head, HeadLike, as_head
 
 Context = Mapping[str, Tensor]
@@ -103,6 +103,7 @@ def call_model(
             f"{name} must return logits over V = {vocab_size} classes, got shape {shape}"
         )
     check_same_device(head, f"the output of {name}", tokens, "its tokens")
+    warn_of_probabilities(output, f"the output of {name}")
     return head
 
 

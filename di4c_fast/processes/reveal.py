@@ -128,3 +128,15 @@ def most_confident(confidence: Tensor, counts: Tensor) -> Tensor:
     order = torch.sort(confidence, dim=-1, descending=True, stable=True).indices
     within = torch.arange(confidence.shape[-1], device=confidence.device) < counts.unsqueeze(-1)
     return torch.empty_like(within.expand_as(order)).scatter_(-1, order, within.expand_as(order))
+
+
+def confident(confidence: Tensor, threshold: float, counts: Tensor) -> Tensor:
+    """Which positions exceed a threshold, and at least the `counts` most confident of their row.
+
+    Arguments and result as of `most_confident`.
+
+    >>> confident(torch.tensor([[0.5, 0.9, 0.8], [0.1, 0.2, 0.1]]), 0.7, torch.tensor([1, 1]))
+    tensor([[False,  True,  True],
+            [False,  True, False]])
+    """
+    return (confidence > threshold) | most_confident(confidence, counts)
