@@ -83,18 +83,13 @@ class Shard(NamedTuple):
     def agree(self, facts: Any, device: torch.device, *tokens: Tensor | None) -> None:
         """Check that all ranks evaluate the same over columns that make up the vocabulary.
 
-        facts: plain ones; tokens: tensors of integers.
+        facts: plain ones.
 
         Raises:
             ValueError: they do not; on every rank. On a GPU, where a look at the result would wait
                 for the device, a device-side assertion.
         """
-        sums = torch.zeros((), dtype=torch.int64, device=device)
-        for tensor in tokens:
-            if tensor is not None:
-                weights = torch.arange(1, tensor.numel() + 1, device=device)
-                sums = sums * 31 + (tensor.flatten() * weights).sum()
-        _compare(self.process_group, self[:3], repr(facts), sums)
+        _compare(self.process_group, self[:3], repr(facts), _digest(tokens, device))
 
     def _reduce(self, operation: Any, values: Sequence[Tensor]) -> list[Tensor]:
         """One exchange for tensors of one dtype."""
@@ -121,9 +116,23 @@ def all_sum(value: Tensor, group: str) -> Tensor:
     return value
 
 
-def agree_but_for_positions(group: str, facts: Any, device: torch.device) -> None:
+def agree_but_for_positions(
+    group: str, facts: Any, device: torch.device, *tensors: Tensor | None
+) -> None:
     """Check that ranks that share the positions evaluate the same; errors as of `Shard.agree`."""
-    _compare(_resolve(group), (0, 0, 0), repr(facts), torch.zeros((), dtype=torch.int64).to(device))
+    _compare(_resolve(group), (0, 0, 0), repr(facts), _digest(tensors, device))
+
+
+def _digest(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """One number that tells the contents of tensors apart, without a look at them."""
+    sums = torch.zeros((), dtype=torch.int64, device=device)
+    for tensor in tensors:
+        if tensor is not None:
+            flat = tensor.detach().flatten()
+            whole = flat if flat.dtype == torch.int64 else flat.contiguous().view(torch.uint8)
+            weights = torch.arange(1, whole.numel() + 1, device=device)
+            sums = sums * 31 + (whole * weights).sum()
+    return sums
 
 
 def places_among(count: int, group: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -149,7 +158,8 @@ def shared_errors(head: Any, position_group: Any = None) -> Iterator[None]:
         if position_group is None:
             raise
         if isinstance(position_group, dist.ProcessGroup) and dist.get_rank(position_group) >= 0:
-            agree_but_for_positions(position_group.group_name, text, head.device)
+            device = getattr(head, "device", torch.device("cpu"))
+            agree_but_for_positions(position_group.group_name, text, device)
         raise
 
 
@@ -271,7 +281,8 @@ def _refuse(group: Any, text: str, table: list[list[int]]) -> None:
         end = stop
     if totals not in ({end}, {-1}):
         raise ValueError(f"columns of the vocabulary are missing at {end} of {totals}: {spans}")
-    raise ValueError("tokens, row_keys or step differ between the ranks of the group")
+    names = "tokens, times, latents, row_keys or step"
+    raise ValueError(f"{names} differ between the ranks of the group")
 
 
 def _checked_group(group: Any, name: str) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import traceback
+from multiprocessing import forkserver
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,10 +31,19 @@ PROCESSES = {
 }
 
 
+def start_server() -> Any:
+    """Start what processes are forked from: it imports once what takes each of them 4 s."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["parallel_support", "torch._dynamo"])
+    paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+        forkserver.ensure_running()
+    return context
+
+
 def launch(function, size: int, folder, *arguments: Any) -> list[Any]:
     """What function(rank, size, *arguments) returns, or as a string raises, on every rank."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["parallel_support"])
+    context = start_server()
     folder.mkdir(exist_ok=True)
     ranks = [
         context.Process(target=_run, args=(function, rank, size, folder, arguments))

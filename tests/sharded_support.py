@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from loss_cases import run_loss
 from loss_heads import WIDTH
+from parallel_support import start_server
 from torch import Tensor
 
 from di4c_fast import LinearHead, TensorHead
@@ -160,7 +161,10 @@ def results(module: str) -> dict[int, list[dict[str, str | None]]]:
     """By number of ranks, what each of them said; once, even if a process dies."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            torch.multiprocessing.spawn(work, (folder, module), nprocs=WORLDS[-1])
+            start_server()
+            torch.multiprocessing.start_processes(
+                work, (folder, module), nprocs=WORLDS[-1], start_method="forkserver"
+            )
         except Exception:
             traceback.print_exc()
         found: dict[int, list[dict[str, str | None]]] = {}

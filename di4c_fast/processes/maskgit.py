@@ -11,7 +11,7 @@ Source: MaskGIT (arXiv 2202.04200) and the VQ image experiment of Di4C (arXiv 24
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange, repeat
@@ -54,6 +54,8 @@ class MaskGITProcess(MaskingProcess):
             draws it counts as revealed. Needed for a teacher without a column for the mask.
         t_min: smallest training time.
     """
+
+    couples_positions: ClassVar[bool] = True  # the most confident of all are revealed
 
     mask_id: int
     _: dataclasses.KW_ONLY

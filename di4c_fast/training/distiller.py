@@ -118,8 +118,9 @@ class Distiller(Trainer):
         Args:
             x0: (B, D) int64.
             options: all that `distill_step` takes and that is not named here: valid, context,
-                return_terms, components_at_once, times, tokens and latents. Each part of the loss
-                goes backward as soon as it exists, so that one graph is alive at a time.
+                return_terms, components_at_once, position_group, times, tokens and latents. Each
+                part of the loss goes backward as soon as it exists, so that one graph is alive at
+                a time. Ranks of a position_group are given the same examples, which count once.
 
         Returns:
             Detached scalars on the student's device, which nothing here waits for: "loss"; the
@@ -158,7 +159,8 @@ class Distiller(Trainer):
         check_rank(x0, "x0", exactly=2)
         seed = int(draw_seed(self.generator, torch.device("cpu")))
         terms, empty = options.get("return_terms", True), not parallel.has_shards(self.student)
-        place = parallel.place_of(x0, seed, terms, empty=empty)
+        group = options.get("position_group")
+        place = parallel.place_of(x0, seed, terms, group, empty=empty)
         loss, output = self.wrapper(x0, seed=place.seed, first=place.first, **options)
         with outside_autocast(loss):
             # The ranks' gradients are averaged; the batch counts examples.

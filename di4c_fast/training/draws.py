@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..draw.api import sample
@@ -34,6 +35,19 @@ def example_generators(seed: int, first: int, count: int) -> tuple[torch.Generat
     words = random_words(seed, 0, torch.arange(first, first + count), 2)
     seeds = (words[0] + (words[1] << 31)).squeeze(-1)
     return tuple(torch.Generator().manual_seed(each) for each in seeds.tolist())
+
+
+def of_positions(source: Source, group: Any) -> Source:
+    """Where positions draw from: where ranks share them, each has its own source."""
+    if group is None:
+        return source
+    rank = dist.get_rank(group)
+
+    def own(generator: torch.Generator | None) -> torch.Generator:
+        seed = int(draw_seed(generator, torch.device("cpu")))
+        return example_generators(seed, rank, 1)[0]
+
+    return tuple(map(own, source)) if isinstance(source, tuple) else own(source)
 
 
 def by_example(

@@ -122,18 +122,27 @@ class Place(NamedTuple):
     seed: int
 
 
-def place_of(x0: Tensor, seed: int, terms: bool, *, empty: bool) -> Place:
+def place_of(x0: Tensor, seed: int, terms: bool, position_group: Any, *, empty: bool) -> Place:
     """One exchange of sizes; an error on every rank where they do not go together.
 
+    position_group: of ranks that have other positions of the same examples.
     empty: whether a rank may have no example.
     """
-    mine = torch.tensor([*x0.shape, seed, terms], device=x0.device)
     if not is_distributed():
         return Place(0, len(x0), seed)
     rank, size = rank_and_size()
+    shared = isinstance(position_group, dist.ProcessGroup) and dist.get_rank(position_group) >= 0
+    first = dist.get_global_rank(position_group, 0) if shared else rank
+    length = 0 if shared else x0.shape[1]
+    mine = torch.tensor([len(x0), length, seed, terms, first], device=x0.device)
     every = [torch.empty_like(mine) for _ in range(size)]
     dist.all_gather(every, mine)
-    counts, positions, seeds, returned = torch.stack(every, dim=1).tolist()
+    counts, positions, seeds, returned, firsts = torch.stack(every, dim=1).tolist()
+    for other, count in enumerate(counts):
+        if count != counts[firsts[other]]:
+            raise ValueError(
+                f"x0 must have the same B on all ranks of position_group, got {counts}"
+            )
     for name, values in (
         ("x0 must have the same D", positions),
         ("generator must have the same state", seeds),
@@ -143,7 +152,8 @@ def place_of(x0: Tensor, seed: int, terms: bool, *, empty: bool) -> Place:
             raise ValueError(f"{name} on all ranks, got {values}")
     if not empty and 0 in counts:
         raise ValueError(f"x0 must have examples on every rank of a sharded student, got {counts}")
-    return Place(sum(counts[:rank]), sum(counts), seeds[0])
+    own = [count * (other == firsts[other]) for other, count in enumerate(counts)]
+    return Place(sum(own[:first]), sum(own), seeds[0])
 
 
 def reduced(sums: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -27,6 +27,7 @@ from ..checks import (
     check_within,
     without_autocast,
 )
+from ..groups import agree_but_for_positions, group_name, shared_errors
 from ..heads import Head, HeadLike
 from ..loss.api import LossTerms, loss
 from ..models.call import (
@@ -41,7 +42,8 @@ from ..processes.base import Process, check_times
 from ..rng import generator_uniform
 from . import parallel
 from .config import WEIGHTS, DistillConfig, DistillOutput, data_weights
-from .draws import Source, by_example, check_source, examples_of, targets
+from .draws import Source, by_example, check_source, examples_of, of_positions, targets
+from .examples import Examples
 from .pieces import call_in_pieces
 
 __all__ = ["distill_step", "outside_autocast"]
@@ -85,6 +87,7 @@ def distill_step(
     return_terms: bool = True,
     backward: Callable[[Tensor], None] | None = None,
     components_at_once: int | None = None,
+    position_group: Any = None,
 ) -> DistillOutput:
     """The distillation loss of one batch, ready for `output.loss.backward()`.
 
@@ -138,6 +141,11 @@ def distill_step(
             joint weights of all: only the tensors behind the heads (logits, or the hidden states
             of a `LinearHead`) are kept for all N, and every piece of rows runs once more, with
             the same dropout. For models whose rows do not depend on each other. None for N.
+        position_group: process group whose ranks have other positions of the same examples, as for
+            `di4c_fast.loss`: x0 (B, D of this rank), models that are called with them and see the
+            others by exchanges of their own. `generator` has the same state on every rank; times
+            and latents are then the same, and each rank draws tokens of its own. Gradients are
+            those of this rank's positions, to be summed over the ranks.
 
     The teacher and the x_u pass run without a graph, and in eval mode where the callable is an
     `nn.Module`; the pass at x_t runs in the mode that the student is in. Which examples need
@@ -156,24 +164,30 @@ def distill_step(
     given = {"latent": latent, "latent_u": latent_u, "latent_teacher": latent_teacher}
     given |= {"latent_min": latent_min, "u": u, "xt": xt, "xu": xu, "consistency_x": consistency_x}
     given |= {"t_min": t_min, "x_min": x_min}
-    step = _Step(
-        student, teacher, x0, process, config, generator, given, return_terms, backward,
-        components_at_once,
-    )  # fmt: skip
-    context = check_context(context, len(x0), x0.device)
-    t, low = step.times(t)
+    with shared_errors(x0, position_group):
+        step = _Step(
+            student, teacher, x0, process, config, generator, given, return_terms, backward,
+            components_at_once, position_group,
+        )  # fmt: skip
+        context = check_context(context, len(x0), x0.device)
+        t, low = step.times(t)
     some, own_pass = len(x0) > 0, process.component_time is not None
-    source = step.source
+    source, local = step.source, of_positions(step.source, position_group)
     if xt is None:
-        xt = step.corrupt(source, x0, t, valid) if some else x0
+        xt = step.corrupt(local, x0, t, valid) if some else x0
     if u is None:
         u = step.step_time(source, t) if some else t
     else:
         check_values((u >= 0) & (u < t), "u must hold times with 0 <= u < t", u)
     latent, latent_u = step.latent("latent"), step.latent("latent_u")
     latent_teacher = step.latent("latent_teacher") if config.teacher_components > 1 else None
-    at_u = u, latent_u, source, xu, consistency_x
-    examples = _Examples(x0, t, xt, latent, latent_teacher, valid, context, *at_u)
+    if position_group is not None:
+        facts = len(x0), config, type(process).__name__, components_at_once
+        agree_but_for_positions(
+            position_group.group_name, facts, x0.device, t, u, latent, latent_u, latent_teacher
+        )
+    at_u = u, latent_u, source, local, xu, consistency_x
+    examples = Examples(x0, t, xt, latent, latent_teacher, valid, context, *at_u)
     value, terms, xu = step.run(examples, low) if some else step.empty(latent)
     if own_pass and terms is not None:  # not that of x_t
         terms = terms._replace(component=torch.zeros_like(terms.component))
@@ -194,34 +208,6 @@ def outside_autocast(part: Tensor) -> Iterator[None]:
         yield
 
 
-class _Examples(NamedTuple):
-    """The per-example tensors of a step, so that they are permuted and cut together."""
-
-    x0: Tensor
-    t: Tensor
-    xt: Tensor
-    latent: Tensor | None
-    latent_teacher: Tensor | None
-    valid: Tensor | None
-    context: Context
-    u: Tensor
-    latent_u: Tensor
-    source: Source
-    xu: Tensor | None = None
-    consistency_x: Tensor | None = None
-
-    def select(self, index: Tensor | slice) -> _Examples:
-        """Those of an index on the CPU."""
-        source = self.source
-        if isinstance(source, tuple):
-            source = tuple(source[i] for i in torch.arange(len(source))[index].tolist())
-        if isinstance(index, Tensor):
-            index = index.to(self.x0.device, non_blocking=True)
-        fields = {k: v[index] for k, v in self._asdict().items() if isinstance(v, Tensor)}
-        context = {name: value[index] for name, value in self.context.items()}
-        return self._replace(**fields, context=context, source=source)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """What all parts of a step share.
@@ -239,6 +225,7 @@ class _Step:
     return_terms: bool
     backward: Callable[[Tensor], None] | None
     components_at_once: int | None
+    position_group: Any
 
     def __post_init__(self) -> None:
         check_callable(self.student, "student")
@@ -252,6 +239,13 @@ class _Step:
             check_callable(self.backward, "backward")
         if self.components_at_once is not None:
             check_int(self.components_at_once, "components_at_once", minimum=1)
+        if self.position_group is not None:
+            group_name(self.position_group, "position_group")
+            if getattr(self.process, "couples_positions", False):
+                kind = type(self.process).__name__
+                raise ValueError(
+                    f"position_group needs a process of separate positions, got {kind}"
+                )
         time = self.process.component_time
         if time is not None:
             check_within(time, "process.component_time", "(0, 1]")
@@ -307,8 +301,8 @@ class _Step:
 
         return by_example(source, own)
 
-    def teacher_step(self, at: _Examples, teacher: Head, draws: int) -> Tensor:
-        heads = examples_of(teacher, at.source)
+    def teacher_step(self, at: Examples, teacher: Head, draws: int) -> Tensor:
+        heads = examples_of(teacher, at.local)
 
         def own(generator: torch.Generator | None, i: slice) -> Tensor:
             given: Any = {"valid": None if at.valid is None else at.valid[i]}
@@ -316,7 +310,7 @@ class _Step:
             head = heads[i.start or 0]
             return self.process.teacher_step(at.xt[i], at.t[i], at.u[i], head, draws, **given)
 
-        return by_example(at.source, own)
+        return by_example(at.local, own)
 
     def times(self, t: Tensor | None) -> tuple[Tensor, Tensor]:
         """The times (B,), and on the CPU which of them are low."""
@@ -360,7 +354,7 @@ class _Step:
         terms = LossTerms(*[none] * len(LossTerms._fields)) if self.return_terms else None
         return value, terms, None
 
-    def call(self, name: str, at: _Examples, classes: int | None = None) -> Head:
+    def call(self, name: str, at: Examples, classes: int | None = None) -> Head:
         """The head of "student" or "teacher" at x_t: (B, N, D, V), or (B, D, V) without λ.
 
         `at.xt` is (B, D), the same for each component, or (B, N, D).
@@ -383,7 +377,7 @@ class _Step:
         head = call_in_pieces(run, (tokens, t, latent, *context.values()), limit)
         return head if latent is None else head.unflatten(len(at.t), rows)
 
-    def predict(self, at: _Examples) -> Heads:
+    def predict(self, at: Examples) -> Heads:
         """The student's head at x_t, with a graph, and the teacher's, without one."""
         with torch.no_grad(), evaluation_mode(self.student, self.teacher):
             targets = self.call("teacher", at._replace(latent=at.latent_teacher))
@@ -391,7 +385,7 @@ class _Step:
         torch.clear_autocast_cache()
         return self.call("student", at, targets.vocabulary), targets
 
-    def loss(self, at: _Examples, heads: Heads, share: float, *terms: str, **options: Any) -> Any:
+    def loss(self, at: Examples, heads: Heads, share: float, *terms: str, **options: Any) -> Any:
         """`di4c_fast.loss` with these weights of the recipe, times `share`, the others 0.
 
         The mean over the batch sits in the weights, so that nothing is scaled afterwards.
@@ -413,11 +407,12 @@ class _Step:
             valid=at.valid,
             control_variate=config.control_variate,
             generator=None if isinstance(at.source, tuple) else at.source,
+            position_group=self.position_group,
             backend=config.backend,
             **options,
         )
 
-    def run(self, at: _Examples, low: Tensor) -> tuple[Tensor, LossTerms | None, Tensor | None]:
+    def run(self, at: Examples, low: Tensor) -> tuple[Tensor, LossTerms | None, Tensor | None]:
         """The three model passes and the loss; the examples that are low get no x_u pass."""
         # The student before the draws: with fewer classes it cannot be called with all tokens.
         high = len(low) - int(low.sum())
@@ -443,7 +438,7 @@ class _Step:
             terms = LossTerms(*(torch.cat(pair)[inverse] for pair in pairs))
         return value + low_value, terms, torch.cat([xu, low_xu])[inverse]
 
-    def part(self, at: _Examples, heads: Heads, *, low: bool) -> tuple[Tensor, Any, Tensor]:
+    def part(self, at: Examples, heads: Heads, *, low: bool) -> tuple[Tensor, Any, Tensor]:
         """The loss of examples that are all low or all not, their terms, and x_u."""
         (student, teacher), draws = heads, at.latent_u.shape[1]
         options: dict[str, Any] = {"reduction": "sum", "return_terms": self.return_terms}
@@ -455,14 +450,14 @@ class _Step:
                 there = at._replace(xt=xu, t=at.u, latent=at.latent_u)
                 head = self.call("student", there, student.vocabulary)
             options |= {"xu": xu, "consistency": head, "consistency_x": at.consistency_x}
-            if isinstance(at.source, tuple) and at.consistency_x is None:
+            if isinstance(at.local, tuple) and at.consistency_x is None:
                 given = self.process.loss_mask_id, at.valid, self.config.backend
-                options["consistency_x"] = targets(head, xu, at.source, *given)
+                options["consistency_x"] = targets(head, xu, at.local, *given)
         terms = "data_weight", "teacher_weight", "component_weight" if low else "consistency_weight"
         result = self.loss(at, heads, 1.0 / len(self.x0), *terms, **options)
         return (*(result if self.return_terms else (result, None)), xu)
 
-    def component(self, output: DistillOutput, at: _Examples) -> DistillOutput:
+    def component(self, output: DistillOutput, at: Examples) -> DistillOutput:
         """What there is, with the component term from calls of its own."""
         config, process, latent = self.config, self.process, self.latent("latent_min")
         batch, rows, dim = latent.shape
@@ -476,10 +471,10 @@ class _Step:
                 t = (t + (later[0] < 0.5) * later[1] * config.component_spread).clamp(max=1.0)
         t = t.flatten()
         if xt is None:
-            xt = self.corrupt(at.source, at.x0, t, at.valid)
+            xt = self.corrupt(at.local, at.x0, t, at.valid)
         at = at._replace(
             t=t,
-            xt=xt.view(count, -1),
+            xt=xt.reshape(count, -1),
             latent=rearrange(latent, "b n l -> (b n) 1 l"),
             latent_teacher=(
                 self.draw(at.source, count, 1, dim) if config.teacher_components > 1 else None
