@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import subprocess
@@ -63,28 +64,41 @@ def test_chains_have_an_empty_loop_at_its_place_in_the_whole_chain():
     assert torch.equal(chains.context["attention_mask"] == 0, chains.tokens == data.PAD)
 
 
-def test_one_at_a_time_is_the_chain_rule(model):
+def test_one_at_a_time_fills_the_loop_and_nothing_else(model):
     chains = data.empty_loops(5, data.HELD_OUT, 1)
-    lm = load_masked_lm(model).model
-    tokens, nats = data.one_at_a_time(lm, chains, 3, chunk=2)
+    tokens = data.one_at_a_time(load_masked_lm(model).model, chains, 3, chunk=2)
     assert torch.equal(tokens[~chains.valid], chains.tokens[~chains.valid])
     assert (tokens[chains.valid] >= data.FIRST).all()
-    given, again = data.one_at_a_time(lm, chains, 3, given=tokens)
-    assert torch.equal(given, tokens)
-    # Another random order: the tiny model hardly depends on it.
-    torch.testing.assert_close(again, nats, rtol=0.05, atol=0.0)
-    # A loop of one residue has the log-probability that the model gives at its place.
-    one = data.empty_loops(1, data.HELD_OUT, 2)
-    place = int(one.valid[0].nonzero()[0])
-    known = one.tokens.masked_fill(one.valid, data.FIRST)
-    known[0, place] = data.MASK
-    valid = torch.zeros_like(one.valid)
-    valid[0, place] = True
-    single = type(one)(known, valid, one.context)
-    filled, log_prob = data.one_at_a_time(lm, single, 0)
-    logits = lm(known, torch.ones(1), **one.context).logits()[0, place, data.FIRST :]
-    expected = logits.log_softmax(0)[filled[0, place] - data.FIRST]
-    assert float(log_prob) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_chain_rule_averages_over_the_orders(model):
+    lm = load_masked_lm(model).model
+    with torch.no_grad():  # so that the orders matter
+        for parameter in lm.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    chain = data.empty_loops(1, data.HELD_OUT, 2)
+    places = chain.valid[0].nonzero()[:3, 0].tolist()
+    tokens = chain.tokens.masked_fill(chain.valid, data.FIRST + 2)
+    valid = torch.zeros_like(chain.valid)
+    valid[0, places] = True
+    loop = type(chain)(tokens, valid, chain.context)
+
+    def term(order: tuple[int, ...], turn: int) -> float:
+        hidden = tokens.clone()
+        hidden[0, list(order[turn:])] = data.MASK
+        logits = lm(hidden, torch.ones(1), **chain.context).logits()[0, order[turn], data.FIRST :]
+        return float(logits.log_softmax(0)[2])
+
+    orders = list(itertools.permutations(places))
+    expected = -sum(term(order, turn) for order in orders for turn in range(3)) / len(orders) / 3
+    many = type(chain)(
+        *(value.repeat(200, 1) for value in (tokens, valid)),
+        {name: value.repeat(200, 1) for name, value in chain.context.items()},
+    )
+    found = data.chain_rule(lm, many, 0, draws=3)
+    error = float(found.std()) / len(found) ** 0.5
+    assert float(found.std()) > 1e-3
+    assert float(found.mean()) == pytest.approx(expected, abs=5 * error)
 
 
 def test_measures_of_loops():
@@ -106,7 +120,7 @@ def test_a_student_equal_to_its_teacher_has_the_teachers_likelihood(model):
     student = student_of(lm, layer=1)
     torch.nn.init.zeros_(student.model.latent.embedding.project.weight)
     chains = data.empty_loops(6, data.HELD_OUT, 0)
-    tokens, _ = data.one_at_a_time(lm.model, chains, 0)
+    tokens = data.one_at_a_time(lm.model, chains, 0)
     loops = type(chains)(tokens, chains.valid, chains.context)
     for one in likelihood.one_step(lm.model, student.model, 1, loops, 0).values():
         assert one.student == pytest.approx(one.teacher, abs=1e-4)
@@ -129,8 +143,8 @@ def test_the_command_runs_and_resumes(model, tmp_path, capsys, monkeypatch):
     loops = [line for line in (run / "samples.txt").read_text().splitlines() if line[:1] == " "]
     assert all(set(loop.strip()) <= set(data.RESIDUES) for loop in loops)
     # Again: all is there, nothing is drawn or judged anew.
-    for module in (data, metrics):
-        monkeypatch.setattr(module, "one_at_a_time", None)
+    monkeypatch.setattr(data, "one_at_a_time", None)
+    monkeypatch.setattr(metrics, "chain_rule", None)
     monkeypatch.setattr(command, "draw_picture", lambda *args: None)
     assert command.main(arguments) == 0
     again = json.loads((run / "results.json").read_text())

@@ -132,52 +132,62 @@ def empty_loops(count: int, segments: Sequence[str], seed: int) -> Corpus:
 
 
 @torch.no_grad()
-def one_at_a_time(
-    model: Any, corpus: Corpus, seed: int, *, given: Tensor | None = None, chunk: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Loops filled in one residue at a time, each in a random order of its own.
-
-    Args:
-        given: (S, D) tokens to fill in, in place of draws.
-
-    Returns:
-        The tokens (S, D), and (S,) their log-probability by the chain rule of that order, in nats.
-    """
+def one_at_a_time(model: Any, corpus: Corpus, seed: int, *, chunk: int = 64) -> Tensor:
+    """(S, D) tokens: loops filled in one residue at a time, each in a random order of its own."""
     generator = torch.Generator().manual_seed(seed)
-    all_tokens, all_nats = [], []
+    filled = []
     with tqdm(total=len(corpus), desc="one at a time", unit="loop", leave=False) as bar:
         for first in range(0, len(corpus), chunk):
             part = corpus.take(slice(first, first + chunk))
-            known = None if given is None else given[first : first + chunk]
-            tokens, nats = _fill(model, part, known, generator)
-            all_tokens.append(tokens)
-            all_nats.append(nats)
+            tokens, lengths = part.tokens.masked_fill(part.valid, MASK), part.valid.sum(1)
+            order = _order(part.valid, generator)
+            for turn in range(int(lengths.max())):
+                rows = (lengths > turn).nonzero()[:, 0]
+                places = order[rows, turn]
+                chance = _log_prob(model, part.take(rows), tokens[rows])
+                chance = chance[torch.arange(len(rows)), places].exp()
+                tokens[rows, places] = torch.multinomial(chance, 1, generator=generator)[:, 0]
+            filled.append(tokens)
             bar.update(len(part))
-    return torch.cat(all_tokens), torch.cat(all_nats)
+    return torch.cat(filled)
 
 
-def _fill(
-    model: Any, corpus: Corpus, given: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    tokens = corpus.tokens.masked_fill(corpus.valid, MASK)
-    nats = torch.zeros(len(tokens), dtype=torch.float64)
-    order = torch.rand(tokens.shape, generator=generator).masked_fill(~corpus.valid, 2.0).argsort(1)
-    lengths = corpus.valid.sum(1)
-    for turn in range(int(lengths.max())):
-        rows = (lengths > turn).nonzero()[:, 0]
-        places = order[rows, turn]
-        context = {name: value[rows] for name, value in corpus.context.items()}
-        head = as_head(model(tokens[rows], torch.ones(len(rows)), **context))
-        logits = head.take(torch.arange(len(rows)) * tokens.shape[1] + places).logits().float()
-        logits[:, :FIRST] = -torch.inf
-        log_prob = logits.log_softmax(-1)
-        if given is None:
-            drawn = torch.multinomial(log_prob.exp(), 1, generator=generator)[:, 0]
-        else:
-            drawn = given[rows, places]
-        nats[rows] += log_prob.gather(1, drawn[:, None])[:, 0].double()
-        tokens[rows, places] = drawn
-    return tokens, nats
+@torch.no_grad()
+def chain_rule(model: Any, corpus: Corpus, seed: int, *, draws: int, chunk: int = 64) -> Tensor:
+    """(S,) nats per residue: -log of the loops' probability, over the orders to fill them in.
+
+    The chain rule of one order has a term for every residue given those before it. Its mean over
+    all orders is the mean, over how many residues j are known and which, of what the model gives to
+    each of the others. `draws` values of j are taken of each loop, one of each equal part of its
+    length, so that a draw speaks of all orders that begin with these j.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for first in range(0, len(corpus), chunk):
+        part = corpus.take(slice(first, first + chunk))
+        lengths = part.valid.sum(1)
+        nats = torch.zeros(len(part), dtype=torch.float64)
+        for draw in range(draws):
+            u = torch.rand(len(part), generator=generator)
+            known = ((draw + u) / draws * lengths).long().clamp(max=lengths - 1)
+            rank = _order(part.valid, generator).argsort(1)
+            hidden = part.valid & (rank >= known[:, None])
+            log_prob = _log_prob(model, part, part.tokens.masked_fill(hidden, MASK))
+            of_tokens = log_prob.gather(-1, part.tokens[..., None])[..., 0].double()
+            nats -= of_tokens.where(hidden, 0.0).sum(1) / hidden.sum(1)
+        found.append(nats / draws)
+    return torch.cat(found)
+
+
+def _order(valid: Tensor, generator: torch.Generator) -> Tensor:
+    """(S, D): the places of each loop in a random order, then all other places."""
+    return torch.rand(valid.shape, generator=generator).masked_fill(~valid, 2.0).argsort(1)
+
+
+def _log_prob(model: Any, corpus: Corpus, tokens: Tensor) -> Tensor:
+    """(S, D, V) of residues alone."""
+    logits = as_head(model(tokens, torch.ones(len(tokens)), **corpus.context)).logits().float()
+    return logits.index_fill(-1, torch.arange(FIRST), -torch.inf).log_softmax(-1)
 
 
 def loops_of(tokens: Tensor, valid: Tensor) -> list[str]:
@@ -191,7 +201,7 @@ def drawn_once(
     """The chains with loops that the teacher draws one at a time, kept under a name of the run."""
     stored = run.load(name)
     if stored is None:
-        tokens, _ = one_at_a_time(teacher.model, empty, seed)
+        tokens = one_at_a_time(teacher.model, empty, seed)
         run.save(name, {"tokens": tokens.to(torch.uint8)}, {})
     else:
         tokens = stored[0]["tokens"].long()

@@ -15,13 +15,12 @@ import zlib
 import numpy as np
 import torch
 
-from di4c_fast.training.corpus import Corpus
 from di4c_fast.training.pretrained import Pretrained
 
 from ..common.report import Measure
 from ..common.rundir import RunDirectory
 from .config import Config
-from .data import HELD_OUT, RESIDUES, drawn_once, empty_loops, loops_of, one_at_a_time
+from .data import HELD_OUT, RESIDUES, chain_rule, drawn_once, empty_loops, loops_of
 
 MEASURES = (
     Measure("nats", "nats per residue", 3, kept=4),
@@ -34,7 +33,7 @@ MEASURES = (
 )
 SIZE = len(RESIDUES)
 JUDGE_SEED, REFERENCE_SEED, CONTEXT_SEED = 1001, 1002, 1003
-REFERENCE = 2  # times as many loops as a model draws
+DRAWS = 4  # of orders, for each loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Score:
     """What the judge says of a set of loops.
 
     Attributes:
-        nats: per residue, minus the log-probability of the loop by the teacher's chain rule, each
-            loop in a random order of its own; smaller is likelier.
+        nats: per residue, minus the log-probability of the loop by the teacher's chain rule, over
+            random orders; smaller is likelier.
         pairs: total variation between the law of neighbouring residues and that of loops that the
             teacher filled in one at a time.
         residues: the same for single residues, which independent residues can have right.
@@ -74,18 +73,12 @@ class Judge:
     def __init__(self, teacher: Pretrained, config: Config, run: RunDirectory):
         self.teacher, self.judged, self.run = teacher, config.judged, run
         self.empty = empty_loops(config.samples, HELD_OUT, CONTEXT_SEED)
-        several = [self.empty] * REFERENCE
-        chains = Corpus(
-            torch.cat([part.tokens for part in several]),
-            torch.cat([part.valid for part in several]),
-            {k: torch.cat([part.context[k] for part in several]) for k in self.empty.context},
-        )
-        tokens = self._drawn(chains, REFERENCE_SEED)
-        self.reference = loops_of(tokens, chains.valid)
+        tokens = self._drawn(REFERENCE_SEED)
+        self.reference = loops_of(tokens, self.empty.valid)
 
-    def _drawn(self, chains: Corpus, seed: int) -> torch.Tensor:
+    def _drawn(self, seed: int) -> torch.Tensor:
         """Loops of the teacher, one residue at a time."""
-        return drawn_once(self.teacher, chains, seed, self.run, f"loops/seed-{seed}").tokens
+        return drawn_once(self.teacher, self.empty, seed, self.run, f"loops/seed-{seed}").tokens
 
     def score(self, samples: np.ndarray) -> Score:
         """samples: (S, D) tokens of the chains."""
@@ -94,17 +87,16 @@ class Judge:
         stored = self.run.load(name)
         if stored is None:
             some = slice(min(self.judged, len(tokens)))
-            chains = self.empty.take(some)
-            _, log_prob = one_at_a_time(self.teacher.model, chains, JUDGE_SEED, given=tokens[some])
-            nats = float((-log_prob / chains.valid.sum(1)).mean())
-            score = scored(nats, loops_of(tokens, self.empty.valid), self.reference)
+            chains = dataclasses.replace(self.empty.take(some), tokens=tokens[some])
+            nats = chain_rule(self.teacher.model, chains, JUDGE_SEED, draws=DRAWS)
+            score = scored(float(nats.mean()), loops_of(tokens, self.empty.valid), self.reference)
             self.run.save(name, {"tokens": tokens[:1]}, dataclasses.asdict(score))
             return score
         return Score(**stored[1])
 
     def floor(self) -> tuple[Score, torch.Tensor]:
         """What the teacher's own loops score, one at a time with other numbers, and these."""
-        tokens = self._drawn(self.empty, REFERENCE_SEED + 1)
+        tokens = self._drawn(REFERENCE_SEED + 1)
         return self.score(tokens.numpy()), tokens
 
 
