@@ -81,7 +81,6 @@ def test_the_chain_rule_averages_over_the_orders(model):
     tokens = chain.tokens.masked_fill(chain.valid, data.FIRST + 2)
     valid = torch.zeros_like(chain.valid)
     valid[0, places] = True
-    loop = type(chain)(tokens, valid, chain.context)
 
     def term(order: tuple[int, ...], turn: int) -> float:
         hidden = tokens.clone()
