@@ -21,13 +21,13 @@ TRITON = ["triton>=3.6; platform_system == 'Linux' and platform_machine in 'x86_
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.8", "tqdm>=4.65", "sacrebleu>=2.4"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8", "tqdm>=4.65"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
+PRETRAINED = ["transformers>=4.40"]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
     "mypy>=1.11",
     "scipy>=1.11",
-    "transformers>=4.40",
     "diffusers>=0.42",
 ]
 
@@ -107,7 +107,8 @@ setup(
         "examples": EXAMPLES,
         "bench": BENCH,
         "triton": TRITON,
+        "pretrained": PRETRAINED,
         "docs": DOCS,
-        "dev": sorted({*DEV, *EXAMPLES, *BENCH, *TRITON}),
+        "dev": sorted({*DEV, *PRETRAINED, *EXAMPLES, *BENCH, *TRITON}),
     },
 )

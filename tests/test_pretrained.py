@@ -285,7 +285,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 ):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert command.main(refused("any", texts, tmp_path)) == 2
-    assert "pip install 'transformers>=4.40'" in capsys.readouterr().err
+    assert "pip install 'di4c_fast[pretrained]'" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_students_is_named(folder, tmp_path, capsys):

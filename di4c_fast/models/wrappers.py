@@ -109,8 +109,10 @@ class ShiftedModel(Wrapper):
 
         def shift(module: nn.Module, arguments: Any, output: Any) -> Any:
             nonlocal calls
-            calls += 1
+            if self.share and isinstance(output, tuple):  # layers of older transformers
+                return (shift(module, arguments, output[0]), *output[1:])
             check_tensor(output, f"the output of module {self.module!r}")
+            calls += 1
             return self.latent(output if every is None else output[every], latent)
 
         # For the length of the call: copies of the student then carry no hook of the original.

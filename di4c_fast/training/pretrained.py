@@ -231,7 +231,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "pretrained models need transformers: pip install 'transformers>=4.40'"
+            "pretrained models need transformers: pip install 'di4c_fast[pretrained]'"
         ) from error
     transformers.logging.disable_progress_bar()
     return transformers
