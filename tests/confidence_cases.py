@@ -51,14 +51,14 @@ def naive(
     deferred: tuple[int, ...] = (),
     top_k: int | None = None,
     top_p: float | None = None,
-    lead: bool = False,
-    other: Any = None,
-    size: int = D,
+    **more: Any,
 ) -> tuple[Tensor, list[int]]:
     """One sequence by the rules, and how many positions each step filled.
 
-    The model has logits(x) (D, V); `other` those without the prompt, None for the same model.
+    The model has logits(x) (D, V). More: `lead`, `size` in place of D, and `other`, the model for
+    what is without the prompt.
     """
+    lead, size, other = more.get("lead"), more.get("size", D), more.get("other")
     start = len(prompt)
     x = torch.full((size,), MASK)
     x[:start] = prompt

@@ -11,7 +11,7 @@ from sampler_cases import MASK, prompts
 from torch import Tensor
 from wrong_arguments import Wrong, wrong
 
-from di4c_fast.samplers import sample_confidence
+from di4c_fast.samplers import sample_confidence, sample_masked
 from di4c_fast.samplers.caches import KeyValues, Window
 
 D, P, LENGTH = 20, 8, 4
@@ -124,15 +124,8 @@ def test_the_order_drawn_in_advance_and_ends_of_sequences_know_windows():
 def test_lambda_is_one_in_a_block(window):
     model = Cached(Attention(1), LENGTH)
     tokens = fill(model, window=window, steps=9, latent_dim=1, latent_every="block")
-    by_block = {w.begin: set[float]() for _, w in model.calls}
-    for latent, (_, w) in zip(model.latents, model.calls, strict=True):
-        some = range(3) if w.sequences is None else w.sequences.tolist()
-        by_block[w.begin] |= {(i, float(x)) for i, x in zip(some, latent[:, 0], strict=True)}
-    assert all(len(values) == 3 for values in by_block.values())
-    assert len(set.union(*by_block.values())) == 9
-    latent = torch.stack(
-        [torch.tensor([[dict(v)[i]] for i in range(3)]) for v in by_block.values()]
-    )
+    found = latents_of(model)
+    latent = torch.tensor([[[found[b, i]] for i in range(3)] for b in (8, 12, 16)])
     given = latent.repeat_interleave(3, 0)  # by step
     how = {"window": window, "steps": 9, "latent_dim": 1}
     assert torch.equal(tokens, fill(model, latent=given, latent_every="block", **how))
@@ -140,9 +133,70 @@ def test_lambda_is_one_in_a_block(window):
     assert torch.equal(
         one, fill(model, latent=latent[:1].expand(9, 3, 1), latent_every="block", **how)
     )
-    every = without_lambda = fill(model, window=window, steps=9)
-    assert not torch.equal(tokens, every)
-    assert without_lambda.shape == (3, D)
+    assert not torch.equal(tokens, one)
+
+
+@pytest.mark.parametrize("known", [1, 8, 10])
+def test_ancestral_blocks_see_what_is_committed_once(known):
+    prompt, how = prompts(3, known), {"mask_id": MASK, "steps": 3, "block_length": LENGTH}
+    for seed in range(3):
+        inner = Attention(seed)
+        model, history, steps = Cached(inner, LENGTH), list[Tensor](), list[int]()
+        how |= {"seed": seed, "prompt": prompt, "latent_dim": 0}
+        callback = lambda step, total, tokens: steps.append(total)  # noqa: B023, E731
+        tokens = sample_masked(
+            model, (3, D), window="causal", history=history, callback=callback, **how
+        )
+        anew = lambda x, t: torch.stack([inner.block_causal(row, LENGTH) for row in x])  # noqa: B023, E731
+        assert torch.equal(tokens, sample_masked(anew, (3, D), **how))
+        assert bool((tokens != MASK).all())
+        assert steps == [5 * 4] * 20
+        begins = [w.begin for _, w in model.calls]
+        assert begins == sorted(begins)
+        assert set(begins) <= {0, 4, 8, 12, 16}
+        assert all((w.start, w.stop, w.rows) == (w.begin, w.end, len(x)) for x, w in model.calls)
+        bounds = [(w.start, w.stop) for _, w in model.commits]
+        assert [a for a, _ in bounds] == [0, *(b for _, b in bounds)][: len(bounds)]
+        for x, w in model.commits:
+            assert torch.equal(x, tokens[:, w.start : w.stop])
+        for state in history:  # one block after another
+            left = (state == MASK).view(3, 5, LENGTH).any(2).any(0).nonzero()[:, 0].tolist()
+            assert left == list(range(5 - len(left), 5))
+    model = Cached(inner, LENGTH)
+    more = {"latent_dim": 1, "latent_every": "block", "window": "causal"}
+    sample_masked(model, (3, D), **{**how, **more})
+    latents_of(model)
+
+
+def latents_of(model: Cached) -> dict[tuple[int, int], float]:
+    """λ by (begin of the block, sequence): one in a block, all others different."""
+    found: dict[tuple[int, int], float] = {}
+    for latent, (_, w) in zip(model.latents, model.calls, strict=True):
+        some = range(w.batch) if w.sequences is None else w.sequences.tolist()
+        for i, value in zip(some, latent[:, 0].tolist(), strict=True):
+            assert found.setdefault((w.begin, i), value) == value
+    assert len(set(found.values())) == len(found)
+    return found
+
+
+@wrong(
+    [
+        ({"window": "suffix"}, "window must be one of 'all', 'causal', got 'suffix'"),
+        ({"model": print, "window": "causal"}, "window='causal' needs a model with a cache for it"),
+        ({"block_length": 3}, "block_length must be that of the model, 4, got 3"),
+        ({"block_length": 0}, "block_length must be at least 1, got 0"),
+        ({"shape": (3, 18)}, "D must be a multiple of the model's blocks of 4, got 18"),
+        ({"latent_dim": 1}, "window='causal' needs one λ for a block"),
+        ({"project_fn": lambda x: x}, "project_fn needs a single block, got blocks of 4"),
+    ]
+)  # fmt: skip
+def test_what_ancestral_blocks_cannot_do_is_refused(wrong: Wrong):
+    model = Cached(Attention(), LENGTH)
+    given = {"model": model, "shape": (3, D), "mask_id": MASK, "steps": 2, "window": "causal"}
+    given |= {"block_length": LENGTH, **wrong.what}
+    with wrong.raises():
+        sample_masked(given.pop("model"), given.pop("shape"), **given)
+    assert not model.calls
 
 
 class Plain(torch.nn.Module):

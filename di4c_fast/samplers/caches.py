@@ -27,7 +27,7 @@ Sources: Fast-dLLM (arXiv 2505.22618) for "suffix" and "block", BD3LM (arXiv 250
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_values, describe
 
-__all__ = ["WINDOWS", "KeyValues", "Window", "check_window"]
+__all__ = ["KeyValues", "Window", "check_latents", "check_window"]
 
 WINDOWS = ("all", "suffix", "block", "causal")
 
@@ -168,3 +168,15 @@ def check_window(
             )
         if length % own:
             raise ValueError(f"D must be a multiple of the model's blocks of {own}, got {length}")
+
+
+def check_latents(window: str, latent_every: Any, options: Mapping[str, Any]) -> None:
+    """A block with a cache has one λ: (B, L) of all steps, or that of its first step."""
+    check_choice(latent_every, "latent_every", ("step", "block"))
+    latent = options["latent"]
+    fixed = latent_every == "block" or (isinstance(latent, Tensor) and latent.ndim == 2)
+    if window != "all" and options["latent_dim"] and not fixed:
+        raise ValueError(
+            f"window={window!r} needs one λ for a block: latent (B, L), or latent_every='block', "
+            "got one per step"
+        )

@@ -21,7 +21,7 @@ from ..draw.api import sample
 from ..heads import Head
 from .arguments import MaskDrawOptions, Model, Unpack, check_counts, check_flags, sampler
 from .blocks import Blocks
-from .caches import WINDOWS, check_window
+from .caches import WINDOWS, check_latents, check_window
 from .loop import Answer, Guidance, Run, Step, single_logits
 
 __all__ = ["CONFIDENCE_RULES", "sample_confidence"]
@@ -159,8 +159,8 @@ def sample_confidence(
     check_number(0.0 if threshold is None else threshold, "threshold")
     check_number(0.0 if factor is None else factor, "factor", minimum=0.0)
     check_flags(shift=shift, exclude_mask=exclude_mask, active_only=active_only, lead=lead)
-    check_choice(latent_every, "latent_every", ("step", "block"))
     check_choice(window, "window", WINDOWS)
+    check_latents(window, latent_every, options)
     given_ids = {"banned_ids": banned_ids, "deferred_ids": deferred_ids}
     banned, deferred = (_check_ids(ids, name) for name, ids in given_ids.items())
     check_int(mask_id, "mask_id", minimum=0)
@@ -169,9 +169,6 @@ def sample_confidence(
     open_ended, origin = threshold is not None or factor is not None, rule == "origin"
     field = _FIELDS[rule]  # None for origin and random
     cached, causal = window != "all", window == "causal"
-    every_step = latent_every == "step" and bool(options["latent_dim"])
-    if isinstance(options["latent"], Tensor) and options["latent"].ndim == 2:
-        every_step = False
     bounded = threshold is None or rule == "entropy" or 0.0 <= threshold <= 1.0
     name, late = "threshold" if factor is None else "factor", "low_confidence"
     for wrong, message in (
@@ -183,11 +180,6 @@ def sample_confidence(
         (deferred and rule != late, f"deferred_ids needs rule={late!r}, got {rule!r}"),
         (steps and factor is not None, f"steps must be None with a factor, got {steps}"),
         (not open_ended and steps is None, "steps must be an int, or threshold or factor given"),
-        (
-            cached and every_step,
-            f"window={window!r} needs one λ for a block: latent (B, L), or "
-            "latent_every='block', got a fresh one per step",
-        ),
         (
             not cached and open_ended and latent_every == "block",
             f"latent_every='block' with a {name} "

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from .arguments import MaskDrawOptions, Model, Unpack, check_flags, sampler
+from ..checks import check_choice, check_int
+from .arguments import MaskDrawOptions, Model, Unpack, check_flags, check_size, sampler
+from .caches import Window, check_latents, check_window
 from .loop import START, Run, Step, moved
 from .schedules import time_grid
 
@@ -66,16 +68,37 @@ def rows_by_step(
     return both[:steps], both[steps:]
 
 
-def _steps(run: Run, times: Tensor, active_only: bool) -> Iterator[Step]:
+def _steps(
+    run: Run, times: Tensor, active_only: bool, length: int, causal: bool, by_block: bool
+) -> Iterator[Step]:
+    """length: of a block; by_block: the λ of a block is that of its first step."""
     last, shape = len(times) - 1, (run.batch, run.positions)
     plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
+    plan += torch.arange(run.positions) // length * (last + 1)
     plan[(~run.masked()).cpu()] = -1
-    rows, sequences = rows_by_step(plan, last + 1, run.device)
-    for step, time in enumerate(times.tolist()):
-        some = sequences[step] if active_only else None
-        yield Step(step, time, rows[step], some, greedy=step == last)
+    rows, sequences = rows_by_step(plan, run.calls, run.device)
+    committed, before = 0, None
+    for number in range(run.calls):
+        block, step = divmod(number, last + 1)
+        begin, end = block * length, min((block + 1) * length, run.positions)
+        lam = number - step if by_block else None
+        window = Window("causal", begin, end, begin, end, begin == 0, run.positions)
+        now = Step(
+            number,
+            float(times[step]),
+            rows[number],
+            sequences[number] if active_only else None,
+            greedy=step == last,
+            latent=lam,
+            window=window if causal else None,
+        )
+        if causal and committed < begin and rows[number].numel():
+            run.commit(before or now, committed, begin)
+            committed = begin
+        before = now
+        yield now
         if run.project_fn is not None and step < last and _replan(run, times, plan, step):
-            rows, sequences = rows_by_step(plan, last + 1, run.device)
+            rows, sequences = rows_by_step(plan, run.calls, run.device)
 
 
 def _replan(run: Run, times: Tensor, plan: Tensor, step: int) -> bool:
@@ -105,6 +128,9 @@ def sample_masked(
     t_min: float = 1e-5,
     project_fn: Callable[[Tensor], Tensor] | None = None,
     active_only: bool = True,
+    block_length: int | None = None,
+    window: str = "all",
+    latent_every: str = "step",
     **options: Unpack[MaskDrawOptions],
 ) -> Tensor:
     """Draw token rows from a masked diffusion model by ancestral sampling.
@@ -115,14 +141,31 @@ def sample_masked(
 
     Args: those of all samplers, see `di4c_fast.samplers`, and
 
-        steps: the final argmax is one more.
-        project_fn: tokens that it masks again unmask later at the rate of the loop; tokens that
-            it fills stay.
+        steps: of each block; its final argmax is one more. λ, `callback` and `history` have
+            steps + 1 of each block.
+        block_length: the blocks of so many positions, from position 0 on, are filled one after
+            another, each from time 1 on (BD3LM, arXiv 2503.09573). None: a single block.
+        window: "causal": the model is called on the block alone, and its `commit` stores what is
+            before it, once, see `di4c_fast.samplers.caches`.
+        latent_every: "block" keeps the λ of a block's first step to its end.
+        project_fn: only with a single block. Tokens that it masks again unmask later at the rate of
+            the loop; tokens that it fills stay.
 
     The hooks hear of every step, whether or not the model ran. Host syncs: before the loop one or
     two to read the prompt; inside none, but with `project_fn` one per step, to see what it changed.
     """
     check_flags(active_only=active_only)
+    check_choice(window, "window", ("all", "causal"))
+    check_latents(window, latent_every, options)
     times = time_grid(steps, t_min)
-    run = Run(model, shape, options, calls=steps + 1, mask_id=mask_id, project_fn=project_fn)
-    return run.loop(_steps(run, times, active_only))
+    positions = check_size(shape)[1]
+    length = positions
+    if block_length is not None:
+        length = check_int(block_length, "block_length", minimum=1)
+        if length < positions and project_fn is not None:
+            raise ValueError(f"project_fn needs a single block, got blocks of {length}")
+    calls = -(-positions // length) * (steps + 1)
+    run = Run(model, shape, options, calls=calls, mask_id=mask_id, project_fn=project_fn)
+    check_window(model, window, block_length, 0, positions)
+    causal, by_block = window == "causal", latent_every == "block"
+    return run.loop(_steps(run, times, active_only, length, causal, by_block))
