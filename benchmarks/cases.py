@@ -97,7 +97,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[tuple[Any, ...], ...]]] = {
     "language-hidden": ("loss", {"head": "linear"}, (
         (1, 16, 1024, 50258, 0.5, 768), (1, 16, 128, 8193, 0.6, 256), (1, 4, 12, 65, 0.6, 8))),
     # VQ images: MaskGIT on ImageNet, all positions and columns count
-    "image": ("loss", {}, ((2, 32, 256, 1025), (1, 32, 64, 1025), (2, 4, 6, 33))),
+    "image": ("loss", {}, ((2, 32, 256, 1025), (1, 16, 256, 1025), (2, 4, 6, 33))),
     # pixels: two numbers per pixel instead of 256 logits
     "pixel": ("loss", {"head": "logistic"}, (
         (8, 16, 3072, 256), (1, 16, 768, 256), (2, 3, 8, 16))),
@@ -128,7 +128,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[tuple[Any, ...], ...]]] = {
         (1, 1, 1024, 126464, 0.5, 4096, 0, 4), (1, 1, 384, 126464, 0.5, 128, 0, 2),
         (2, 1, 14, 33, 0.5, 16, 0, 3))),
     "distill": ("step", {}, (
-        (1, 16, 1024, 50258, 0.5, 768, 12), (1, 8, 128, 8193, 0.5, 256, 4),
+        (1, 16, 1024, 50258, 0.5, 768, 12), (1, 16, 128, 8193, 0.5, 256, 4),
         (1, 2, 12, 33, 0.5, 16, 1))),
 }
 # fmt: on

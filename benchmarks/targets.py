@@ -140,6 +140,7 @@ CPU = [
     Target("ancestral", "cpu", FASTER, 2.5, "naive"),
     Target("ancestral", "cpu", SMALLER, 8, "naive"),
     Target("confidence", "cpu", SMALLER, 4, "naive"),
+    Target("distill", "cpu", FASTER, 3.5, "plain"),
 ]
 GPU = [
     # half of the rate of 3 reads, 1 write and 2 reads, which take 1.48 × the floor

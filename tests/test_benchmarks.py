@@ -17,7 +17,18 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import baselines, floors, gpu, harness, report, results, run, targets, tune
+from benchmarks import (
+    baselines,
+    drop_ins,
+    floors,
+    gpu,
+    harness,
+    report,
+    results,
+    run,
+    targets,
+    tune,
+)
 from benchmarks.cases import AXES, DTYPES, SHAPES, SIZES, make_case, on_axis, sweep_cases
 from benchmarks.floors import Machine, Work
 from benchmarks.groups import no_compiler
@@ -411,6 +422,22 @@ def test_broken_blocks_and_results_are_named(tmp_path):
 
 def test_the_pages_of_this_checkout_say_what_was_measured():
     assert report.main(["--check"]) == 0
+
+
+def test_the_record_of_a_drop_in_changes_in_its_entry_alone(tmp_path, monkeypatch):
+    pytest.importorskip("transformers.models.diffusion_gemma")
+    monkeypatch.setattr(MemoryWorker, "peak", lambda self, weigh, name, *sizes: 5 << 20)
+    path, before = tmp_path / "drop-ins.json", drop_ins.RECORD.read_text("utf-8")
+    path.write_text(before, "utf-8")
+    drop_ins.main(["--sizes", "2", "3", "300", "--rounds", "1", "--write", str(path)])
+    found, expected = json.loads(path.read_text("utf-8")), json.loads(before)
+    pairs = zip(found["comparisons"], expected["comparisons"], strict=True)
+    ((ours, old),) = (pair for pair in pairs if pair[0] != pair[1])
+    step = ours["step_without_the_network"]
+    assert set(step["median_s"]) == {"theirs", "ours"}
+    assert step["peak_memory_growth_MiB"] == {"theirs": 5, "ours": 5}
+    ours["step_without_the_network"] = old["step_without_the_network"]
+    assert json.dumps(found, indent=1, ensure_ascii=False) == before
 
 
 def test_commands_end_with_a_reason(capfd, tmp_path, monkeypatch):

@@ -280,12 +280,13 @@ def model_of(columns: tuple[int, int] | None) -> Callable[..., TensorHead]:
     return model
 
 
-@case(samplers.sample_masked, samplers.sample_maskgit, samplers.sample_confidence)
-def samplers_draw_the_same(sampler: Callable[..., Tensor]) -> None:
+@case("sample_masked", "sample_maskgit", "sample_confidence", "sample_canvas")
+def samplers_draw_the_same(name: str) -> None:
     columns = columns_of(300, (77, 90))
+    how = {"vocab_size": 300} if name == "sample_canvas" else {"mask_id": 299}
     whole, ours = (
-        sampler(
-            model_of(at), (3, 8), mask_id=299, steps=4, generator=torch.Generator().manual_seed(0)
+        getattr(samplers, name)(
+            model_of(at), (3, 8), steps=4, generator=torch.Generator().manual_seed(0), **how
         )
         for at in (None, columns)
     )
