@@ -62,18 +62,17 @@ def enumerated_law(
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("signal", list(SIGNALS))
 def test_tokens_have_the_law_of_the_chain(signal, masks):
-    model = Tabular(3, size=(2, V))
+    model = Tabular(6, size=(2, V))
+    model.table *= 2
     kind = {"mask_id": MASK} if masks else {"vocab_size": V}
     how = {"steps": STEPS, "t_min": T_MIN, "signal": signal, "seed": 1, **MIXED}
-    tokens = sample_psi(model, (40_000, 2), **kind, **how)
+    tokens = sample_psi(model, (8_000, 2), **kind, **how)
     law = functools.partial(
         enumerated_law, model, times=psi.psi_times(STEPS, T_MIN, "linear", "", 0, 0), masks=masks
     )
     assert_counts_match(model.counts_of(tokens), law(KAPPAS, signal=signal))
-    for other in ({"kappas": [1.0] * STEPS, "signal": signal}, {"kappas": KAPPAS, "signal": None}):
-        other["signal"] = other["signal"] or next(name for name in SIGNALS if name != signal)
-        with pytest.raises(AssertionError, match="chi-square"):
-            assert_counts_match(model.counts_of(tokens), law(**other))
+    with pytest.raises(AssertionError, match="chi-square"):  # correctors matter
+        assert_counts_match(model.counts_of(tokens), law([1.0] * STEPS, signal=signal))
 
 
 def test_times_that_stand_still_and_chances_of_remdm():
@@ -82,7 +81,7 @@ def test_times_that_stand_still_and_chances_of_remdm():
     expected = [1.0, 0.65, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.05]
     assert times == pytest.approx(expected, abs=1e-12)
     tokens = sample_psi(
-        model, (40_000, 2), mask_id=MASK, steps=8, t_min=T_MIN, seed=2, time_profile=profile,
+        model, (12_000, 2), mask_id=MASK, steps=8, t_min=T_MIN, seed=2, time_profile=profile,
         middle_mode="constant-remdm-0.1", high_frac=0.3, middle_frac=0.4,
     )  # fmt: skip
     alpha = log_linear_signal()(0.3)
@@ -113,9 +112,9 @@ def test_without_correctors_they_are_the_ancestral_samplers():
     ours = sample_psi(model, (50, 2), vocab_size=V, **how)
     assert torch.equal(ours, sample_uniform_state(model, (50, 2), vocab_size=V, **how))
     ours = sample_psi(
-        model, (20_000, 2), mask_id=MASK, signal=lambda t: 1 - t, last_step="greedy", **how
+        model, (8_000, 2), mask_id=MASK, signal=lambda t: 1 - t, last_step="greedy", **how
     )  # fmt: skip
-    theirs = sample_masked(model, (20_000, 2), mask_id=MASK, **{**how, "seed": 9})
+    theirs = sample_masked(model, (24_000, 2), mask_id=MASK, **{**how, "seed": 9})
     assert_same_law(ours, theirs, V)
 
 
