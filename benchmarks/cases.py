@@ -24,7 +24,7 @@ LETTERS |= {"layers": "layers", "steps": "steps"}
 class Case:
     """One shape at one size: everything that is needed to build the inputs again elsewhere."""
 
-    kind: str  # loss, draw, canvas, ancestral, confidence or step
+    kind: str  # loss, draw, canvas, ancestral, confidence, cached or step
     shape: str
     size: str
     dtype: str
@@ -54,7 +54,7 @@ class Case:
         letters = {letter: getattr(self, field) for field, letter in LETTERS.items()}
         if self.kind in ("draw", "canvas"):
             letters = {"rows": self.positions, "V": self.vocabulary, "C": self.width}
-        if self.kind == "confidence":
+        if self.kind in ("confidence", "cached"):
             del letters["N"]
         parts = [f"{name}={value}" for name, value in letters.items() if value]
         if self.masked is not None:
@@ -127,6 +127,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[tuple[Any, ...], ...]]] = {
     "confidence": ("confidence", {"head": "linear"}, (
         (1, 1, 1024, 126464, 0.5, 4096, 0, 4), (1, 1, 384, 126464, 0.5, 128, 0, 2),
         (2, 1, 14, 33, 0.5, 16, 0, 3))),
+    # Decoding of a language model behind a prompt, in two blocks.
+    "cached": ("cached", {"head": "linear"}, (
+        (1, 1, 1280, 126464, 0.2, 4096, 8, 32), (1, 1, 320, 8193, 0.2, 512, 4, 12),
+        (2, 1, 20, 33, 0.4, 16, 2, 4))),
     "distill": ("step", {}, (
         (1, 16, 1024, 50258, 0.5, 768, 12), (1, 16, 128, 8193, 0.5, 256, 4),
         (1, 2, 12, 33, 0.5, 16, 1))),

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .cached import CachedGroup
 from .canvas import CanvasGroup
 from .cases import SHAPES, Case, make_case
 from .draw import DrawGroup
@@ -42,6 +43,7 @@ KINDS: dict[str, type[Group]] = {
     "canvas": CanvasGroup,
     "ancestral": AncestralGroup,
     "confidence": ConfidenceGroup,
+    "cached": CachedGroup,
     "step": StepGroup,
 }
 Record = dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -39,12 +40,13 @@ class _Stopwatch(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
-        function = getattr(owner, attribute)
-        setattr(owner, attribute, lambda *values: self.timed(name, function, *values))
+        function, own = getattr(owner, attribute), attribute in vars(owner)
+        timed = functools.partial(self.timed, name, function)
+        setattr(owner, attribute, timed)
         try:
             yield
         finally:
-            delattr(owner, attribute)
+            setattr(owner, attribute, function) if own else delattr(owner, attribute)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, values: Any = (), options: Any = None

@@ -92,7 +92,7 @@ def _speed_up(results: Results) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "machine": _machine,
     "loss": _groups("loss"),
-    "sample": _groups("draw", "canvas", "ancestral", "confidence"),
+    "sample": _groups("draw", "canvas", "ancestral", "confidence", "cached"),
     "step": _groups("step"),
     "promises": _promises,
     "scaling": _scaling,

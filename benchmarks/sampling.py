@@ -228,15 +228,15 @@ class ConfidenceGroup(SamplerGroup):
             return Check("the tokens are not those after the last step")
         for step, (before, after) in enumerate(itertools.pairwise(history)):
             number = f"step {step + 1}"
-            filled, masked = before != after, before == self.mask_id
+            filled, masked = before != after, self.candidates(before)
             if bool((filled & ~masked).any()):
-                return Check(f"{number} changes a token that was known")
+                return Check(f"{number} changes a token that was known, or of another block")
             if bool(((after < 0) | (after > self.mask_id)).any()):
                 return Check(f"{number} gives a token out of range")
             numbers = sorted(set(filled.sum(1).tolist()))
             if numbers != [counts[step]]:
                 return Check(f"{number} fills {numbers} positions, not {counts[step]}")
-            logits = self.exact(inputs.model, before)  # (masked positions, V - 1)
+            logits = self.exact(inputs.model, before)  # (candidates, V - 1)
             top, scale = logits.amax(-1), logits.amax(-1).abs().max().clamp_min(1.0)
             own = logits.gather(-1, after[masked].clamp_max(self.mask_id - 1)[:, None])[:, 0]
             confidence = logits.new_full(before.shape, -torch.inf)
@@ -252,7 +252,11 @@ class ConfidenceGroup(SamplerGroup):
                     return Check(f"{number}: {what.format(most)}", worst)
         return Check(None, worst)
 
-    def exact(self, model: TiedModel, tokens: Tensor) -> Tensor:
+    def candidates(self, before: Tensor) -> Tensor:
+        """(B, D) bool, the positions that a step chooses from."""
+        return before == self.mask_id
+
+    def exact(self, model: Any, tokens: Tensor) -> Tensor:
         """Float64 logits of the masked positions, without the mask's."""
         hidden = model.hidden(tokens)[tokens == self.mask_id].double()
         return hidden @ model.weight[: self.mask_id].double().T

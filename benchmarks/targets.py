@@ -11,7 +11,7 @@ from .floors import format_bytes
 Record = dict[str, Any]
 FASTER, SMALLER, FLOOR = "faster than", "less memory than", "of the floor"
 EXACTER, LOGITS, BYTES = "more exact than", "of the logits", "bytes"
-GROWTH = "of the hidden gradient"
+GROWTH, SHARE = "of the hidden gradient", "of the model's time"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Target:
 
     what: "faster than", "less memory than", "more exact than" `other` (ratios), "of the floor" (its
         time over the time taken), "of the logits" (peak over their size),
-        "bytes" (peak), "of the hidden gradient" (growth of the peak over its growth, from the
-        other to this).
+        "bytes" (peak), "of the model's time" (what a sampler takes besides), "of the hidden
+        gradient" (growth of the peak over its growth, from the other to this).
     """
 
     shape: str
@@ -36,7 +36,7 @@ class Target:
     @property
     def most(self) -> bool:
         """Whether the bound is from above."""
-        return self.what in (LOGITS, BYTES, GROWTH)
+        return self.what in (LOGITS, BYTES, GROWTH, SHARE)
 
     def measured(self, records: Sequence[Record]) -> float | None:
         """The number; None if this run does not tell."""
@@ -52,6 +52,7 @@ class Target:
             FLOOR: lambda: mine["floor_seconds"] / mine["seconds"],
             LOGITS: lambda: mine["peak_bytes"] / mine["logits_bytes"],
             BYTES: lambda: float(mine["peak_bytes"]),
+            SHARE: lambda: share_of_the_rest(mine["details"]),
             GROWTH: lambda: (
                 (mine["peak_bytes"] - other["peak_bytes"])
                 / (hidden_gradient_bytes(mine["case"]) - hidden_gradient_bytes(other["case"]))
@@ -67,7 +68,7 @@ class Target:
             return format_bytes(value)
         if self.what == GROWTH:
             return f"{value:.2f} × the hidden gradient"
-        return f"{value:.0%}" if self.what == FLOOR else f"{value:.3g} ×"
+        return f"{value:.0%}" if self.what in (FLOOR, SHARE) else f"{value:.3g} ×"
 
     def verdict(self, records: Sequence[Record]) -> Verdict | None:
         value = self.measured(records)
@@ -115,6 +116,11 @@ def hidden_gradient_bytes(case: dict[str, Any]) -> int:
     return int(case["batch"] * case["components"] * case["positions"] * case["width"] * size)
 
 
+def share_of_the_rest(parts: dict[str, float]) -> float:
+    """What is none of the named parts, over these."""
+    return parts["the rest"] / (sum(parts.values()) - parts["the rest"])
+
+
 CPU = [
     Target("language", "cpu", FASTER, 70, "dense"),
     Target("language", "cpu-in-place", FLOOR, 0.4),  # gradient memory is reused
@@ -141,6 +147,9 @@ CPU = [
     Target("ancestral", "cpu", SMALLER, 8, "naive"),
     Target("confidence", "cpu", SMALLER, 4, "naive"),
     Target("distill", "cpu", FASTER, 3.5, "plain"),
+    Target("cached", "cpu-suffix", FASTER, 1.7, "cpu"),
+    Target("cached", "cpu-block", FASTER, 1.7, "cpu"),
+    Target("cached", "cpu-block", SHARE, 0.1),
 ]
 GPU = [
     # half of the rate of 3 reads, 1 write and 2 reads, which take 1.48 × the floor
