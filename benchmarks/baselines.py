@@ -193,6 +193,48 @@ def _without_mask(logits: Tensor, mask_id: int) -> Tensor:
     return logits
 
 
+def reveal_step(
+    logits: Tensor,
+    tokens: Tensor,
+    t: Tensor,
+    u: Tensor,
+    mask_id: int,
+    temperature: float = 4.5,
+    steps: int = 8,
+) -> Tensor:
+    """One step of MaskGIT from t to u (R,): tokens of all positions, the most confident stay."""
+    log_prob = logits.float().log_softmax(-1)
+    drawn = draw_tokens(log_prob)
+    noise = -(-torch.rand(drawn.shape, device=drawn.device).clamp_min(1e-20).log()).log()
+    factor = temperature * (1 - (1 - t) * steps / (steps - 1)).clamp_min(0)
+    confidence = log_prob.gather(-1, drawn.unsqueeze(-1)).squeeze(-1) + factor[:, None] * noise
+    masked = tokens == mask_id
+    confidence = confidence.masked_fill(~masked, float("-inf"))
+    left = torch.ceil(tokens.shape[1] * torch.acos(1 - u) * 2 / math.pi).long()
+    rank = confidence.argsort(-1, descending=True).argsort(-1)
+    chosen = rank < (masked.sum(1) - left)[:, None]
+    return torch.where(chosen & masked, drawn, tokens)
+
+
+def posterior_step(
+    logits: Tensor,
+    tokens: Tensor,
+    t: Tensor,
+    u: Tensor,
+    transitions: Callable[[Tensor | float, Tensor], Tensor],
+) -> Tensor:
+    """One step of Gaussian pixels from t to u (R,), all the same: the mean of the posterior.
+
+    transitions: (s, t (1,)) -> Q(s to t), (1, V, V).
+    """
+    to_t, to_u, onward = (
+        transitions(a, b)[0].float() for a, b in ((0.0, t[:1]), (0.0, u[:1]), (u[:1], t[:1]))
+    )
+    weights = logits.float().softmax(-1) / (to_t.T[tokens] + 1e-9)
+    weights = (weights @ to_u + 1e-30) * onward.T[tokens]
+    return torch.multinomial(weights.flatten(0, 1), 1).view(tokens.shape)
+
+
 def confidence_step(logits: Tensor, tokens: Tensor, *, count: int, mask_id: int) -> Tensor:
     """Fill the `count` masked positions of each row whose best token is the most probable.
 
@@ -245,10 +287,11 @@ def distill_step(
     x0: Tensor,
     *,
     t: Tensor,
-    teacher_step: float,
+    u: Tensor,
     mask_id: int,
     components: int,
     data_weight: float,
+    advance: Callable[..., Tensor] | None = None,
     latent: Tensor | None = None,
     xt: Tensor | None = None,
     xu: Tensor | None = None,
@@ -261,7 +304,9 @@ def distill_step(
     Args:
         student: (tokens (R, D), t (R,), latent (R, 1)) -> logits (R, D, V).
         teacher: (tokens (R, D), t (R,)) -> logits (R, D, V).
-        t: (B,).
+        t, u: (B,).
+        advance: the teacher's step (logits, tokens, t, u), all by rows, to tokens; then no mask
+            is known to the loss. None: that of masked diffusion.
         latent, xt, xu, latent_u, consistency_x: drawn here where None.
         loss: `dense_loss` (None), or what torch.compile makes of it.
     """
@@ -270,7 +315,6 @@ def distill_step(
     if xt is None:
         masked = torch.rand(batch, positions, device=x0.device) < t[:, None]
         xt = torch.where(masked, mask_id, x0)
-    u = t - torch.minimum(t.new_tensor(teacher_step), t / 2)
     copies = xt.repeat_interleave(components, 0)
     t_rows, u_rows = t.repeat_interleave(components), u.repeat_interleave(components)
     if latent is None:
@@ -281,8 +325,8 @@ def distill_step(
     with torch.no_grad():
         teacher_logits = teacher(copies, t_rows)
         if xu is None:
-            xu = ancestral_step(teacher_logits, copies, t_rows, u_rows, mask_id)
-            xu = xu.unflatten(0, sizes)
+            step = advance or functools.partial(ancestral_step, mask_id=mask_id)
+            xu = step(teacher_logits, copies, t_rows, u_rows).unflatten(0, sizes)
         consistency = student(xu.flatten(0, 1), u_rows, latent_u).unflatten(0, sizes)
     prediction = student(copies, t_rows, latent).unflatten(0, sizes)
     return (loss or dense_loss)(
@@ -291,8 +335,6 @@ def distill_step(
         x0,
         consistency=consistency,
         consistency_x=consistency_x,
-        xt=xt,
-        xu=xu,
-        mask_id=mask_id,
         data_weight=data_weight,
+        **({"xt": xt, "xu": xu, "mask_id": mask_id} if advance is None else {}),
     )

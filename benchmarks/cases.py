@@ -134,6 +134,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[tuple[Any, ...], ...]]] = {
     "distill": ("step", {}, (
         (1, 16, 1024, 50258, 0.5, 768, 12), (1, 16, 128, 8193, 0.5, 256, 4),
         (1, 2, 12, 33, 0.5, 16, 1))),
+    # the other two systems of the paper: half of the arccos schedule, and pixels
+    "distill-image": ("step", {}, (
+        (1, 16, 256, 1025, None, 768, 12), (1, 16, 256, 1025, None, 256, 2),
+        (1, 2, 12, 33, None, 16, 1))),
+    "distill-pixel": ("step", {"head": "logistic"}, (
+        (1, 16, 3072, 256, None, 256, 4), (1, 16, 768, 256, None, 128, 2),
+        (1, 2, 12, 16, None, 16, 1))),
 }
 # fmt: on
 

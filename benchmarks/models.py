@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from di4c_fast import LinearHead
+from di4c_fast import Head, LinearHead, LogisticHead
 from di4c_fast.models.latent import LatentEmbedding, LatentToken
 from di4c_fast.samplers.caches import KeyValues, Window
 
@@ -14,13 +14,22 @@ from di4c_fast.samplers.caches import KeyValues, Window
 class Transformer(nn.Module):
     """(tokens (R, D), t (R,)[, latent (R, 1)]) -> logits (R, D, V).
 
-    `forward` returns the logits, `as_head` a `LinearHead` of the same numbers.
+    `forward` returns the logits, `as_head` a head of the same numbers: a `LinearHead`, or with
+    `bins` a `LogisticHead` of two numbers per position.
     """
 
     def __init__(
-        self, vocabulary: int, positions: int, width: int, layers: int, *, latent: bool = False
+        self,
+        vocabulary: int,
+        positions: int,
+        width: int,
+        layers: int,
+        *,
+        latent: bool = False,
+        bins: bool = False,
     ):
         super().__init__()
+        self.classes = vocabulary if bins else 0
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.randn(positions, width))
         self.time = LatentEmbedding(width)
@@ -30,7 +39,7 @@ class Transformer(nn.Module):
         blocks = [nn.TransformerEncoderLayer(*sizes, **options) for _ in range(layers)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
-        self.output = nn.Linear(width, vocabulary, bias=False)
+        self.output = nn.Linear(width, 2 if bins else vocabulary, bias=False)
 
     def hidden(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
         x = self.embedding(tokens) + self.position
@@ -44,10 +53,15 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
+        if self.classes:
+            return self.as_head(tokens, t, latent).logits()
         return self.output(self.hidden(tokens, t, latent))
 
-    def as_head(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> LinearHead:
-        return LinearHead(self.hidden(tokens, t, latent), self.output.weight)
+    def as_head(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Head:
+        hidden = self.hidden(tokens, t, latent)
+        if self.classes:
+            return LogisticHead(*self.output(hidden).unbind(-1), self.classes)
+        return LinearHead(hidden, self.output.weight)
 
 
 class CachedTransformer(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,16 +12,17 @@ from torch import Tensor
 
 import di4c_fast
 from di4c_fast import backends
-from di4c_fast.processes import MaskedProcess
+from di4c_fast.processes import GaussianProcess, MaskedProcess, MaskGITProcess
 from di4c_fast.testing import relative_l2
 from di4c_fast.training import DistillConfig, DistillOutput, distill_step
 
 from . import baselines
+from .cases import Case
 from .groups import Check, Group, Variant, library
 from .models import Transformer
 from .parts import parts_of
 
-DATA_WEIGHT, TEACHER_STEP = 0.1, 1 / 1024
+DATA_WEIGHT = 0.1
 # Of loss terms and of the gradient of all parameters, through the whole model.
 LIMITS = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 2e-2}
 
@@ -42,7 +45,29 @@ class Inputs:
 
 
 class StepGroup(Group):
-    """Forward and backward of one distillation step of masked diffusion, without optimiser."""
+    """Forward and backward of one distillation step of a system of the paper, without optimiser.
+
+    Pixels without the pass at the smallest time, which is a step of its own with N = 1.
+    """
+
+    def __init__(self, case: Case):
+        super().__init__(case)
+        self.masks = False  # known to the loss
+        self.process: Any
+        self.advance: Callable[..., Tensor] | None = None
+        if case.shape == "distill-image":
+            self.process = MaskGITProcess(self.mask_id, exclude_mask=False)
+            self.advance = functools.partial(baselines.reveal_step, mask_id=self.mask_id)
+            self.teacher_step = 0.05
+        elif case.shape == "distill-pixel":
+            widths = {"rate_sigma": 6 * case.vocabulary / 256, "target_sigma": 2 * case.vocabulary}
+            self.process = GaussianProcess(case.vocabulary, **widths)
+            matrices = self.process.transitions.batched
+            self.advance = functools.partial(baselines.posterior_step, transitions=matrices)
+            self.teacher_step = 0.01
+        else:
+            self.process, self.masks = MaskedProcess(self.mask_id), True
+            self.teacher_step = 1 / 1024
 
     def variants(self) -> list[Variant]:
         return [
@@ -59,8 +84,10 @@ class StepGroup(Group):
         case = self.case
         torch.manual_seed(seed)
         sizes = (case.vocabulary, case.positions, case.width, case.layers)
+        bins = case.head == "logistic"
         with torch.device(case.device):
-            student, teacher = Transformer(*sizes, latent=True), Transformer(*sizes)
+            student = Transformer(*sizes, latent=True, bins=bins)
+            teacher = Transformer(*sizes, bins=bins)
             x0 = torch.randint(self.mask_id, (case.batch, case.positions))
             t = torch.full((case.batch,), float(case.masked or 0.5))
         dtype = case.torch_dtype
@@ -94,15 +121,19 @@ class StepGroup(Group):
         return inputs.gradient(self._library(name, inputs).loss)
 
     def _plain(self, name: str, inputs: Inputs, **given: Tensor) -> Tensor:
+        if not self.masks and "xt" not in given:
+            given["xt"] = self.process.corrupt(inputs.x0, inputs.t)
+        u = inputs.t - min(self.teacher_step, float(self.case.masked or 0.5) / 2)
+        given = {"u": u, **given}
         return baselines.distill_step(
             inputs.student,
             inputs.teacher,
             inputs.x0,
             t=inputs.t,
-            teacher_step=TEACHER_STEP,
             mask_id=self.mask_id,
             components=self.case.components,
             data_weight=DATA_WEIGHT,
+            advance=self.advance,
             loss=self.compiled(name, baselines.dense_loss),
             **given,
         )
@@ -112,9 +143,10 @@ class StepGroup(Group):
     ) -> DistillOutput:
         config = DistillConfig(
             components=self.case.components,
-            teacher_step=TEACHER_STEP,
+            teacher_step=self.teacher_step,
             data_weight=DATA_WEIGHT,
             data_schedule="constant",
+            component_weight=0.0,
             consistency_weight=consistency_weight,
             low_t=0.0,
             low_t_probability=0.0,
@@ -124,7 +156,7 @@ class StepGroup(Group):
                 inputs.student.as_head,
                 inputs.teacher.as_head,
                 inputs.x0,
-                process=MaskedProcess(self.mask_id),
+                process=self.process,
                 config=config,
                 generator=torch.Generator().manual_seed(self.calls),
                 t=inputs.t,
@@ -149,10 +181,11 @@ class StepGroup(Group):
         # Rows as draws are: with one class at every masked position all components would be
         # as likely, and their differences lost in fp32 on either side.
         drawn = torch.randint(self.mask_id, xu.shape, generator=generator, device=case.device)
-        drawn = torch.where(xu == self.mask_id, drawn, xu)
+        if self.masks:
+            drawn = torch.where(xu == self.mask_id, drawn, xu)
         expected, terms = self._reference(inputs, output, drawn, **given)
         if name.startswith("plain"):
-            flat = {key: value.flatten(0, 1) for key, value in given.items()}
+            flat = {key: value.flatten(0, 1) for key, value in given.items()} | {"u": output.u}
             loss = self._plain(name, inputs, xt=output.xt, xu=xu, consistency_x=drawn, **flat)
             error = relative_l2(loss, expected)
         else:
@@ -190,17 +223,17 @@ class StepGroup(Group):
             teacher = inputs.teacher(output.xt, inputs.t)
             if consistency_x is not None:
                 drawn = student(output.xu, output.u, latent_u)
-                arguments = {"consistency": drawn, "consistency_x": consistency_x, "xu": output.xu}
+                arguments = {"consistency": drawn, "consistency_x": consistency_x}
+                arguments |= {"xu": output.xu} if self.masks else {}
         copies = output.xt.unsqueeze(1).expand(-1, sizes[1], -1)
         return di4c_fast.loss(
             student(copies, inputs.t, latent),
             teacher,
             inputs.x0,
-            xt=output.xt,
-            mask_id=self.mask_id,
             data_weight=DATA_WEIGHT,
             backend="reference",
             return_terms=True,
+            **({"xt": output.xt, "mask_id": self.mask_id} if self.masks else {}),
             **arguments,
         )
 
