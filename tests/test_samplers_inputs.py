@@ -133,7 +133,6 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
     ],
     "psi": [
         ({"mask_id": None}, T, "vocab_size must be an int, got NoneType None"),
-        ({"mask_id": None, "vocab_size": 11, "top_p": 0.9}, V, "top_p needs masks"),
         ({"signal": "linear"}, V, "signal must be one of 'log_linear', 'cosine'"),
         ({"signal": lambda t: t}, V, "signal must be in [0, 1] and decreasing in t"),
         ({"condition": "time"}, V, "condition must be one of 't', 'sigma', 'alpha'"),

@@ -54,6 +54,25 @@ def test_one_step_has_the_law_of_the_posterior(signal, present, head):
     )
 
 
+@pytest.mark.parametrize(
+    ("how", "left"),  # how many tokens the filters leave
+    [({"temperature": 0.0}, 1), ({"temperature": 0.6, "top_p": 0.8}, 2), ({"top_k": 3}, 3)],
+)
+@pytest.mark.parametrize("head", [False, True])
+def test_the_law_is_that_of_the_posterior_of_what_filters_leave(how, left, head):
+    logits = torch.tensor([0.3, 1.0, -1.0, 0.5, 2.0]).double()
+    weight = torch.eye(VOCAB).double()
+    linear = lambda x, t: LinearHead(logits.expand(*x.shape, VOCAB), weight)  # noqa: E731
+    x = logits / (how.get("temperature") or 1.0)
+    p = x.masked_fill(x < x.topk(left).values[-1], -torch.inf).softmax(-1)
+    how = {**how, "signal": lambda t: 0.9 - 0.6 * t, "t_min": 0.3, "last_step": "none"}
+    for present in (0, 1, 4):
+        start = torch.full((12_000, 1), present)
+        model = linear if head else constant(logits)
+        tokens = sample_uniform(model, start.shape, steps=1, start=start, seed=4, **how)
+        assert_draws_match(tokens, literal_posterior(p, torch.tensor(present), 0.3, 0.72))
+
+
 def test_the_last_step_is_the_posterior_at_full_signal():
     logits, seen = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0]).double(), []
     how = {"signal": lambda t: 0.9 - 0.5 * t, "t_min": 0.2, "seed": 3, "history": seen}

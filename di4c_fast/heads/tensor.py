@@ -79,6 +79,7 @@ class TensorHead(BuiltInHead):
     def operand(self, passes: Any = None) -> Operand:
         logits = self._logits
         if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+            # Once more in backward: a copy kept between the sweeps would be as large as the logits.
             logits = logits.contiguous()
         return Operand.of_all(logits if logits.ndim == 4 else logits.unsqueeze(1))
 

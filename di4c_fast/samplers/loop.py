@@ -27,6 +27,7 @@ from ..checks import (
     describe,
 )
 from ..draw.api import sample
+from ..draw.filters import filter_scaled_, row_peak
 from ..draw.request import Draw
 from ..heads import Head
 from ..models.call import (
@@ -373,16 +374,38 @@ def first_true(wanted: Tensor, count: int) -> Tensor:
     return torch.sort((~wanted).to(torch.uint8), stable=True).indices[:count]
 
 
-def single_logits(head: Head, tokens: Tensor) -> Tensor:
-    """The logit of one token (R,) per row of a head (R, V), in fp32, or fp64 for fp64 heads."""
+def single_logits(
+    head: Head,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """The logit of one token (R,) per row of a head (R, V), in fp32, or fp64 for fp64 heads.
+
+    After temperature, which is positive, and filters, as of `sample`; -inf where those remove it.
+    """
     dtype = torch.promote_types(head.dtype, torch.float32)
     rows = torch.arange(len(tokens), device=tokens.device)
     # A head of one's own computes whole rows for them.
     size = (head.budget_bytes or _ROWS_BYTES) // (head.shape[-1] * dtype.itemsize)
     shard = head.shard
     columns = tokens if shard is None else shard.nearest(tokens)
-    parts = [head.logits_at(some, columns[some]).to(dtype) for some in rows.split(max(1, size))]
-    found = torch.cat(parts)
+
+    def of(some: Tensor) -> Tensor:
+        picked = head.logits_at(some, columns[some]).to(dtype)
+        if top_k is None and top_p is None:
+            return picked
+        whole = head.take(some).logits().to(dtype)
+        peak = row_peak(whole, None)
+        if shard is not None:
+            (peak,) = shard.maximum(peak)
+        whole = (whole - peak) / temperature
+        filter_scaled_(whole, top_p, top_k, shard=shard)
+        left = whole.gather(1, columns[some].unsqueeze(1))[:, 0]
+        return picked.masked_fill(left == -torch.inf, -torch.inf)
+
+    found = torch.cat([of(some) for some in rows.split(max(1, size))]) / temperature
     return found if shard is None else shard.from_owner(found, tokens)
 
 

@@ -137,8 +137,7 @@ def sample_psi(
 
     Args: those of all samplers, see `di4c_fast.samplers`, and
 
-        mask_id: the absorbing token; None for a uniform state, which needs `vocab_size` and has
-            neither `temperature` nor `top_k` and `top_p`.
+        mask_id: the absorbing token; None for a uniform state, which needs `vocab_size`.
         signal, condition: see `sample_uniform_state`.
         time_profile: "linear"; "linear-constant-linear-<time>", that falls in the high part to a
             time, stays there in the middle part and falls to t_min in the low part; with "-inv"
@@ -166,9 +165,6 @@ def sample_psi(
     kappas += psi_kappas(low_mode, "low_mode", alphas[high + middle :])
     kappas, greedy, calls = kappas[:steps], last_step == "greedy", steps + (last_step != "none")
     if mask_id is None:
-        for name in ("temperature", "top_k", "top_p"):
-            if options[name] not in (None, 1.0):
-                raise ValueError(f"{name} needs masks: a uniform state draws from the model's law")
         run = uniform_run(model, shape, options, options["vocab_size"], calls, options["prompt"])
         return run.loop(mixing(run, options["prompt"], asked, alphas, kappas, greedy))
     run = Run(model, shape, options, calls=calls, mask_id=mask_id)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import rng
 from ..checks import check_choice
-from .arguments import Model, Options, Unpack, check_counts, sampler
+from .arguments import DrawOptions, Model, Unpack, check_counts, sampler
 from .loop import START, Answer, Run, Step, single_logits
 from .schedules import Signal, at_times, cosine_signal, log_linear_signal, moments, time_grid
 
@@ -28,7 +28,7 @@ SIGNALS = {"log_linear": log_linear_signal, "cosine": cosine_signal}
 LAST_STEPS = ("ancestral", "greedy", "none")
 
 
-@sampler(Options)
+@sampler(DrawOptions)
 def sample_uniform_state(
     model: Model,
     shape: tuple[int, int],
@@ -41,7 +41,7 @@ def sample_uniform_state(
     last_step: str = "ancestral",
     prompt: Tensor | None = None,
     start: Tensor | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[DrawOptions],
 ) -> Tensor:
     """Draw token rows from a uniform-state diffusion model by its exact posterior.
 
@@ -64,6 +64,7 @@ def sample_uniform_state(
             (the denoiser's argmax everywhere), or "none".
         prompt: (B, P) or (P,) int64, all known.
         start: (B, D) int64, tokens to start from in place of uniform ones.
+        temperature, top_k, top_p: of p above, that of the present token included.
 
     Rows of the prompt never go through the head. The hooks hear of every step. Host syncs: before
     the loop one to read a prompt; inside none.
@@ -126,13 +127,17 @@ def mixing(
     vocab_size, known = run.vocab_size, 0 if prompt is None else prompt.shape[-1]
     assert vocab_size is not None
     signals, weights = (*alphas, 1.0), (*kappas, 1.0)
+    filters = {name: run.draws[name] for name in ("temperature", "top_k", "top_p")}
     place = torch.arange(run.batch * run.positions, device=run.device).view_as(run.tokens)
     free = place[:, known:].flatten()
 
     def fill(step: Step, answer: Answer) -> Tensor:
         draw, present = answer.draw, run.tokens.flatten()[free]
-        assert draw.logsumexp is not None
-        p = (single_logits(answer.head, present) - draw.logsumexp).double().exp()
+        if run.draws["temperature"] == 0.0:
+            p = torch.eq(draw.token, present).double()
+        else:
+            assert draw.logsumexp is not None
+            p = (single_logits(answer.head, present, **filters) - draw.logsumexp).double().exp()
         i, u = step.number, run.uniform(step, 2)
         bounds = shares(p, signals[i], signals[i + 1], weights[i], vocab_size).cumsum(0)
         # Staying comes last, so that rounding at the top end of u never makes up a token.
