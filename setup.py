@@ -29,6 +29,7 @@ DEV = [
     "mypy>=1.11",
     "scipy>=1.11",
     "diffusers>=0.42",
+    "accelerate>=1.0",  # which its Trainer needs; 15 s to install, with psutil
 ]
 
 spec = spec_from_file_location("build_passes", ROOT / "kernels" / "cpu" / "build.py")

@@ -32,7 +32,7 @@ class Progress:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parts.options("accelerate", argv)
     loading = DataLoaderConfiguration(use_seedable_sampler=True)  # the same order after a restart
-    accelerator = Accelerator(dataloader_config=loading)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), dataloader_config=loading)
     module, tokens = parts.make(arguments.run_dir)
     module.teacher.to(accelerator.device)  # the module moves its student alone
     student = module.student

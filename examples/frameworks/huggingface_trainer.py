@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from di4c_fast.training import EMA, DistillModule
@@ -38,8 +39,12 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         module.teacher.to(self.args.device)
         self.ema = EMA(module.student, 0.99)
-        self.add_callback(Average(self.ema))
         self._sums: dict[str, list[Tensor]] = {}
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args)
+        optimizer.register_step_post_hook(lambda *_: self.ema.update())
+        return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x0 = inputs["x0"]
@@ -51,30 +56,19 @@ class DistillTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         for name, values in self._sums.items():
-            logs[name] = sum(map(float, values)) / len(values)
+            logs[name] = float(self.accelerator.reduce(torch.stack(values).mean(), "mean"))
         self._sums.clear()
         super().log(logs, *args, **options)
 
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        save_file(self.ema.shadow, os.path.join(output_dir, AVERAGE))
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        shadow = load_file(os.path.join(resume_from_checkpoint, AVERAGE))
-        for name, value in shadow.items():
-            self.ema.shadow[name].copy_(value)
-
-
-class Average(TrainerCallback):
-    """Keeps the average of the student beside it, and writes it with every checkpoint."""
-
-    def __init__(self, ema: EMA):
-        self.ema = ema
-
-    def on_step_end(self, args, state, control, **_: Any) -> None:
-        self.ema.update()
-
-    def on_save(self, args, state, control, **_: Any) -> None:
-        if state.is_world_process_zero:
-            folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-            save_file(self.ema.shadow, os.path.join(folder, AVERAGE))
+        state = {**self.ema.state_dict(), "updates": int(resume_from_checkpoint.split("-")[-1])}
+        state["shadow"] = load_file(os.path.join(resume_from_checkpoint, AVERAGE))
+        self.ema.load_state_dict(state)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_total_limit=2,
         remove_unused_columns=False,
         report_to="none",
+        use_cpu=not torch.cuda.is_available(),
     )
     module, tokens = parts.make(options.run_dir)
     trainer = DistillTrainer(module, arguments, train_dataset=[{"x0": row} for row in tokens])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -39,8 +40,9 @@ class Distillation(lightning.LightningModule):
         self.log_dict(parts.measured(output), batch_size=self.batch, sync_dist=True)
         return loss
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.ema.update()
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        self.ema.update()  # before a checkpoint of this step is written
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ema"] = self.ema.state_dict()
@@ -58,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     saving = ModelCheckpoint(
         arguments.run_dir / "checkpoints", every_n_train_steps=arguments.save_every, save_last=True
     )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as torchrun says
     trainer = lightning.Trainer(
+        devices=here,
+        num_nodes=int(os.environ.get("WORLD_SIZE", 1)) // here,
+        strategy="ddp" if here > 1 else "auto",
         max_steps=arguments.steps,
         gradient_clip_val=64.0,
         callbacks=[saving],
