@@ -11,16 +11,18 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .checkpoint import replacing
+from .command import run_command
 from .corpus import read_corpus
 from .finetune import Recipe, finetune
 from .pretrained import load_masked_lm, save_student, to_device
+
+KEPT = "; the last checkpoint is whole, and the same command goes on from it"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if arguments.checkpoint_every < 1:
         parser.error(f"--checkpoint-every must be at least 1, got {arguments.checkpoint_every}")
-    return run_command(lambda: run(arguments, recipe))
+    return run_command(lambda: run(arguments, recipe), kept=KEPT)
 
 
 def run(arguments: argparse.Namespace, recipe: Recipe) -> None:
@@ -108,24 +110,6 @@ def run(arguments: argparse.Namespace, recipe: Recipe) -> None:
     with replacing(arguments.out / "history.json") as temporary:
         temporary.write_text(json.dumps(history, indent=1) + "\n")
     print(f"the student is in {arguments.out}: python -m di4c_fast.training.sample {arguments.out}")
-
-
-def run_command(run: Callable[[], None]) -> int:
-    """Call `run`; the exit status. What stops it is said in one line."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        run()
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        kept = "; the last checkpoint is whole, and the same command goes on from it"
-        print(
-            f"error: {error}{kept if isinstance(error, OSError) and error.errno else ''}",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..samplers import sample_masked
-from .__main__ import run_command
+from .command import run_command
 from .pretrained import Pretrained, load_student, to_device
 
 

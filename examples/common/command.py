@@ -7,15 +7,14 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 
+from di4c_fast.training.command import run_command as stop_in_one_line
+
 from .options import Recipe
-from .ranks import is_first, process_group
 from .rundir import RunError, write_file
 
 SomeRecipe = TypeVar("SomeRecipe", bound=Recipe)
@@ -111,19 +110,7 @@ def parse_recipe(
 def run_command(threads: int, run: Callable[[], None]) -> int:
     """Call `run`; the exit status. A run that cannot go on says why in one line."""
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with process_group():
-            try:
-                run()
-            except RunError as error:
-                if is_first():
-                    print(f"error: {error}", file=sys.stderr)
-                return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    return stop_in_one_line(run, (RunError,))
 
 
 def write_all(
