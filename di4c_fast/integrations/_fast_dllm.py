@@ -22,7 +22,7 @@ NEEDED = {"past_key_values", "use_cache", "replace_position"}
 
 
 class CachedModel:
-    """A model of Fast-dLLM's as a callable (tokens, t, window=..., attention_mask=None).
+    """A model of Fast-dLLM's as a callable (tokens, t, window=None, attention_mask=None).
 
     Its keys stand in the order of positions, unrotated. Behind a prefix it appends those of the
     call; among all of them it replaces those at `replace_position`, here (1, D): its own loops pass
@@ -51,10 +51,16 @@ class CachedModel:
         self.among = {"dual_cache": True} if "dual_cache" in names else {}
 
     def __call__(
-        self, tokens: Tensor, t: Tensor, *, window: Window, attention_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        *,
+        window: Window | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Head:
-        options: dict[str, Any] = {"use_cache": window.first}
-        if not window.first:
+        first = window is not None and window.first
+        options: dict[str, Any] = {"use_cache": first}
+        if window is not None and not first:
             kept = self.kept.rows(window)
             if window.kind == "suffix":
                 kept = [tensor.narrow(-2, 0, window.start) for tensor in kept]
@@ -71,7 +77,7 @@ class CachedModel:
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
                     stack.enter_context(Attending(attention_mask))
                 output = self.model(tokens, **options)
-            if window.first:
+            if window is not None and first:
                 pairs = output.past_key_values
                 self.kept.store([tensor for pair in pairs for tensor in pair], window)
             return output.logits

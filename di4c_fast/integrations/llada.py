@@ -156,7 +156,8 @@ def generate_fast_dllm(
     repository would never end, because the model insists on the mask, this ends with masks left.
 
     Args:
-        attention_mask: (B, P), 0 where a prompt is padded on its left.
+        attention_mask: (B, P), 0 where a prompt is padded on its left; only for Fast-dLLM's
+            `LLaDAModelLM`, which ignores a mask that it is given.
         window: "suffix" for `generate_with_prefix_cache`, "block" for `generate_with_dual_cache`:
             the model must be Fast-dLLM's `LLaDAModelLM`, and all sequences are in the same block. A
             block that its first call fills takes one call, there one more that does nothing.
@@ -170,7 +171,8 @@ def generate_fast_dllm(
         if callback is not None:
             callback(*step)
 
-    call = denoiser(model) if window == "all" else cached_denoiser(model)
+    plain = window == "all" and attention_mask is None
+    call = denoiser(model) if plain else cached_denoiser(model)
     sizes = {"steps": steps, "gen_length": gen_length, "block_length": block_length}
     options |= {"rule": remasking, "mask_id": mask_id, "temperature": temperature}
     options |= {"threshold": threshold, "factor": factor, "window": window, "callback": count}

@@ -146,10 +146,11 @@ def sample_confidence(
     a rule decides. With `eos_id` the result may differ from the last entry of `history`, since a
     sequence is ended without a call.
 
-    Host syncs: before the loop one to read the prompt and one to count what is masked; inside
-    none, but with `eos_id` one per block, and with `threshold`, `factor` or `exclude_mask=False`
-    one per step, to count what is still masked. A model's cache may have its own. Memory above the
-    model's: the hidden states of the active rows, a few numbers for each, and the head's budget.
+    Host syncs: before the loop one to read the prompt and one to count what is masked, with a
+    window one more to see that the prompt is known; inside none, but with `eos_id` one per block,
+    and with `threshold`, `factor` or `exclude_mask=False` one per step, to count what is still
+    masked. A model's cache may have its own. Memory above the model's: the hidden states of the
+    active rows, a few numbers for each, and the head's budget.
     """
     check_choice(rule, "rule", CONFIDENCE_RULES)
     check_choice(schedule, "schedule", ("even", "ancestral"))
@@ -216,8 +217,8 @@ def sample_confidence(
     )
     run.shift = shift
     prompt = options["prompt"]
-    before = 0 if prompt is None else prompt.shape[-1]
-    check_window(model, window, block_length, before, run.positions)
+    length = 0 if prompt is None else prompt.shape[-1]
+    check_window(model, window, block_length, length, run.positions)
     run.banned = torch.tensor(banned, device=run.device) if banned else None
     last = torch.tensor(deferred, device=run.device) if deferred else None
     want = () if field is None else (field[0],)
