@@ -87,7 +87,7 @@ def results() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     return {
         name: {
             label: {
-                what: {"bytes": round(size), "ms": round(size / link.bytes_per_second * 1e3, 4)}
+                what: {"bytes": round(size), "ms": _short(size / link.bytes_per_second * 1e3)}
                 for what, size in exchanges(setup, link.ranks).items()
             }
             for label, link in LINKS.items()
@@ -103,9 +103,13 @@ def tables() -> str:
         lines += ["", f"| {name} | " + " | ".join(by_link) + " |", "|---|" + "---|" * len(by_link)]
         for what in next(iter(by_link.values())):
             cells = (by_link[label][what] for label in by_link)
-            texts = (f"{_bytes(c['bytes'])}, {c['ms']:.3g} ms" for c in cells)
+            texts = (f"{_bytes(c['bytes'])}, {c['ms']:g} ms" for c in cells)
             lines.append(f"| {what} | " + " | ".join(texts) + " |")
     return "\n".join(lines[1:]) + "\n"
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.2g}")
 
 
 def _bytes(size: float) -> str:
