@@ -73,31 +73,39 @@ class Judge:
     def __init__(self, teacher: Pretrained, config: Config, run: RunDirectory):
         self.teacher, self.judged, self.run = teacher, config.judged, run
         self.empty = empty_loops(config.samples, HELD_OUT, CONTEXT_SEED)
-        tokens = self._drawn(REFERENCE_SEED)
-        self.reference = loops_of(tokens, self.empty.valid)
+        self.drawn = self._drawn(REFERENCE_SEED)
+        self.reference = loops_of(self.drawn, self.empty.valid)
 
     def _drawn(self, seed: int) -> torch.Tensor:
         """Loops of the teacher, one residue at a time."""
         return drawn_once(self.teacher, self.empty, seed, self.run, f"loops/seed-{seed}").tokens
 
-    def score(self, samples: np.ndarray) -> Score:
-        """samples: (S, D) tokens of the chains."""
-        tokens = torch.from_numpy(np.asarray(samples)).long()
+    def _nats(self, tokens: torch.Tensor) -> float:
+        """Mean over the first chains with these loops in them; what was judged is kept."""
         name = f"scores/{zlib.crc32(tokens.numpy().tobytes()):08x}"
         stored = self.run.load(name)
         if stored is None:
-            some = slice(min(self.judged, len(tokens)))
-            chains = dataclasses.replace(self.empty.take(some), tokens=tokens[some])
+            chains = dataclasses.replace(self.empty.take(slice(len(tokens))), tokens=tokens)
             nats = chain_rule(self.teacher.model, chains, JUDGE_SEED, draws=DRAWS)
-            score = scored(float(nats.mean()), loops_of(tokens, self.empty.valid), self.reference)
-            self.run.save(name, {"tokens": tokens[:1]}, dataclasses.asdict(score))
-            return score
-        return Score(**stored[1])
+            stored = {"nats": nats}, {}
+            self.run.save(name, *stored)
+        return float(stored[0]["nats"].mean())
+
+    def score(self, samples: np.ndarray) -> Score:
+        """samples: (S, D) tokens of the chains."""
+        tokens = torch.from_numpy(np.asarray(samples)).long()
+        nats = self._nats(tokens[: self.judged])
+        return scored(nats, loops_of(tokens, self.empty.valid), self.reference)
 
     def floor(self) -> tuple[Score, torch.Tensor]:
-        """What the teacher's own loops score, one at a time with other numbers, and these."""
+        """What the teacher's own loops score, one at a time with other numbers, and these.
+
+        Their likelihood is the mean over all loops of both sets.
+        """
         tokens = self._drawn(REFERENCE_SEED + 1)
-        return self.score(tokens.numpy()), tokens
+        score = scored(0.0, loops_of(tokens, self.empty.valid), self.reference)
+        nats = [self._nats(loops) for loops in (self.drawn, tokens)]
+        return dataclasses.replace(score, nats=sum(nats) / len(nats)), tokens
 
 
 def scored(nats: float, loops: list[str], reference: list[str]) -> Score:
