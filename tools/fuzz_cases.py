@@ -297,8 +297,10 @@ def sampler_case(seed: int, small: bool) -> Case:
     name, options = d.pick(
         ("sample_masked", {**masked, **warm, "active_only": d.chance(0.5)}),
         ("sample_analytic", masked),
-        ("sample_remasked", {**masked, **warm, "rule": d.pick("cap", "rescale"), "eta": 0.4}),
-        ("sample_uniform_state", {"last_step": d.pick("ancestral", "greedy")}),
+        ("sample_remasked", {**masked, **warm, "rule": d.pick("cap", "conf"), "eta": 0.4}),
+        ("sample_psi", {**masked, **warm, "middle_mode": "constant-0.5"}),
+        ("sample_psi", {"vocab_size": classes, **warm, "middle_mode": "max-capped-0.3"}),
+        ("sample_uniform_state", {**warm, "last_step": d.pick("ancestral", "greedy")}),
         ("sample_canvas", {"entropy_bound": d.pick(0.1, 5.0), "mean_entropy": d.pick(None, 2.0)}),
         ("sample_maskgit", {**masked, **warm, "resample": d.chance(0.5)}),
         ("sample_gaussian", {"last": d.pick("argmax", "draw")}),
