@@ -13,12 +13,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# 5 to 20 s each in the interpreter; the same cases run on the other backends.
+# 5 to 20 s each, in the interpreter or in processes of their own; CI runs them, too.
 SLOW = (
     ("test_recorded_values.py", "gaussian_pixels", "triton-interpreter"),
     ("test_loss_conformance.py", "test_sizes_are_within_the_bound", "triton-40-35-130"),
     ("test_loss_conformance.py", "test_sizes_are_within_the_bound", "triton-33-None-19"),
     ("test_benchmarks.py", "test_the_record_of_a_drop_in"),  # it imports transformers
+    ("test_benchmarks.py", "test_gpu_entry_dry_run_writes_few_files"),
+    ("test_benchmarks.py", "test_the_child_weighs_known_blocks"),
+    ("test_benchmark_confidence.py", "test_the_child_weighs_both"),
+    ("test_example_ranks.py", "test_two_processes_train_the_models_of_one"),
+    ("test_loss_op.py", "test_same_bits_for_one_and_for_two_threads", "triton"),
+    ("test_loss_op.py", "test_compiled_training_step_gives_the_same_numbers", "triton"),
+    ("test_draw_conformance.py", "test_tails_keep_their_mass_in_fp32", "20-300000"),
+    ("test_tuning.py", "test_tile_sizes_do_not_matter", "3-37"),
 )
 
 

@@ -25,9 +25,13 @@ PARTS = [
 ]
 KERNELS = {
     "block_sums",
+    "factors",
+    "joint",
+    "loss",
     "marginal",
     "mixture_backward",
     "mixture_forward",
+    "order",
     "row_draw",
     "row_statistics",
     "target_gradient",
