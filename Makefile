@@ -73,7 +73,7 @@ aot: $(VENV)/.stamp-dev
 count: $(VENV)/.stamp-dev
 	env -u TRITON_INTERPRET $(BIN)/python -m tools.count $(ARGS)
 
-# Everything under benchmarks/ in at most 8 minutes; results go to benchmarks/results/.
+# Everything under benchmarks/ in at most 11 minutes; results go to benchmarks/results/.
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
