@@ -168,6 +168,16 @@ def test_ancestral_blocks_see_what_is_committed_once(known):
     latents_of(model)
 
 
+def test_first_hits_in_blocks_see_what_is_committed():
+    inner = Attention(0)
+    how = {"mask_id": MASK, "first_hitting": True, "block_length": LENGTH, "prompt": prompts(3, 10)}
+    model = Cached(inner, LENGTH)
+    tokens = sample_masked(model, (3, D), window="causal", seed=1, **how)
+    anew = lambda x, t: torch.stack([inner.block_causal(row, LENGTH) for row in x])  # noqa: E731
+    assert torch.equal(tokens, sample_masked(anew, (3, D), seed=1, **how))
+    assert len(model.calls) == D - 10
+
+
 def latents_of(model: Cached) -> dict[tuple[int, int], float]:
     """λ by (begin of the block, sequence): one in a block, all others different."""
     found: dict[tuple[int, int], float] = {}

@@ -68,6 +68,47 @@ def test_samples_have_the_exact_joint_law_of_the_ancestral_loop(steps, t_min):
     assert_counts_match(model.counts_of(tokens), exact_law(model, grid(steps, t_min)))
 
 
+def test_first_hits_have_the_law_of_many_steps():
+    model = Tabular(seed=4)
+    tokens = sample(model, 20_000, None, seed=3, first_hitting=True)
+    # 1,000 steps unmask two of three positions in one with a probability of 0.003.
+    assert_counts_match(model.counts_of(tokens), exact_law(model, grid(1000)))
+
+
+@pytest.mark.parametrize("block_length", [None, 4])
+def test_a_first_hit_unmasks_one_position_at_its_time(block_length):
+    seen, history = [], []
+
+    def model(tokens, t):
+        seen.append((int((tokens == 3).sum()), t))
+        return torch.zeros(*tokens.shape, 4)
+
+    known = torch.tensor([1, 3, 0] + [3] * 5)
+    options = {"mask_id": 3, "first_hitting": True, "block_length": block_length}
+    tokens = sample_masked(model, (500, 8), seed=1, prompt=known, history=history, **options)
+    assert bool((tokens != 3).all())
+    assert [masked for masked, _ in seen] == [500 * n for n in range(6, 0, -1)]
+    # The k-th time is the k-th largest of n uniform numbers, n masked positions in a block.
+    sizes, times = ([6] if block_length is None else [2, 4]), torch.stack([t for _, t in seen])
+    first = 0
+    for n in sizes:
+        block, expected = times[first : first + n], torch.arange(n, 0, -1) / (n + 1)
+        assert bool((block.diff(dim=0) < 0).all())
+        torch.testing.assert_close(block.mean(1), expected, rtol=0, atol=0.06)  # 5 sigma
+        first += n
+    alone = sample_masked(model, (1, 8), seed=1, prompt=known, first_sequence=7, **options)
+    assert torch.equal(alone, tokens[7:8])
+
+
+def test_first_hits_have_no_steps():
+    with pytest.raises(ValueError, match="steps must be None with first_hitting, got 4"):
+        sample(Tabular(seed=4), 2, 4, first_hitting=True)
+    with pytest.raises(ValueError, match="project_fn needs steps"):
+        sample(Tabular(seed=4), 2, None, first_hitting=True, project_fn=lambda x: x)
+    with pytest.raises(TypeError, match="steps must be an int"):
+        sample(Tabular(seed=4), 2, None)
+
+
 def test_a_latent_is_fresh_per_step_or_as_given_and_shared_by_the_positions_of_a_sequence():
     model, generator = Tabular(seed=22, latent=True), torch.Generator().manual_seed(8)
     given = torch.rand(60_000, 1, generator=generator)

@@ -71,7 +71,7 @@ class Step:
     """What the model is asked at a step, which rows are drawn, and what becomes of the draws."""
 
     number: int  # from 0 on: which λ, which random numbers
-    time: float | None  # None: the share of masked positions of each sequence
+    time: float | Tensor | None  # (B,), one of each; None: each one's share of masked positions
     rows: Tensor | None  # (R,) int64, b·D + d in ascending order; None: all; empty: no call
     sequences: Tensor | None = None  # int64, those with such rows, ascending; None: all
     fill: Callable[[Step, Answer], Tensor] | None = None  # new tokens (B, D); None: the draws
@@ -303,6 +303,13 @@ class Run:
             lam = lam[step.number if step.latent is None else step.latent]
         return lam if lam is None or some is None else lam[some]
 
+    def _time_of(self, step: Step, sequences: int) -> Tensor:
+        if isinstance(step.time, Tensor):
+            t = step.time if step.sequences is None else step.time[step.sequences]
+            return t.float()
+        assert step.time is not None
+        return torch.full((sequences,), step.time, dtype=torch.float32, device=self.device)
+
     def commit(self, step: Step, start: int, stop: int) -> None:
         """Have the model store its keys for the tokens of [start, stop), with the λ of a step."""
         tokens, lam = self.tokens[:, start:stop], self._latent_of(step)
@@ -333,7 +340,7 @@ class Run:
         if step.time is None:
             t = torch.eq(timed, self.mask_id).float().mean(1)
         else:
-            t = torch.full((len(tokens),), step.time, dtype=torch.float32, device=self.device)
+            t = self._time_of(step, len(tokens))
         head = call_model(model, name, tokens, t, lam, context, self.vocab_size)
         if self.vocab_size is None:
             # What could not be checked before; later calls must have as many classes.

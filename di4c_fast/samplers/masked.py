@@ -68,24 +68,52 @@ def rows_by_step(
     return both[:steps], both[steps:]
 
 
+def _first_hits(run: Run, length: int) -> tuple[Tensor, Tensor]:
+    """The step of each position (B, D), one after another in its block of `length` steps, -1 where
+    known; and the time of each step (B, S), that at which the position unmasks.
+
+    The k-th hitting time of n masked positions is the k-th largest of n uniform numbers.
+    """
+    keys = torch.arange(run.batch) + run.first_sequence
+    u = rng.uniform(run.seed, START, keys, run.positions, dtype=torch.float64)
+    masked, place = run.masked().cpu(), torch.arange(run.positions)
+    begins = place // length * length
+    turn = torch.where(masked, begins // length - u, torch.inf).argsort(1).argsort(1)
+    before = masked.long().cumsum(1) - masked.long()  # masked positions further left
+    plan = torch.where(masked, begins + turn - before[:, begins], -1)
+    b, d = masked.nonzero(as_tuple=True)
+    times = torch.zeros(run.batch, run.calls, dtype=torch.float64)
+    times[b, plan[b, d]] = u[b, d]
+    return plan, times.to(run.device)
+
+
 def _steps(
-    run: Run, times: Tensor, active_only: bool, length: int, causal: bool, by_block: bool
+    run: Run, times: Tensor | None, active_only: bool, length: int, causal: bool, by_block: bool
 ) -> Iterator[Step]:
-    """length: of a block; by_block: the λ of a block is that of its first step."""
-    last, shape = len(times) - 1, (run.batch, run.positions)
-    plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
-    plan += torch.arange(run.positions) // length * (last + 1)
-    plan[(~run.masked()).cpu()] = -1
+    """times: None for first hits; length: of a block; by_block: the λ of a block is that of its
+    first step."""
+    shape = (run.batch, run.positions)
+    moments: list[float | Tensor]
+    if times is None:
+        every, last = length, length
+        plan, hits = _first_hits(run, length)
+        moments = [*hits.unbind(1)]
+    else:
+        every, last = len(times), len(times) - 1
+        moments = times.tolist() * (run.calls // every)
+        plan = plan_unmask_steps(times, shape, seed=run.seed, first_sequence=run.first_sequence)
+        plan += torch.arange(run.positions) // length * every
+        plan[(~run.masked()).cpu()] = -1
     rows, sequences = rows_by_step(plan, run.calls, run.device)
     committed, before = 0, None
     for number in range(run.calls):
-        block, step = divmod(number, last + 1)
+        block, step = divmod(number, every)
         begin, end = block * length, min((block + 1) * length, run.positions)
         lam = number - step if by_block else None
         window = Window("causal", begin, end, begin, end, begin == 0, run.positions)
         now = Step(
             number,
-            float(times[step]),
+            moments[number],
             rows[number],
             sequences[number] if active_only else None,
             greedy=step == last,
@@ -97,7 +125,10 @@ def _steps(
             committed = begin
         before = now
         yield now
-        if run.project_fn is not None and step < last and _replan(run, times, plan, step):
+        if run.project_fn is None or step == last:
+            continue
+        assert times is not None
+        if _replan(run, times, plan, step):
             rows, sequences = rows_by_step(plan, run.calls, run.device)
 
 
@@ -124,7 +155,8 @@ def sample_masked(
     shape: tuple[int, int],
     *,
     mask_id: int,
-    steps: int,
+    steps: int | None = None,
+    first_hitting: bool = False,
     t_min: float = 1e-5,
     project_fn: Callable[[Tensor], Tensor] | None = None,
     active_only: bool = True,
@@ -143,28 +175,35 @@ def sample_masked(
 
         steps: of each block; its final argmax is one more. λ, `callback` and `history` have
             steps + 1 of each block.
+        first_hitting: in place of steps, the limit of many: a step unmasks one position of each
+            sequence, at the time when the ancestral process does, with which the model is called.
+            A block has as many steps as positions; `t_min` has no meaning (arXiv 2409.02908).
         block_length: the blocks of so many positions, from position 0 on, are filled one after
             another, each from time 1 on (BD3LM, arXiv 2503.09573). None: a single block.
         window: "causal": the model is called on the block alone, and its `commit` stores what is
             before it, once, see `di4c_fast.samplers.caches`.
         latent_every: "block" keeps the λ of a block's first step to its end.
-        project_fn: only with a single block. Tokens that it masks again unmask later at the rate of
-            the loop; tokens that it fills stay.
+        project_fn: only with steps and a single block. Tokens that it masks again unmask later at
+            the rate of the loop; tokens that it fills stay.
 
     The hooks hear of every step, whether or not the model ran. Host syncs: before the loop one or
     two to read the prompt; inside none, but with `project_fn` one per step, to see what it changed.
     """
-    check_flags(active_only=active_only)
+    check_flags(active_only=active_only, first_hitting=first_hitting)
     check_choice(window, "window", ("all", "causal"))
     check_latents(window, latent_every, options)
-    times = time_grid(steps, t_min)
+    if first_hitting and steps is not None:
+        raise ValueError(f"steps must be None with first_hitting, got {steps}")
+    if first_hitting and project_fn is not None:
+        raise ValueError("project_fn needs steps, got first_hitting")
+    times = None if first_hitting else time_grid(steps, t_min)
     positions = check_size(shape)[1]
     length = positions
     if block_length is not None:
         length = check_int(block_length, "block_length", minimum=1)
         if length < positions and project_fn is not None:
             raise ValueError(f"project_fn needs a single block, got blocks of {length}")
-    calls = -(-positions // length) * (steps + 1)
+    calls = -(-positions // length) * (length if times is None else len(times))
     run = Run(model, shape, options, calls=calls, mask_id=mask_id, project_fn=project_fn)
     check_window(model, window, block_length, 0, positions)
     causal, by_block = window == "causal", latent_every == "block"

@@ -57,9 +57,9 @@ def cosine_signal(eps: float = 1e-3) -> Signal:
     return lambda t: 1.0 - math.cos(math.pi / 2 * (1.0 - (1.0 - eps) * t))
 
 
-def time_grid(steps: int, t_min: float) -> torch.Tensor:
+def time_grid(steps: int | None, t_min: float) -> torch.Tensor:
     """linspace(1, t_min, steps + 1) in fp64, the arguments checked."""
-    check_int(steps, "steps", minimum=1)
+    steps = check_int(steps, "steps", minimum=1)
     check_within(t_min, "t_min", "(0, 1)")
     return torch.linspace(1.0, t_min, steps + 1, dtype=torch.float64)
 
