@@ -35,7 +35,7 @@ class LinearHead(BuiltInHead):
             says `columns` itself. Cast to the dtype of `hidden` for the product, so that
             half-precision activations meet fp32 master weights as they do under autocast.
         bias: (V,), or (D, V) for one row per position as in MaskGIT; None for no bias.
-        softcap: a positive number, the bound of the logits, as the final logits of Gemma have one
+        softcap: in [1e-9, 1e9], the bound of the logits, as the final logits of Gemma have one
             (`final_logit_softcapping`); None for none.
         budget_bytes: how much memory the logits of a chunk, and what is kept between the two
             sweeps of the loss, may take; None for the default of the backend that runs.
@@ -251,6 +251,6 @@ def _check(
                 f"got {tuple(bias.shape)}"
             )
     if softcap is not None:
-        check_within(softcap, "softcap", "(0, inf)")
+        check_within(softcap, "softcap", "[1e-9, 1e9]")  # its square is a number of fp32
     if budget_bytes is not None:
         check_int(budget_bytes, "budget_bytes", minimum=1)

@@ -167,7 +167,10 @@ class Decoding:
         rows = masked.flatten().nonzero()[:, 0]
         # Of a block's draws, each step has numbers of its own.
         turns = [state.number * (self.block_size + 2) + state.step for state in states]
-        keys = torch.tensor(turns, device=ids.device)[rows // self.block_size] * self.block_size
+        keys = (
+            torch.tensor(turns, dtype=torch.int64, device=ids.device)[rows // self.block_size]
+            * self.block_size
+        )
         field = _FIELDS[self.rule]
         draw = sample(
             as_head(logits, "logits").take(rows),

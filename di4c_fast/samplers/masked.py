@@ -68,7 +68,7 @@ def rows_by_step(
     return both[:steps], both[steps:]
 
 
-def _first_hits(run: Run, length: int) -> tuple[Tensor, Tensor]:
+def _first_hits(run: Run, length: int, t_min: float) -> tuple[Tensor, Tensor]:
     """The step of each position (B, D), one after another in its block of `length` steps, -1 where
     known; and the time of each step (B, S), that at which the position unmasks.
 
@@ -82,21 +82,21 @@ def _first_hits(run: Run, length: int) -> tuple[Tensor, Tensor]:
     before = masked.long().cumsum(1) - masked.long()  # masked positions further left
     plan = torch.where(masked, begins + turn - before[:, begins], -1)
     b, d = masked.nonzero(as_tuple=True)
-    times = torch.zeros(run.batch, run.calls, dtype=torch.float64)
+    times = torch.full((run.batch, run.calls), t_min, dtype=torch.float64)
     times[b, plan[b, d]] = u[b, d]
     return plan, times.to(run.device)
 
 
 def _steps(
-    run: Run, times: Tensor | None, active_only: bool, length: int, causal: bool, by_block: bool
+    run: Run, times: Tensor | float, active_only: bool, length: int, causal: bool, by_block: bool
 ) -> Iterator[Step]:
-    """times: None for first hits; length: of a block; by_block: the λ of a block is that of its
+    """times: t_min for first hits; length: of a block; by_block: the λ of a block is that of its
     first step."""
     shape = (run.batch, run.positions)
     moments: list[float | Tensor]
-    if times is None:
+    if not isinstance(times, Tensor):
         every, last = length, length
-        plan, hits = _first_hits(run, length)
+        plan, hits = _first_hits(run, length, times)
         moments = [*hits.unbind(1)]
     else:
         every, last = len(times), len(times) - 1
@@ -127,7 +127,7 @@ def _steps(
         yield now
         if run.project_fn is None or step == last:
             continue
-        assert times is not None
+        assert isinstance(times, Tensor)
         if _replan(run, times, plan, step):
             rows, sequences = rows_by_step(plan, run.calls, run.device)
 
@@ -177,7 +177,8 @@ def sample_masked(
             steps + 1 of each block.
         first_hitting: in place of steps, the limit of many: a step unmasks one position of each
             sequence, at the time when the ancestral process does, with which the model is called.
-            A block has as many steps as positions; `t_min` has no meaning (arXiv 2409.02908).
+            A block has as many steps as positions; sequences without one left are called, if at
+            all, at t_min (arXiv 2409.02908).
         block_length: the blocks of so many positions, from position 0 on, are filled one after
             another, each from time 1 on (BD3LM, arXiv 2503.09573). None: a single block.
         window: "causal": the model is called on the block alone, and its `commit` stores what is
@@ -196,15 +197,16 @@ def sample_masked(
         raise ValueError(f"steps must be None with first_hitting, got {steps}")
     if first_hitting and project_fn is not None:
         raise ValueError("project_fn needs steps, got first_hitting")
-    times = None if first_hitting else time_grid(steps, t_min)
+    times = time_grid(1 if first_hitting else steps, t_min)
     positions = check_size(shape)[1]
     length = positions
     if block_length is not None:
         length = check_int(block_length, "block_length", minimum=1)
         if length < positions and project_fn is not None:
             raise ValueError(f"project_fn needs a single block, got blocks of {length}")
-    calls = -(-positions // length) * (length if times is None else len(times))
+    calls = -(-positions // length) * (length if first_hitting else len(times))
     run = Run(model, shape, options, calls=calls, mask_id=mask_id, project_fn=project_fn)
     check_window(model, window, block_length, 0, positions)
     causal, by_block = window == "causal", latent_every == "block"
-    return run.loop(_steps(run, times, active_only, length, causal, by_block))
+    moments = t_min if first_hitting else times
+    return run.loop(_steps(run, moments, active_only, length, causal, by_block))

@@ -71,6 +71,7 @@ def psi_times(
         if not isinstance(signal, str):
             raise ValueError("time_profile with '-inv' needs a signal by name, got a function")
         value = _INVERSES[signal](value)
+    check_within(value, "the time of time_profile", f"[{t_min}, 1)")
     high, middle, low = _thirds(steps + 1, high_frac, middle_frac)
     parts = ((1.0, value, high), (value, value, middle), (value, t_min, low))
     return torch.cat([torch.linspace(*part, dtype=torch.float64) for part in parts]).tolist()
