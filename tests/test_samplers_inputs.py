@@ -166,7 +166,7 @@ OWN: dict[str, list[tuple[dict[str, Any], type[Exception], str]]] = {
     "canvas": [
         ({"vocab_size": None}, T, "vocab_size must be an int, got NoneType"),
         ({"entropy_bound": -0.1}, V, "entropy_bound must be finite and at least 0, got -0.1"),
-        ({"first_temperature": 0.0}, V, "first_temperature must be in (0, inf), got 0.0"),
+        ({"first_temperature": 0.0}, V, "first_temperature must be in [1e-30, 1e30], got 0.0"),
         ({"last_temperature": "a"}, T, "last_temperature must be a number, got str 'a'"),
         ({"stable_steps": 1.0}, T, "stable_steps must be an int, got float 1.0"),
         ({"stable_steps": -1}, V, "stable_steps must be at least 0, got -1"),

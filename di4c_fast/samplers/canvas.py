@@ -68,7 +68,7 @@ def sample_canvas(
 
         vocab_size: V.
         entropy_bound: in nats, at least 0; 0 accepts one position of every step.
-        first_temperature, last_temperature: positive; `t_max` and `t_min` of transformers.
+        first_temperature, last_temperature: in [1e-30, 1e30]; `t_max` and `t_min` of transformers.
         stable_steps: at least 0; `stability_threshold` of transformers.
         mean_entropy: in nats; `confidence_threshold` of transformers. None: every sequence takes
             all steps.
@@ -84,8 +84,8 @@ def sample_canvas(
     check_flags(active_only=active_only)
     check_counts([("steps", steps, 1), ("stable_steps", stable_steps, 0)])
     check_number(entropy_bound, "entropy_bound", minimum=0.0)
-    check_within(first_temperature, "first_temperature", "(0, inf)")
-    check_within(last_temperature, "last_temperature", "(0, inf)")
+    check_within(first_temperature, "first_temperature", "[1e-30, 1e30]")
+    check_within(last_temperature, "last_temperature", "[1e-30, 1e30]")
     if mean_entropy is not None:
         check_number(mean_entropy, "mean_entropy", minimum=0.0)
 

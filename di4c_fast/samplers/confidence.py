@@ -125,7 +125,8 @@ def sample_confidence(
             (Dream).
         exclude_mask: never draw the mask. False, as in LLaDA and Dream: the mask has its share in
             every softmax, a position that draws it stays masked, and the result may hold masks;
-            with a threshold or a factor at most D steps are taken.
+            with a threshold or a factor at most D steps are taken. With window="all" later blocks
+            try again what was left masked; with the others it stays, and a cache sees the mask.
         banned_ids: tokens that are never drawn.
         deferred_ids: tokens that come last: their confidence is 0, and that of other tokens is
             taken without them. Only with `low_confidence`.

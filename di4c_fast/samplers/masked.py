@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_choice, check_int
+from ..checks import check_choice, check_int, check_within
 from .arguments import MaskDrawOptions, Model, Unpack, check_flags, check_size, sampler
 from .caches import Window, check_latents, check_window
 from .loop import START, Run, Step, moved
@@ -197,16 +197,16 @@ def sample_masked(
         raise ValueError(f"steps must be None with first_hitting, got {steps}")
     if first_hitting and project_fn is not None:
         raise ValueError("project_fn needs steps, got first_hitting")
-    times = time_grid(1 if first_hitting else steps, t_min)
+    check_within(t_min, "t_min", "(0, 1)")
+    times: Tensor | float = t_min if first_hitting else time_grid(steps, t_min)
     positions = check_size(shape)[1]
     length = positions
     if block_length is not None:
         length = check_int(block_length, "block_length", minimum=1)
         if length < positions and project_fn is not None:
             raise ValueError(f"project_fn needs a single block, got blocks of {length}")
-    calls = -(-positions // length) * (length if first_hitting else len(times))
+    calls = -(-positions // length) * (len(times) if isinstance(times, Tensor) else length)
     run = Run(model, shape, options, calls=calls, mask_id=mask_id, project_fn=project_fn)
     check_window(model, window, block_length, 0, positions)
     causal, by_block = window == "causal", latent_every == "block"
-    moments = t_min if first_hitting else times
-    return run.loop(_steps(run, moments, active_only, length, causal, by_block))
+    return run.loop(_steps(run, times, active_only, length, causal, by_block))
