@@ -249,6 +249,8 @@ ANCESTRAL, CONFIDENCE, MASKGIT = (
 @wrong(
     [
         ((ANCESTRAL, {"timestep": 0.3}), VALUE, "timestep must be one of the scheduler's times"),
+        ((ANCESTRAL, {"timestep": torch.ones(2)}), VALUE, "timestep must be one number, got shape"),
+        ((ANCESTRAL, {"timestep": "a"}), T, "timestep must be a number, got str 'a'"),
         ((ANCESTRAL, {"steps": None}), VALUE, "timesteps must be set before a step: call set_time"),
         ((CONFIDENCE, {"steps": None}), VALUE, "timesteps must be set before a step"),
         ((MASKGIT, {"steps": None}), VALUE, "timesteps must be set before a step"),
@@ -259,6 +261,10 @@ ANCESTRAL, CONFIDENCE, MASKGIT = (
         ((MASKGIT, {"sample": torch.zeros(2, 6)}), T, "sample must have dtype torch.int64"),
         ((ANCESTRAL, {"temperature": -1.0}), VALUE, "temperature must be finite and at least 0"),
         ((ANCESTRAL, {"mask_token_id": 9}), VALUE, "mask_id must be"),
+        ((ANCESTRAL, {"mask_token_id": -1}), VALUE, "mask_token_id must be at least 0, got -1"),
+        ((CONFIDENCE, {"mask_token_id": True}), T, "mask_token_id must be an int, got"),
+        ((CONFIDENCE, {"threshold": "a"}), T, "threshold must be a number, got str 'a'"),
+        ((CONFIDENCE, {"foo": 3}), T, "step takes the arguments of diffusers, got foo"),
         ((ANCESTRAL, {"t_min": 2.0}), VALUE, "t_min must be in (0, 1), got 2.0"),
         ((CONFIDENCE, {"sampling_method": "beam"}), VALUE, "sampling_method must be one of 'auto'"),
         ((MASKGIT, {"masking_schedule": "cubic"}), VALUE, "masking_schedule must be one of"),
@@ -272,6 +278,7 @@ def test_wrong_arguments_are_named(wrong: Wrong, ours):
     names = {ANCESTRAL: ("mask_token_id", "temperature", "t_min"), CONFIDENCE: ()}
     kind = names.get(name, ("mask_token_id", "masking_schedule"))
     more = {"mask_token_id": MASK, "sampling_method": given.sampling_method}
+    more |= {key: changes[key] for key in ("mask_token_id", "threshold", "foo") if key in changes}
     with wrong.raises():
         scheduler = getattr(ours, name)(**{key: changes.get(key, own[key]) for key in kind})
         if given.steps is not None:

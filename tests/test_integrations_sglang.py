@@ -293,6 +293,31 @@ def test_outputs_without_whole_logits_are_refused(fake_sglang):
             decoding.step(batch, output, decoding.init_step_state(batch))
 
 
+def test_a_config_that_is_not_a_dict_is_named(fake_sglang):
+    common = {"block_size": L, "mask_id": MASK, "first_done_first_out_mode": False}
+    with pytest.raises(TypeError, match="the algorithm's config must be a dict, got list"):
+        sglang.register()(Namespace(algorithm_config=["rule"], **common))
+
+
+def test_states_are_one_for_each_block(fake_sglang):
+    decoding, batch = algorithm(), batch_of(some_ids(2))
+    with pytest.raises(ValueError, match="states must be one for each of 2 blocks, got 1"):
+        decoding.step(batch, torch.zeros(12, V), decoding.init_step_state(batch)[:1])
+
+
+def test_no_blocks_and_logits_of_any_strides(fake_sglang):
+    decoding, none = algorithm(), batch_of(some_ids(0))
+    assert decoding.step(none, torch.zeros(0, V), decoding.init_step_state(none)) == []
+    tokens = []
+    logits = torch.randn(12, V, generator=torch.Generator().manual_seed(0))
+    for output in (logits, logits.T.contiguous().T, logits.view(2, 6, V)):
+        decoding, batch = algorithm(), batch_of(some_ids(2))
+        decoding.step(batch, output, decoding.init_step_state(batch))
+        tokens.append(batch.input_ids)
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])
+
+
 def test_the_entry_point_for_plugins_of_sglang_leads_to_register():
     text = (pathlib.Path(__file__).parents[1] / "setup.py").read_text()
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.keyword)]

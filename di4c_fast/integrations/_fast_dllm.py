@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..checks import describe
+from ..checks import check_shape, describe
 from ..heads import Head
 from ..models.call import check_callable
 from ..models.linear_output import head_of, output_layer
@@ -58,6 +58,9 @@ class CachedModel:
         window: Window | None = None,
         attention_mask: Tensor | None = None,
     ) -> Head:
+        if attention_mask is not None:
+            sizes = (len(tokens), tokens.shape[1] if window is None else window.length)
+            check_shape(attention_mask, "attention_mask", "R, D", sizes)
         first = window is not None and window.first
         options: dict[str, Any] = {"use_cache": first}
         if window is not None and not first:

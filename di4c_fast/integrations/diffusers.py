@@ -20,6 +20,7 @@ Randomness is a function of a seed from the `generator` of each step. Known to w
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from diffusers.schedulers.scheduling_block_refinement import BlockRefinementSche
 from torch import Tensor
 
 from .. import rng
-from ..checks import check_choice, check_int64, check_shape
+from ..checks import check_choice, check_int, check_int64, check_number, check_shape
 from ..draw.api import sample as draw_rows
 from ..draw.request import Draw
 from ..heads import HeadLike, as_head
@@ -60,6 +61,12 @@ def _put(whole: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 def _index(timesteps: Tensor | None, timestep: Any) -> int:
     if timesteps is None:
         raise ValueError("timesteps must be set before a step: call set_timesteps")
+    if isinstance(timestep, Tensor):
+        if timestep.numel() != 1:
+            raise ValueError(f"timestep must be one number, got shape {tuple(timestep.shape)}")
+        timestep = timestep.reshape(()).to(timesteps.device)
+    else:
+        check_number(timestep, "timestep")
     found = torch.eq(timesteps, timestep).nonzero()
     if not len(found):
         raise ValueError(f"timestep must be one of the scheduler's timesteps, got {timestep}")
@@ -86,6 +93,7 @@ class MaskedAncestralScheduler(SchedulerMixin, ConfigMixin):
         top_k: int | None = None,
         top_p: float | None = None,
     ):
+        check_int(mask_token_id, "mask_token_id", minimum=0)
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor | None = None
         self._times: list[float] = []
@@ -175,6 +183,12 @@ class ConfidenceScheduler(BlockRefinementScheduler):
         if self._transfer_schedule is None:
             raise ValueError("timesteps must be set before a step: call set_timesteps")
         check_int64(sample, "sample")
+        check_int(mask_token_id, "mask_token_id", minimum=0)
+        limit = self.config.threshold if threshold is None else threshold
+        check_number(limit, "threshold")
+        unknown = sorted(options.keys() - inspect.signature(super().step).parameters)
+        if unknown:
+            raise TypeError(f"step takes the arguments of diffusers, got {', '.join(unknown)}")
         check_choice(sampling_method, "sampling_method", ("auto", "greedy", "multinomial"))
         masked = torch.eq(sample, mask_token_id)
         how: dict[str, Any] = {"temperature": 0.0, "generator": generator, "want": ("prob",)}
@@ -185,7 +199,6 @@ class ConfidenceScheduler(BlockRefinementScheduler):
         probs = _put(torch.ones_like(sample, dtype=torch.float32), rows, draw.prob)
         wanted = self._transfer_schedule[min(int(timestep), len(self._transfer_schedule) - 1)]
         counts = torch.minimum(masked.sum(1), wanted.to(sample.device))
-        limit = self.config.threshold if threshold is None else threshold
         kept = confident(probs.masked_fill(~masked, -torch.inf), limit, counts) & masked
         results = {
             "prev_sample": torch.where(kept, tokens, sample),
@@ -218,7 +231,8 @@ class MaskGITScheduler(AmusedScheduler):
         """Draw at all masked positions, mask the least confident again; as in diffusers.
 
         Args:
-            model_output: logits (B, D, V), or a head; or (B, V, H, W) with `sample` (B, H, W).
+            model_output: logits (B, D, V), or a head, with `sample` (B, D); or logits
+                (B, V, H, W) with `sample` (B, H, W).
         """
         check_int64(sample, "sample")
         i, shape = _index(self.timesteps, timestep), sample.shape

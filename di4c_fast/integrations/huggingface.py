@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..checks import check_int, describe
+from ..checks import check_int, check_shape, describe
 from ..heads import Head
 from ..models.call import Wrapper, check_module
 from ..models.linear_output import head_of, output_layer
@@ -112,6 +112,8 @@ class CachedLM(Wrapper):
             block = place // self.block_length
             seen = seen & (block[None, :] <= block[start:stop, None])
         if attention_mask is not None:
+            sizes = (len(tokens), window.length)
+            check_shape(attention_mask, "attention_mask", "R, D", sizes)
             real = attention_mask[:, :end].bool()
             seen = seen & rearrange(real, "r k -> r 1 1 k")
             positions = (real.long().cumsum(1) - 1).clamp(min=0)[:, start:stop]

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_bool, check_choice, check_int, check_number, describe
+from ..checks import check_bool, check_choice, check_int, check_kind, check_number, describe
 from ..draw.api import sample
 from ..heads import as_head
 from ..processes.reveal import confident
@@ -105,7 +105,8 @@ class Decoding:
                 f"Di4CFast needs a model with a mask token, got mask_id = {self.mask_id}: "
                 "models of a uniform state have SGLang's own Gemma4Renoise"
             )
-        given = dict(config.algorithm_config or {})
+        given = config.algorithm_config or {}
+        check_kind(given, dict, "the algorithm's config")
         unknown = sorted(given.keys() - _DEFAULTS.keys() - _COMMON)
         if unknown:
             known = ", ".join(_DEFAULTS)
@@ -150,13 +151,15 @@ class Decoding:
                 f"step needs logits of {size[0]} blocks of {size[1]} tokens, or an output that has "
                 f"them as full_logits, got {describe(logits)}; known to work: {KNOWN}"
             )
+        if len(states) != size[0]:
+            raise ValueError(f"states must be one for each of {size[0]} blocks, got {len(states)}")
         ids = forward_batch.input_ids.view(size)
         masked = torch.eq(ids, self.mask_id)
         prompt = getattr(forward_batch, "dllm_prompt_mask", None)
         if prompt is not None:
             masked = masked & ~prompt
         done = ~masked.any(1)
-        self._fill(forward_batch.input_ids, ids, masked, logits.view(-1, logits.shape[-1]), states)
+        self._fill(forward_batch.input_ids, ids, masked, logits.flatten(0, -2), states)
         for state in states:
             state.step += 1
         return done.tolist()
