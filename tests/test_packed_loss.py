@@ -133,7 +133,7 @@ def test_every_backend_draws_the_same_tokens_and_the_mean_is_over_sequences():
         (torch.tensor([0, 5, 4, 9, 9]), "must rise from 0 to the 9 positions, got 4 at index"),
         (torch.tensor([1, 3, 4, 5, 9]), "must rise from 0 to the 9 positions, got 1 at index"),
         (torch.tensor([0, 3, 4, 5, 8]), "must rise from 0 to the 9 positions, got 8 at index"),
-        (torch.tensor([0, 9]), r"log_weights must have shape \(B, N\) = \(1, 3\), got \(4, 3\)"),
+        (torch.tensor([0, 9]), r"log_weights must have shape \(S, N\) = \(1, 3\), got \(4, 3\)"),
     ],
 )
 def test_wrong_cumulative_lengths_are_named(ends, message):

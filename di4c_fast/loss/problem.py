@@ -170,7 +170,9 @@ def _check_tensors(head: Head, name: str) -> None:
                 )
 
 
-def prepare_log_weights(log_weights: Tensor | None, student: Head, batch: int) -> Tensor:
+def prepare_log_weights(
+    log_weights: Tensor | None, student: Head, batch: int, letter: str
+) -> Tensor:
     """Component log-weights (B, N), normalised over N in the compute dtype."""
     components = student.shape[1]
     dtype = student.work_dtype
@@ -181,7 +183,7 @@ def prepare_log_weights(log_weights: Tensor | None, student: Head, batch: int) -
     check_tensor(log_weights, "log_weights")
     if not log_weights.dtype.is_floating_point:
         raise TypeError(f"log_weights must be floating point, got {log_weights.dtype}")
-    check_shape(log_weights, "log_weights", "B, N", (batch, components))
+    check_shape(log_weights, "log_weights", f"{letter}, N", (batch, components))
     check_same_device(log_weights, "log_weights", student, "student")
     log_weights = log_weights.to(dtype)
     check_values(
@@ -196,17 +198,17 @@ def prepare_log_weights(log_weights: Tensor | None, student: Head, batch: int) -
     return torch.log_softmax(log_weights, dim=-1)
 
 
-def prepare_ends(cu_seqlens: Tensor | None, student: Head) -> tuple[Tensor | None, int]:
-    """The cumulative lengths of a packed batch, if it is one, and how many examples there are."""
+def prepare_ends(cu_seqlens: Tensor | None, student: Head) -> tuple[Tensor | None, int, str]:
+    """Cumulative lengths of a packed batch, or None; the number of examples, and its letter."""
     batch, _, positions, _ = student.shape
     if cu_seqlens is None:
-        return None, batch
+        return None, batch, "B"
     if batch != 1:
         raise ValueError(
             f"student must have shape (1, N, T, V) with cu_seqlens, got {tuple(student.shape)}"
         )
     ends = check_cu_seqlens(cu_seqlens, positions, student.device)
-    return ends, ends.numel() - 1
+    return ends, ends.numel() - 1, "S"
 
 
 def prepare_active(
@@ -280,7 +282,7 @@ def check_targets_allowed(
 
 
 def prepare_weight(
-    value: float | Tensor, name: str, student: Head, batch: int
+    value: float | Tensor, name: str, student: Head, batch: int, letter: str
 ) -> tuple[Tensor, bool]:
     """A weight per example (B,) in the compute dtype, and whether it is the number 0."""
     dtype = student.work_dtype
@@ -289,7 +291,8 @@ def prepare_weight(
             raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
         if value.ndim != 0 and tuple(value.shape) != (batch,):
             raise ValueError(
-                f"{name} must be a float or have shape (B,) = ({batch},), got {tuple(value.shape)}"
+                f"{name} must be a float or have shape ({letter},) = ({batch},), "
+                f"got {tuple(value.shape)}"
             )
         check_same_device(value, name, student, "student")
         check_values(
@@ -369,7 +372,7 @@ def prepare_loss(
     check_generator(generator)
     head = prepare_student(student)
     batch, _, positions, _ = head.shape
-    ends, examples = prepare_ends(cu_seqlens, head)
+    ends, examples, letter = prepare_ends(cu_seqlens, head)
     mask_id = check_mask_id(mask_id, head.vocabulary)
     letters = "(B, D, V) or (B, M, D, V) with M >= 1"
     teacher_head = prepare_target(teacher, "teacher", head, letters)
@@ -377,11 +380,11 @@ def prepare_loss(
     x0 = prepare_tokens(x0, "x0", "B, D", (batch, positions), head, valid)
     check_targets_allowed(x0, "x0", mask_id, active)
     prepared = {
-        name: prepare_weight(value, f"{name}_weight", head, examples)
+        name: prepare_weight(value, f"{name}_weight", head, examples, letter)
         for name, value in given_weights.items()
     }
     weights = {name: weight for name, (weight, _) in prepared.items()}
-    normalised = prepare_log_weights(log_weights, head, examples)
+    normalised = prepare_log_weights(log_weights, head, examples, letter)
 
     draws, seed = None, None
     if consistency is None:
@@ -460,10 +463,10 @@ def prepare_rows_problem(
     """The problem without distributions of `mixture_log_prob` and `correlation`, and whether x came
     as one row for each example."""
     head = prepare_student(student)
-    ends, examples = prepare_ends(cu_seqlens, head)
+    ends, examples, letter = prepare_ends(cu_seqlens, head)
     mask_id = check_mask_id(mask_id, head.vocabulary)
     active = prepare_active(xt, valid, mask_id, head)
     tokens, single = prepare_rows(x, head, valid)
     check_targets_allowed(tokens, "x", mask_id, active)
-    weights = prepare_log_weights(log_weights, head, examples)
+    weights = prepare_log_weights(log_weights, head, examples, letter)
     return Problem(head, tokens, weights, active, mask_id, correlation, ends=ends), single
