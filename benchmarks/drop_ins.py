@@ -2,7 +2,7 @@
 
 Time and memory of the denoising step of the installed package without its network, and of the same
 step with the drop-in, in turns; `--write` puts them into benchmarks/results/drop-ins.json. What
-stands there otherwise are facts of comparisons with repositories that are no packages.
+stands there otherwise are facts of comparisons with repositories that cannot be installed.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def describe(value: Any) -> str:
 
 
 def warn_of_probabilities(logits: Any, name: str) -> None:
-    """A warning where a few rows of a tensor (..., V) say that these are no logits.
+    """A warning where a few rows of a tensor (..., V) say that these are not logits.
 
     Only on a CPU, where looking is free.
     """

@@ -77,9 +77,9 @@ def rewritten(change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (torn, "is no whole safetensors file"),
-        (emptied, "is no whole safetensors file"),
-        (text, "is no whole safetensors file"),
+        (torn, "is not a complete safetensors file"),
+        (emptied, "is not a complete safetensors file"),
+        (text, "is not a complete safetensors file"),
         (flipped, "is damaged: .*not what was written"),
         (foreign, r"is not a checkpoint of di4c_fast.Distiller/1: its format is None"),
         (without_record, "is damaged: KeyError"),

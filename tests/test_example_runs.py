@@ -238,7 +238,7 @@ def test_a_missing_file_is_an_error_and_not_a_fresh_start(saved):
 def test_a_torn_file_is_an_error(saved, damage):
     file = saved / "seed-0" / "x.safetensors"
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(RunError, match=r"x\.safetensors is (damaged|no whole).*put x\.safetensors"):
+    with pytest.raises(RunError, match=r"x\.safetensors is (damaged|not).*put x\.safetensors"):
         RunDirectory(saved, TINY["masked"]).load("seed-0/x")
 
 

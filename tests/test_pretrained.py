@@ -196,7 +196,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder, texts, tmp_path, monkeyp
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     assert command.main(arguments) == 2
-    assert "No space left on device; the last checkpoint is whole" in capsys.readouterr().err
+    assert "No space left on device; the last checkpoint is still there" in capsys.readouterr().err
     monkeypatch.undo()
     assert command.main(arguments) == 0
     assert "resumed at step 2" in capsys.readouterr().out
@@ -215,9 +215,9 @@ def refused(folder, data, tmp_path, *options: str) -> list[str]:
         ("absent.txt", None, "there is no data file"),
         ("empty.txt", b"", "has no text in it"),
         ("blank.txt", b"\n  \n", "has no text in it"),
-        ("latin.txt", "é".encode("latin-1"), "is no UTF-8 text"),
+        ("latin.txt", "é".encode("latin-1"), "is not UTF-8 text"),
         ("long.txt", b"a b\n" + b"a " * 20, "line 2 of"),
-        ("torn.safetensors", b"12345678", "is no whole safetensors file"),
+        ("torn.safetensors", b"12345678", "is not a complete safetensors file"),
     ],
 )
 def test_a_data_file_that_cannot_serve_is_named(folder, tmp_path, capsys, name, content, message):
@@ -290,7 +290,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 
 def test_a_folder_that_is_no_students_is_named(folder, tmp_path, capsys):
     assert sample.main([str(folder)]) == 2
-    assert "is no student's folder" in capsys.readouterr().err
+    assert "is not a student's folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from .corpus import read_corpus
 from .finetune import Recipe, finetune
 from .pretrained import load_masked_lm, save_student, to_device
 
-KEPT = "; the last checkpoint is whole, and the same command goes on from it"
+KEPT = "; the last checkpoint is still there, and the same command goes on from it"
 
 
 def build_parser() -> argparse.ArgumentParser:

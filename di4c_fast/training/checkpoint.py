@@ -181,7 +181,7 @@ def read_checkpoint(path: PathLike, format_name: str) -> tuple[dict[str, Tensor]
                 )
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
     try:
         text = metadata["values"]
         if str(zlib.crc32(text.encode())) != metadata["sum"]:

@@ -78,8 +78,8 @@ def read_corpus(
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is empty, not UTF-8 or no whole safetensors file; tokens are not the model's;
-            a row is longer than the model takes; text for a model without a tokenizer.
+        ValueError: it is empty, not UTF-8 or not a complete safetensors file; tokens are not the
+            model's; a row is longer than the model takes; text for a model without a tokenizer.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -113,7 +113,7 @@ def _tokens(path: pathlib.Path) -> Corpus:
     try:
         tensors = load_file(str(path))
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     tokens = tensors.pop("tokens", None)
     if tokens is None or tokens.ndim != 2 or tokens.is_floating_point() or not tokens.numel():
         found = "none" if tokens is None else f"{tuple(tokens.shape)} of {tokens.dtype}"
@@ -144,7 +144,7 @@ def _texts(path: pathlib.Path, model: Pretrained, length: int | None) -> Corpus:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     texts = {number: line for number, line in enumerate(lines, 1) if line.strip()}
     if not texts:
         raise ValueError(f"{path} has no text in it")

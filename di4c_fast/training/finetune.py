@@ -2,7 +2,9 @@
 
     teacher = load_masked_lm("bert-base-uncased")
     corpus = read_corpus("lines.txt", teacher, length=64)
-    student = finetune(teacher, corpus, Recipe(steps=500), "run/checkpoint.safetensors")
+    student, history = finetune(
+        teacher, corpus, Recipe(steps=500), "run/checkpoint.safetensors"
+    )
 
 `python -m di4c_fast.training` is this as a command.
 """
@@ -119,7 +121,7 @@ def finetune(
     Raises:
         ValueError: the checkpoint is damaged, or of another recipe, model or data.
         RuntimeError: another process trains there, or the loss is no longer finite.
-        OSError: a checkpoint could not be written; the one before is whole.
+        OSError: a checkpoint could not be written; the one before is still there.
     """
     file = pathlib.Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)

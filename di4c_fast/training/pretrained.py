@@ -88,8 +88,8 @@ def load_masked_lm(
 
     Raises:
         ImportError: transformers is missing; the message has the line that installs it.
-        ValueError: there is no such model; it is no masked language model, or its output layer has
-            no weights in the files; it has no mask token; its tokenizer has another vocabulary.
+        ValueError: there is no such model; it is not a masked language model, or its output layer
+            has no weights in the files; it has no mask token; its tokenizer has another vocabulary.
     """
     transformers = _transformers()
     name = os.fspath(name)
@@ -200,12 +200,12 @@ def load_student(folder: str | os.PathLike[str]) -> Pretrained:
 
     Raises:
         ImportError: transformers is missing.
-        FileNotFoundError, ValueError: it is no student's folder, or a file in it is damaged.
+        FileNotFoundError, ValueError: it is not a student's folder, or a file in it is damaged.
     """
     transformers = _transformers()
     folder = pathlib.Path(folder)
     if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder} is no student's folder: it has no {WEIGHTS}")
+        raise FileNotFoundError(f"{folder} is not a student's folder: it has no {WEIGHTS}")
     tensors, settings = read_checkpoint(folder / WEIGHTS, FORMAT)
     with _loading(folder, "model"):
         config = transformers.AutoConfig.from_pretrained(folder)
