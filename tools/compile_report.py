@@ -259,8 +259,9 @@ def launch_everything(shape: Shape, usual: bool = False) -> None:
     triton.forward(chunk)
     weights = _meta(size, targets, components)
     joint = base.Joint(statistics.log_prob, weights, _meta(size, targets))
-    triton.joint(statistics, mixture, places, joint)
-    factors = triton.factors(statistics, mixture, places, joint, None, weight)
+    swept = base.Swept(statistics, mixture, places)
+    triton.joint(swept, joint)
+    factors = triton.factors(swept, joint, None, weight)
     for rows_kept in (True,) if usual else (True, False):
         again = chunk._replace(t=None, u=None)
         if not rows_kept:

@@ -31,6 +31,7 @@ from ..passes.base import (
     Places,
     RowSums,
     Statistics,
+    Swept,
     Values,
     Visit,
     padded,
@@ -218,14 +219,14 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
             passes.forward(Chunk(z, t, u, visit, mixture, statistics))
     if shard is not None:
         exchange_statistics(shard, saved.statistics, places)
-    return _values(problem, saved, places, passes), saved
-
-
-def _values(problem: Problem, saved: Saved, places: Places, passes: Any) -> Values:
-    """The values from the statistics of all positions; what is joint goes into `saved`."""
-    joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[: places.slots])
     evaluate = passes.joint if _joins(problem, passes) else joint_terms
-    return evaluate(saved.statistics, problem.mixture(by_sequence=True), places, joint)
+    return evaluate(*_swept(problem, saved, places)), saved
+
+
+def _swept(problem: Problem, saved: Saved, places: Places) -> tuple[Swept, Joint]:
+    """What is known of all positions, and where what is joint stands."""
+    joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[: places.slots])
+    return Swept(saved.statistics, problem.mixture(by_sequence=True), places), joint
 
 
 def _joins(problem: Problem, passes: Any) -> bool:
@@ -252,19 +253,18 @@ def backward(
     """
     plan = make_plan(problem, passes, True)
     saved = saved.counted(passes, plan)
-    places, statistics = saved.places(problem, passes), saved.statistics
-    mixture = problem.mixture(by_sequence=True)
-    joint = dataclasses.replace(saved.joint, difference=saved.joint.difference[: places.slots])
+    places = saved.places(problem, passes)
+    swept, joint = _swept(problem, saved, places)
     log_weights = None
     if needs[-1]:
-        log_weights = log_weights_gradient(statistics, mixture, places, joint, *upstream)
+        log_weights = log_weights_gradient(swept, joint, *upstream)
     if not any(needs[:-1]):
         return [*[None] * (len(needs) - 1), log_weights]
     find = passes.factors if _joins(problem, passes) else factors
-    found = find(statistics, mixture, places, joint, *upstream)
+    found = find(swept, joint, *upstream)
     shard = problem.student.shard
     if shard is not None:
-        saved = dataclasses.replace(saved, statistics=local_statistics(shard, statistics))
+        saved = dataclasses.replace(saved, statistics=local_statistics(shard, saved.statistics))
     students = _student_gradients(problem, passes, plan, saved, places, found, needs[:-1], in_place)
     return [*students, log_weights]
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..passes.base import Factors, Joint, Mixture, Places, Statistics, Values
+from ..passes.base import Factors, Joint, Mixture, Places, Swept, Values
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 NEG_INF = float("-inf")
 
 
-def joint_terms(statistics: Statistics, mixture: Mixture, places: Places, out: Joint) -> Values:
+def joint_terms(swept: Swept, out: Joint) -> Values:
     """The values from the statistics of all positions; `out` is filled."""
+    statistics, mixture, places = swept
     part = slice(0, places.slots)
     alive = places.alive(statistics.student.total[part])
     rows = _joint_rows(statistics.log_prob[part], alive, mixture, places, out)
@@ -49,7 +50,7 @@ def joint_terms(statistics: Statistics, mixture: Mixture, places: Places, out: J
         if statistics.consistency is not None:
             consistency_kl = total(statistics.consistency_kl)
     if mixture.component:
-        sums = places.sum(counted_divergence(statistics, mixture, places))
+        sums = places.sum(counted_divergence(swept))
         share = mixture.log_weights.exp() * sums
         # However small its weight, a component that excludes a class of q_T is infinitely far.
         component = torch.where(sums == float("inf"), sums, share).sum(-1).to(rows.dtype)
@@ -93,8 +94,9 @@ def _joint_rows(
     return value.to(dtype)
 
 
-def counted_divergence(statistics: Statistics, mixture: Mixture, places: Places) -> Tensor:
+def counted_divergence(swept: Swept) -> Tensor:
     """KL(q_T || p_n) (A, N); 0 where it does not count: components of weight 0 are absent."""
+    statistics, mixture, places = swept
     part = slice(0, places.slots)
     counted = places.alive(statistics.student.total[part]).unsqueeze(-1)
     present = places.spread(mixture.log_weights != NEG_INF)
@@ -161,15 +163,9 @@ def component_gradient(mixture: Mixture, loss: Tensor | None) -> Tensor:
     return torch.where(weight > 0, weight * loss, 0.0)
 
 
-def factors(
-    statistics: Statistics,
-    mixture: Mixture,
-    places: Places,
-    joint: Joint,
-    rows: Tensor | None,
-    loss: Tensor | None,
-) -> Factors:
+def factors(swept: Swept, joint: Joint, rows: Tensor | None, loss: Tensor | None) -> Factors:
     """The factors of `backward` from the gradients of `Values.rows` and `Values.loss`."""
+    statistics, mixture, places = swept
     part = slice(0, places.slots)
     alpha = row_gradients(mixture, joint.difference.shape[1], rows, loss)
     kappa = joint.difference * places.spread(alpha).unsqueeze(-1)
@@ -193,14 +189,10 @@ def factors(
 
 
 def log_weights_gradient(
-    statistics: Statistics,
-    mixture: Mixture,
-    places: Places,
-    joint: Joint,
-    rows: Tensor | None,
-    loss: Tensor | None,
+    swept: Swept, joint: Joint, rows: Tensor | None, loss: Tensor | None
 ) -> Tensor:
     """dL/da (B, N), with respect to the normalised log-weights."""
+    statistics, mixture, places = swept
     part = slice(0, places.slots)
     alpha = row_gradients(mixture, joint.difference.shape[1], rows, loss)
     # sum_d rho - w = sum_d (rho - w) + (number of positions - 1) w
@@ -211,7 +203,7 @@ def log_weights_gradient(
         mass = torch.where(alive, statistics.mass[part], 0.0)
         gradient = gradient - loss.unsqueeze(-1) * places.sum(mass)
     if mixture.component:
-        divergence = counted_divergence(statistics, mixture, places)
+        divergence = counted_divergence(swept)
         sums = places.sum(torch.where(divergence == float("inf"), 0.0, divergence))
         component = component_gradient(mixture, loss).unsqueeze(-1)
         gradient = gradient + component * mixture.log_weights.exp() * sums

@@ -16,8 +16,8 @@ components at once. The driver calls them; nothing else does.
         Write zeros as dL/dz of the visited slots, faster than indexing does; optional.
     draw(x, y, visit, keys, options)
         A token and statistics for every row of the visited slots: see `di4c_fast.draw`.
-    joint(statistics, mixture, places, out)
-    factors(statistics, mixture, places, joint, rows, loss)
+    joint(swept, out)
+    factors(swept, joint, rows, loss)
         The values of a problem and the factors of its gradient, in fewer and faster steps than
         `joint_terms` and `factors` of `loss.joint`; optional, both or none.
     order(active)
@@ -308,6 +308,14 @@ class Joint:
     difference: Tensor  # (A, J, N) rho - w
     weights: Tensor  # (B, J, N) w, work dtype
     counted: Tensor  # (B, J) at how many positions the target counts, work dtype
+
+
+class Swept(NamedTuple):
+    """What the first sweep has left of all positions; weights by sequence of a packed batch."""
+
+    statistics: Statistics
+    mixture: Mixture
+    places: Places
 
 
 class Values(NamedTuple):

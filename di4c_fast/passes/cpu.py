@@ -29,6 +29,7 @@ from .base import (
     Places,
     RowSums,
     Statistics,
+    Swept,
     Values,
     Visit,
 )
@@ -114,27 +115,21 @@ def _signed(value: int | Tensor) -> int:
     return (int(value) + 2**63) % 2**64 - 2**63
 
 
-def joint(statistics: Statistics, mixture: Mixture, places: Places, out: Joint) -> Values:
+def joint(swept: Swept, out: Joint) -> Values:
     """See `loss.joint.joint_terms`."""
-    rows, *others = (torch.empty(shape) for shape in (out.counted.shape, *[places.sizes[:1]] * 4))
-    words = _Words().terms(statistics, mixture, places).outputs(rows, *others)
+    by_example = [out.counted.shape[:1]] * 4
+    rows, *others = (torch.empty(shape) for shape in (out.counted.shape, *by_example))
+    words = _Words().terms(*swept).outputs(rows, *others)
     _call("di4c_joint", words.outputs(out.difference, out.weights, out.counted))
     return Values(rows, *others)
 
 
-def factors(
-    statistics: Statistics,
-    mixture: Mixture,
-    places: Places,
-    joint: Joint,
-    rows: Tensor | None,
-    loss: Tensor | None,
-) -> Factors:
+def factors(swept: Swept, joint: Joint, rows: Tensor | None, loss: Tensor | None) -> Factors:
     """See `loss.joint.factors`."""
     slots, _, components = joint.difference.shape
     probability, component = torch.empty(2, slots, components)
     found = Factors(probability, torch.empty(slots), component, torch.empty_like(joint.difference))
-    words = _Words().terms(statistics, mixture, places).pointers(joint.difference, rows, loss)
+    words = _Words().terms(*swept).pointers(joint.difference, rows, loss)
     _call("di4c_factors", words.outputs(probability, found.marginal, component, found.kappa))
     return found
 

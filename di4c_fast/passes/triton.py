@@ -13,18 +13,7 @@ from ..kernels.triton.order import MAX_POSITIONS, order
 from ..kernels.triton.row_draw import MAX_VOCABULARY
 from ..kernels.triton.row_statistics import row_statistics
 from ..kernels.triton.target_gradient import target_gradient
-from .base import (
-    Chunk,
-    Factors,
-    Joint,
-    Mixture,
-    Operand,
-    Places,
-    Statistics,
-    Values,
-    Visit,
-    padded,
-)
+from .base import Chunk, Factors, Joint, Operand, Swept, Values, Visit, padded
 from .triton_draw import draw, draw_targets
 
 __all__ = [
@@ -106,21 +95,14 @@ def backward(chunk: Chunk, factors: Factors, gradient: Operand) -> None:
         target_gradient(visit, mixture, statistics, factors, gradient, q=q, q_teacher=q_teacher)
 
 
-def joint(statistics: Statistics, mixture: Mixture, places: Places, out: Joint) -> Values:
+def joint(swept: Swept, out: Joint) -> Values:
     """See `base`."""
-    return Values(*joint_values(statistics, mixture, places, out))
+    return Values(*joint_values(*swept, out))
 
 
-def factors(
-    statistics: Statistics,
-    mixture: Mixture,
-    places: Places,
-    joint: Joint,
-    rows: Tensor | None,
-    loss: Tensor | None,
-) -> Factors:
+def factors(swept: Swept, joint: Joint, rows: Tensor | None, loss: Tensor | None) -> Factors:
     """See `base`."""
-    return Factors(*gradient_factors(statistics, mixture, places, joint, rows, loss))
+    return Factors(*gradient_factors(*swept, joint, rows, loss))
 
 
 def _distributions(chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
