@@ -49,6 +49,12 @@ class Case:
         return "-".join(part for part in (self.kind, self.shape, self.dtype, self.note) if part)
 
     @property
+    def model_bytes(self) -> int:
+        """Weights of a transformer of these sizes."""
+        weights = 12 * self.layers * self.width**2 + 2 * self.vocabulary * self.width
+        return weights * self.torch_dtype.itemsize
+
+    @property
     def title(self) -> str:
         """The shape with its sizes, for people."""
         letters = {letter: getattr(self, field) for field, letter in LETTERS.items()}

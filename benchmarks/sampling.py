@@ -70,9 +70,7 @@ class AncestralGroup(SamplerGroup):
         return Inputs(model.to(case.torch_dtype).eval())
 
     def input_bytes(self) -> int:
-        case = self.case
-        parameters = 12 * case.layers * case.width**2 + 2 * case.vocabulary * case.width
-        return parameters * case.torch_dtype.itemsize
+        return self.case.model_bytes
 
     def call_bytes(self, name: str) -> int:
         case = self.case

@@ -95,9 +95,7 @@ class StepGroup(Group):
         return Inputs(student.to(dtype), teacher.to(dtype).eval(), x0, t, seed)
 
     def input_bytes(self) -> int:
-        case = self.case
-        parameters = 12 * case.layers * case.width**2 + 2 * case.vocabulary * case.width
-        return 2 * parameters * case.torch_dtype.itemsize
+        return 2 * self.case.model_bytes
 
     def call_bytes(self, name: str) -> int:
         """Gradients, 16 numbers per channel and layer that autograd keeps, and the logits."""

@@ -191,8 +191,12 @@ def test_results_repeat_exactly():
     assert torch.equal(first[1][0], second[1][0])
 
 
-def test_no_host_sync():
+@pytest.mark.parametrize("drawn", [False, True])
+def test_no_host_sync(drawn):
     case, _ = paper_case("image", torch.bfloat16, kept=100)
+    if drawn:
+        del case["consistency_x"]
+        case["generator"] = torch.Generator("cuda").manual_seed(3)
     evaluate(case, "triton")  # compiled before the check
     student = case.pop("student").requires_grad_()
     torch.cuda.synchronize()
@@ -204,8 +208,37 @@ def test_no_host_sync():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_draws_are_those_of_the_torch_backend():
-    case, _ = paper_case("image", torch.float32, kept=20)
+def check_token_rows(function: Any, device: str = "cuda") -> None:
+    """Values of token rows and their gradients, against the float64 reference on the CPU."""
+    g = torch.Generator().manual_seed(4)
+    student = 2 * torch.randn(2, 5, 6, 37, generator=g)
+    weights, x = torch.randn(2, 5, generator=g), torch.randint(36, (2, 3, 6), generator=g)
+    xt = torch.where(torch.rand(2, 6, generator=g) < 0.6, 36, 0)
+    upstream = torch.randn(2, 3, generator=g)
+
+    def run(backend: str, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [part.to(device, dtype).requires_grad_() for part in (student, weights)]
+        rows = function(
+            leaves[0], x.to(device), xt=xt.to(device), mask_id=36, log_weights=leaves[1],
+            backend=backend,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(rows, leaves, upstream.to(device, dtype))
+        return [rows.detach(), *gradients]
+
+    truth = run("reference", "cpu", torch.float64)
+    eager, ours = (run(name, device, torch.float32) for name in ("reference", "triton"))
+    for name, *values in zip(("rows", "student", "log_weights"), ours, eager, truth, strict=True):
+        assert_close_to_reference(*values, atol=4e-6, name=name)
+
+
+@pytest.mark.parametrize("function", [di4c_fast.correlation, di4c_fast.mixture_log_prob])
+def test_token_rows_and_their_gradients(function):
+    check_token_rows(function)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_draws_are_those_of_the_torch_backend(name):
+    case, _ = paper_case(name, torch.float32, kept=20)  # of language with tokens that are shown
     del case["consistency_x"]
     losses = []
     for backend in ("triton", "torch"):
