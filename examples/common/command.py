@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from di4c_fast.training.command import run_command as stop_in_one_line
 
 from .options import Recipe
+from .ranks import is_first, process_group
 from .rundir import RunError, write_file
 
 SomeRecipe = TypeVar("SomeRecipe", bound=Recipe)
@@ -108,9 +110,19 @@ def parse_recipe(
 
 
 def run_command(threads: int, run: Callable[[], None]) -> int:
-    """Call `run`; the exit status. A run that cannot go on says why in one line."""
+    """Call `run` in the group of its processes; the exit status. Rank 0 says what stops it."""
     torch.set_num_threads(threads)
-    return stop_in_one_line(run, (RunError,))
+
+    def in_group() -> None:
+        with process_group():
+            try:
+                run()
+            except RunError:
+                if is_first():
+                    raise
+                sys.exit(2)
+
+    return stop_in_one_line(in_group, (RunError,))
 
 
 def write_all(
