@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import os
 import traceback
 from multiprocessing import forkserver
@@ -72,6 +73,7 @@ def _run(function, rank: int, size: int, folder, arguments) -> None:
     except Exception:
         result = traceback.format_exc()
     torch.save(result, folder / f"{rank}.pt")
+    gc.collect()  # as in examples/common/ranks.py
     dist.destroy_process_group()
 
 

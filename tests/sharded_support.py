@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
 import importlib
 import pathlib
 import pickle
@@ -137,6 +138,7 @@ def work(rank: int, folder: str, module: str) -> None:
         if rank < world:
             said = run_cases()
             pathlib.Path(folder, f"{world}-{rank}").write_bytes(pickle.dumps(said))
+    gc.collect()  # as in examples/common/ranks.py
     dist.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ the same models, up to rounding.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 
 import torch
@@ -34,10 +35,9 @@ def process_group() -> Iterator[None]:
         yield
         return
     dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    gc.collect()  # a DDP wrapper that outlives its group can wait for gloo's thread for ever
+    dist.destroy_process_group()
 
 
 def on_first(work: Callable[[], None]) -> None:
@@ -81,7 +81,7 @@ def shared(objective: Objective) -> nn.Module:
     """The objective, its gradients those of the mean over the rows of all processes."""
     if rank_and_size()[1] == 1:
         return objective
-    return DistributedDataParallel(objective, broadcast_buffers=False)
+    return DistributedDataParallel(objective)
 
 
 def mean(values: Tensor, weight: float) -> Tensor:

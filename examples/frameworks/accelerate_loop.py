@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 accelerator.save_state(str(checkpoint))
             if progress.steps == arguments.steps:
                 break
+    # The wrapper goes before the group: one that outlives it can wait for gloo's thread for ever.
+    module, optimizer, loader = accelerator.free_memory(module, optimizer, loader)
     accelerator.end_training()
     return 0
 

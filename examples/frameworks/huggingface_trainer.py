@@ -62,7 +62,8 @@ class DistillTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        save_file(self.ema.shadow, os.path.join(output_dir, AVERAGE))
+        if self.args.should_save:  # every process comes here
+            save_file(self.ema.shadow, os.path.join(output_dir, AVERAGE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
