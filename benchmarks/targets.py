@@ -123,7 +123,8 @@ def share_of_the_rest(parts: dict[str, float]) -> float:
 
 CPU = [
     Target("language", "cpu", FASTER, 70, "dense"),
-    Target("language", "cpu-in-place", FLOOR, 0.4),  # gradient memory is reused
+    Target("language", "cpu", FLOOR, 0.4),  # the memory of the gradient is used again
+    Target("language", "cpu-in-place", LOGITS, 0.1),
     Target("language", "cpu", FASTER, 1, "cpu", note="half", other_note=""),
     Target("language", "cpu", FASTER, 35, "dense", note="busy"),
     Target("language", "cpu", LOGITS, 1.25),

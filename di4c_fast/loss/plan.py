@@ -2,9 +2,9 @@
 
 From shapes alone, so that the op can tell the sizes of what it returns. What a chunk takes is the
 logits of heads that have to be computed and the temporaries of the passes. What is kept, under a
-byte budget: rows of q (and of q_T for the component term), which stand for one or several heads;
-then the student's computed logits, which stand for a product. The active positions come first, so
-what is kept is most likely needed.
+byte budget that a chunk is part of: rows of q (and of q_T for the component term), which stand for
+one or several heads; then the student's computed logits, which stand for a product. The active
+positions come first, so what is kept is most likely needed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from ..passes.base import Visit, padded
 from .problem import Problem
 
 MINIMUM_ROWS = 64  # of a computed head: smaller matrix products run far below their peak
-KEPT_BYTES = 64 << 20
-KEPT_BYTES_GPU = 512 << 20  # where logits are computed; a product costs more than memory there
+BUDGET = 88 << 20
+# Where logits are computed and cannot all be kept; a product costs more than memory on a GPU.
+COMPUTED_BUDGET = {"cpu": 44 << 20, "cuda": 768 << 20}
 # Of the student's logits in memory: with a gradient in place the peak stays below a tenth of them.
 KEPT_SHARE = 0.09
 
@@ -53,15 +54,17 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
         chunk = max(1, min(chunk, total))
     if not needs_grad:
         return Plan(chunk, 0, 0, bool(computed))
-    if budget is None:
-        budget = KEPT_BYTES_GPU if computed and device.type != "cpu" else KEPT_BYTES
-        if problem.student.operand() is not None and not computed:
-            logits = problem.student.shape.numel() * problem.student.dtype.itemsize
-            budget = max(budget, int(KEPT_SHARE * logits))
-    else:
-        budget = max(0, budget - chunk * per_slot)
-    kept = kept_logits = 0
+    kept = kept_logits = size = 0
     rows = problem.marginal + problem.component
+    if problem.student in computed:
+        size = components * row * problem.student.prepared_dtype.itemsize
+    everything = total * (rows * row * itemsize + size) + chunk * (per_slot - size)
+    if computed and everything > (budget or BUDGET):
+        budget = budget or COMPUTED_BUDGET.get(device.type, BUDGET)
+        budget = max(0, budget - chunk * per_slot)
+    elif budget is None:
+        logits = problem.student.shape.numel() * problem.student.dtype.itemsize
+        budget = max(BUDGET, 0 if computed else int(KEPT_SHARE * logits))
     if rows:
         kept = min(total, budget // (rows * row * itemsize))
         budget -= kept * rows * row * itemsize
@@ -69,8 +72,7 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
             chunk = max(1, min(kept // 2, total))
             kept = max(0, kept - chunk)
         kept = kept if kept == total else kept // chunk * chunk
-    if problem.student in computed:
-        size = components * row * problem.student.prepared_dtype.itemsize
+    if size:
         kept_logits = min(total, budget // size)
         kept_logits = kept_logits if kept_logits == total else kept_logits // chunk * chunk
     return Plan(chunk, kept, kept_logits, bool(computed))

@@ -118,7 +118,7 @@ DI4C_INLINE void sum_block(C columns, bool ahead, i64 v, int vectors, float shif
   vf totals[2] = {}, raw{}, weighted{};
   for (int i = 0; i < vectors; ++i) {
     vf gap{}, e;
-    if (ahead) columns.prefetch(v + i * W + AHEAD);
+    if (ahead && i * W % 16 == 0) columns.prefetch(v + i * W + AHEAD);
     if (TEMPERED || MORE) gap = columns.logits(v + i * W) - shift;
     if (MORE && TEMPERED) raw += vexp(gap);
     if (TEMPERED) gap = gap * heat;

@@ -14,7 +14,7 @@ i64 mixture_scratch(const void* pass, bool forward) {
 void map(i64 which, const float* x, float* y, i64 n) {
   for (i64 v = 0; v < n; v += W) {
     vf value = n - v >= W ? load(x + v) : load_tail<Fp32>(x + v, (int)(n - v), 0.0f);
-    value = which == 0 ? vexp_any(value) : vlog(value);
+    value = which == 0 ? vexp(value) : which == 1 ? vexp_any(value) : vlog(value);
     if (n - v >= W) store(y + v, value);
     else store_tail<Fp32>(y + v, value, (int)(n - v));
   }

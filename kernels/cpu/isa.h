@@ -13,7 +13,7 @@ struct Functions {
   void (*factors)(const void* pass, int64_t slot, char* scratch);
   int64_t (*mixture_scratch)(const void* pass, bool forward);
   int64_t (*draw_scratch)(const void* pass);
-  void (*map)(int64_t which, const float* x, float* y, int64_t n);  // exp and log, for tests
+  void (*map)(int64_t which, const float* x, float* y, int64_t n);  // exps and log, for tests
 };
 
 extern const Functions di4c_plain;

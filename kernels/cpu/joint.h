@@ -46,7 +46,7 @@ void sum_divergences(const JointPass& a, i64 b, i64 first, i64 last, double* sum
   }
   // However small its weight, a component that excludes a class of q_T is infinitely far.
   for (i64 n = 0; t.divergence && n < N; ++n)
-    component += sum[n] == INF ? sum[n] : (double)vexp(all(log_weight[n]))[0] * sum[n];
+    component += sum[n] == INF ? sum[n] : (double)vexp_any(all(log_weight[n]))[0] * sum[n];
   a.teacher_kl[b] = (float)teacher;
   a.consistency_kl[b] = (float)consistency;
   a.component[b] = (float)component;
@@ -180,7 +180,7 @@ void factors_slot(const void* pass, i64 s, char* scratch) {
     float probability = -sum[n], factor = 0;
     if (t.mass) probability += upstream * t.mass[s * N + n];
     if (t.divergence && t.divergence[s * N + n] != INF) {  // an infinite one has no gradient
-      factor = component * vexp(all(t.log_weights[b * N + n]))[0];
+      factor = component * vexp_any(all(t.log_weights[b * N + n]))[0];
       probability += factor * whole;
     }
     a.component[s * N + n] = factor;

@@ -115,27 +115,37 @@ DI4C_INLINE double sum(vf x) {
 #endif
 }
 
-// e^x for x <= 89, at most 2 ulp off from -104 on with denormal results, 0 below, NaN for NaN.
-// x = n ln 2 + r with |r| <= ln(2)/2, and e^r = 1 + r + r^2 P(r).
-DI4C_INLINE vf vexp(vf x) {
-  x = vmax(all(-104.0f), x);
-  vf shifted = x * 1.44269504f + 12582912.0f;  // n in the low bits: 1.5 * 2^23 rounds to integers
+// e^x = 2^n y for any x, at most 2 ulp off: x = n ln 2 + r with |r| <= ln(2)/2, and
+// y = e^r = 1 + r + r^2 P(r). The low bits of `shifted` are n: 1.5 * 2^23 rounds to integers.
+DI4C_INLINE vf reduced_exp(vf x, vf& shifted) {
+  shifted = x * 1.44269504f + 12582912.0f;
   vf n = shifted - 12582912.0f;
   vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   vf p = ((1.3814321e-3f * r + 8.3688507e-3f) * r + 4.1668400e-2f) * r + 1.6666520e-1f;
   p = p * r + 0.49999994f;
-  vf y = (p * r + 1.0f) * r + 1.0f;
+  return (p * r + 1.0f) * r + 1.0f;
+}
+
+// e^x for x <= 88, at most 2 ulp off; what is denormal may be 0, NaN for NaN.
+DI4C_INLINE vf vexp(vf x) {
+  vf shifted, y;
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
+  y = reduced_exp(vmax(all(-104.0f), x), shifted);
+  return (vf)_mm512_scalef_ps((__m512)y, (__m512)(shifted - 12582912.0f));
 #else
+  y = reduced_exp(vmax(all(-88.0f), x), shifted);  // n >= -127, whose power of two is 0 here
+  return y * (vf)(((vu)shifted << 23) + 0x3f800000);
+#endif
+}
+
+// e^x for any x, at most 2 ulp off, denormal results included; inf beyond 88.73, NaN for NaN.
+DI4C_INLINE vf vexp_any(vf x) {
+  vf shifted, y = reduced_exp(vmax(all(-104.0f), vmin(all(89.0f), x)), shifted);
   vi whole = (vi)((vu)shifted - 0x4b400000);
   vi half = whole >> 1;  // two steps, so that denormal results are rounded once
   y = y * power_of_two(half);
   return y * power_of_two(whole - half);
-#endif
 }
-
-DI4C_INLINE vf vexp_any(vf x) { return vexp(vmin(all(89.0f), x)); }  // inf beyond 89
 
 // log x, at most 2 ulp off, denormals included; -inf for 0, NaN below it.
 // x = 2^e m with sqrt(1/2) <= m < sqrt(2), f = m - 1, log m = f - f^2/2 + f^3 P(f).
