@@ -5,7 +5,8 @@
 
 Every launch of a loss or a draw is compiled ahead of time for the target (`compile_report`),
 disassembled, and counted along the shortest way: a turn of the loop over columns times its turns,
-and what stands around it. The time of a launch is at least the longest of
+and what stands around it. Of a kernel that does no work per logit every instruction counts, once
+per turn of its loops. The time of a launch is at least the longest of
 
     memory  its bytes over the bandwidth of a copy
     issue   its instructions over the four that a multiprocessor starts per clock
@@ -61,7 +62,9 @@ MACHINES = {
 RATES = {"integer product": 2.0, "special": 0.5, "load and store": 1.0, machine_code.OTHER: 2.0}
 ISSUE = 4.0  # instructions of a warp per clock and multiprocessor
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
-LATENCY = 650e-9  # seconds from a load to its data, for the bytes that have to be in flight
+# Kernels without work per logit, and the bytes that they move per position, target and component.
+PER_POSITION = {"order": 10, "joint": 12, "loss": 4, "factors": 8, "target_gradient": 10}
+PER_EXAMPLE = ("order", "joint", "loss")  # programs are not those of positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Count:
     warps: int
     registers: int
     spills: int
-    per_logit: float  # instructions of a turn of the loop (of all, without a loop) per logit
+    per_logit: float  # instructions of a turn of the loop (of all, without a loop) per logit; or 0
     pipes: dict[str, float]  # the same by pipe
     loads: dict[int, int]  # from device memory, by their width in bits
     turns: float
@@ -103,7 +106,11 @@ def _logits(launch: Launch) -> Tensor:
 
 def bytes_moved(launch: Launch, active: float) -> float:
     """Through device memory, every array once; `active` is the share of positions."""
-    a, vocabulary = launch.arguments, launch.arguments["V"]
+    a = launch.arguments
+    if launch.name in PER_POSITION:
+        slots = a.get("A", a.get("slots", launch.grid[0])) * active
+        return float(slots * a.get("J", 1) * a.get("N", 1) * PER_POSITION[launch.name])
+    vocabulary = a["V"]
     size = float(_logits(launch).dtype.itemsize)
     if any(a.get(name) is not None for name in ("BINS", "Z_BINS", "X_BINS")):
         size = 8 / vocabulary  # two numbers per row
@@ -126,20 +133,26 @@ def bytes_moved(launch: Launch, active: float) -> float:
     return (once if a["WHOLE"] else parts) * active
 
 
-def count(launch: Launch, active: float) -> Count | None:
-    """The count of a launch; None for one that does no work per logit."""
+def count(launch: Launch, active: float) -> Count:
     a, meta = launch.arguments, launch.compiled.metadata
-    if "V" not in a or launch.name == "target_gradient":
-        return None
     cubin = launch.compiled.asm["cubin"]
     code = machine_code.disassemble(cubin)
-    loops = code.loops_over_columns()
     registers, spills = compile_report.cuda_usage(cubin)
     rows = a.get("BLOCK_N") or a.get("BLOCK_C") or a.get("BLOCK_R", 1)
-    columns = a["BLOCK_V"] if "BLOCK_V" in a else a["BLOCK_G"] * a["WIDTH"]
-    around = code.around(loops)
+    small = launch.name in PER_POSITION
+    loops = [] if small else code.loops_over_columns()
+    around = code.instructions if small else code.around(loops)
     total = machine_code.by_pipe(around)
     turn, turns = around, 0.0
+    if small:
+        columns = a.get("W") or a["BLOCK_J"]
+        whole = a["J"] if "BLOCK_J" in a else a["A"] if a.get("HAS_ROWS", True) else a["D"]
+        turns = math.ceil(whole / columns)
+        for instruction in code.looped():
+            total[instruction.pipe] += int(turns) - 1
+        turn = []
+    else:
+        columns = a["BLOCK_V"] if "BLOCK_V" in a else a["BLOCK_G"] * a["WIDTH"]
     if loops:
         span = min(a["V"], a.get("split", a["V"]))
         turns = span / columns if len(loops) == 1 else float(span // columns)
@@ -163,9 +176,9 @@ def count(launch: Launch, active: float) -> Count | None:
         machine_code.loads_by_width(turn),
         turns,
         len(around),
-        math.prod(launch.grid) * active,
+        math.prod(launch.grid) * (1.0 if launch.name in PER_EXAMPLE else active),
         resident * meta.num_warps,
-        resident * rows * columns * _logits(launch).dtype.itemsize * stages,
+        0 if small else resident * rows * columns * _logits(launch).dtype.itemsize * stages,
         bytes_moved(launch, active),
         dict(total),
     )
@@ -186,9 +199,7 @@ def counts(shape: Shape | DrawShape, target: str) -> Iterator[Count]:
     draw, in their order."""
     active = 0.5 if isinstance(shape, Shape) and shape.mask else 1.0
     for launch in launches_of(shape, target):
-        found = count(launch, active)
-        if found is not None:
-            yield found
+        yield count(launch, active)
 
 
 def table(name: str, target: str, rows: Iterable[Count]) -> str:
@@ -200,9 +211,10 @@ def table(name: str, target: str, rows: Iterable[Count]) -> str:
     sums: collections.Counter[str] = collections.Counter()
     for row in rows:
         line = [row.kernel, row.tile, row.warps, f"{row.registers}{'!' * bool(row.spills)}"]
-        line += [f"{row.per_logit:.1f}"]
-        line += [f"{row.pipes.get(pipe, 0.0):.1f}" for pipe in ("special", "load and store")]
-        line += [row.resident_warps, f"{row.flight / 1024:.0f}"]
+        line += [f"{row.per_logit:.1f}" if row.per_logit else ""]
+        for pipe in ("special", "load and store"):
+            line.append(f"{row.pipes.get(pipe, 0.0):.1f}" if row.per_logit else "")
+        line += [row.resident_warps, f"{row.flight / 1024:.0f}" if row.flight else ""]
         for machine, facts in machines.items():
             times = row.times(facts)
             limit = max(times, key=times.__getitem__)

@@ -75,6 +75,12 @@ class Code:
         inner = [loop for loop in inner if loop.jump - loop.head >= 0.5 * longest]
         return sorted(inner, key=lambda loop: loop.head)
 
+    def looped(self) -> list[Instruction]:
+        """The instructions of all loops that load from device memory."""
+        back = [Loop(to, at) for at, to in self.jumps.items() if to < at]
+        loops = [loop for loop in back if any(i.name == "LDG" for i in self._part(loop))]
+        return [x for i, x in enumerate(self.instructions) if any(i in loop for loop in loops)]
+
     def turn(self, loop: Loop) -> list[Instruction]:
         """The shortest way once around a loop."""
         return [*self._way(loop.head, {loop.jump}, frozenset()), self.instructions[loop.jump]]
