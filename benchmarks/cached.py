@@ -11,13 +11,12 @@ from torch import Tensor
 from di4c_fast import backends
 from di4c_fast.samplers import loop, sample_confidence
 
-from .groups import Check, Variant, library
+from .groups import FUSED, Check, Variant, library
 from .models import CachedTransformer
 from .parts import parts_of
 from .sampling import ConfidenceGroup, Inputs
 
 BLOCKS = 2
-NAMES = ("cpu", "triton")
 
 
 class CachedGroup(ConfidenceGroup):
@@ -30,9 +29,9 @@ class CachedGroup(ConfidenceGroup):
 
     def variants(self) -> list[Variant]:
         return [
-            *library("", ", no cache", NAMES),
-            *library("-suffix", ", from the block on", NAMES),
-            *library("-block", ", the block", NAMES),
+            *library("", ", no cache", FUSED),
+            *library("-suffix", ", from the block on", FUSED),
+            *library("-block", ", the block", FUSED),
         ]
 
     @property

@@ -24,7 +24,7 @@ LETTERS |= {"layers": "layers", "steps": "steps"}
 class Case:
     """One shape at one size: everything that is needed to build the inputs again elsewhere."""
 
-    kind: str  # loss, draw, canvas, ancestral, confidence, cached or step
+    kind: str  # loss, draw, canvas, ancestral, confidence, cached, step or many
     shape: str
     size: str
     dtype: str
@@ -147,6 +147,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[tuple[Any, ...], ...]]] = {
     "distill-pixel": ("step", {"head": "logistic"}, (
         (1, 16, 3072, 256, None, 256, 4), (1, 16, 768, 256, None, 128, 2),
         (1, 2, 12, 16, None, 16, 1))),
+    # more components than fit: a deep model, whose activations are what grows with them
+    "distill-many": ("many", {}, (
+        (1, 256, 256, 50258, 0.5, 768, 12), (1, 256, 32, 513, 0.5, 64, 12),
+        (1, 4, 12, 33, 0.5, 16, 1))),
 }
 # fmt: on
 

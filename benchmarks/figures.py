@@ -33,7 +33,8 @@ STYLES = {
     "cpu": ("#cc3311", "o"),
     "triton": ("#009e73", "o"),
 }
-SUFFIXES = {"-compiled": "^", "-all": "P", "-in-place": "X"}  # other markers, the same colour
+# other markers, the same colour
+SUFFIXES = {"-compiled": "^", "-all": "P", "-in-place": "X", "-few": "v", "-in-turn": "d"}
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "di4c_fast",

@@ -31,6 +31,7 @@ class Variant:
 
 # The names of the library's backends; a suffix says what else is asked of them.
 BACKENDS = ("torch", "cpu", "triton")
+FUSED = BACKENDS[1:]
 
 
 def library(suffix: str = "", what: str = "", names: Sequence[str] = BACKENDS) -> list[Variant]:

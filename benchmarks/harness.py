@@ -44,7 +44,7 @@ KINDS: dict[str, type[Group]] = {
     "ancestral": AncestralGroup,
     "confidence": ConfidenceGroup,
     "cached": CachedGroup,
-    "step": StepGroup,
+    **dict.fromkeys(("step", "many"), StepGroup),
 }
 Record = dict[str, Any]
 SAMPLES_PER_ROUND = 20

@@ -18,7 +18,7 @@ from di4c_fast.testing import relative_l2
 
 from . import baselines
 from .floors import Work, loss_floor
-from .groups import BACKENDS, Check, Group, Variant, library
+from .groups import BACKENDS, FUSED, Check, Group, Variant, library
 from .truth import Problem, Truth, solve
 
 DATA_WEIGHT = 0.1
@@ -32,7 +32,7 @@ LOSS_VARIANTS = [
     Variant("vectorised-compiled", "torch.compile of the vectorised one"),
     *library(),
 ]
-IN_PLACE = library("-in-place", ", gradient in place", ("cpu", "triton"))
+IN_PLACE = library("-in-place", ", gradient in place", FUSED)
 CE_VARIANTS = [
     Variant("eager", "F.linear, F.cross_entropy"),
     Variant("eager-compiled", "torch.compile of F.linear, F.cross_entropy"),

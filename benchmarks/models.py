@@ -14,8 +14,8 @@ from di4c_fast.samplers.caches import KeyValues, Window
 class Transformer(nn.Module):
     """(tokens (R, D), t (R,)[, latent (R, 1)]) -> logits (R, D, V).
 
-    `forward` returns the logits, `as_head` a head of the same numbers: a `LinearHead`, or with
-    `bins` a `LogisticHead` of two numbers per position.
+    `forward` returns the logits, `as_head` a head of the same numbers: a `LinearHead` with this
+    budget, or with `bins` a `LogisticHead` of two numbers per position.
     """
 
     def __init__(
@@ -27,9 +27,10 @@ class Transformer(nn.Module):
         *,
         latent: bool = False,
         bins: bool = False,
+        budget_bytes: int | None = None,
     ):
         super().__init__()
-        self.classes = vocabulary if bins else 0
+        self.classes, self.budget_bytes = vocabulary if bins else 0, budget_bytes
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.randn(positions, width))
         self.time = LatentEmbedding(width)
@@ -61,7 +62,7 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens, t, latent)
         if self.classes:
             return LogisticHead(*self.output(hidden).unbind(-1), self.classes)
-        return LinearHead(hidden, self.output.weight)
+        return LinearHead(hidden, self.output.weight, budget_bytes=self.budget_bytes)
 
 
 class CachedTransformer(nn.Module):

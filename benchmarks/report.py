@@ -1,6 +1,6 @@
 """`python -m benchmarks.report`: tables and figures from the committed results.
 
-Prints the tables and the promises, and fails if docs/speed.md or README.md say anything else than
+Prints the tables and the promises, and fails if one of `PAGES` says anything else than
 benchmarks/results/cpu.json and gpu.json. A page holds a table or a number between
 `<!-- results:NAME -->` and `<!-- /results -->`; `--write` fills these in and draws the figures.
 """
@@ -28,7 +28,7 @@ from .results import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("docs/speed.md", "README.md")
+PAGES = ("docs/speed.md", "docs/distributed.md", "README.md")
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->)(.*?)(<!-- /results -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- results:([\w-]+) -->")
 FIGURE = re.compile(r"benchmarks/figures/([\w.-]+\.svg)")
@@ -93,7 +93,8 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "machine": _machine,
     "loss": _groups("loss"),
     "sample": _groups("draw", "canvas", "ancestral", "confidence", "cached"),
-    "step": _groups("step"),
+    "step": _groups("step", "many"),
+    "many": _groups("many"),
     "promises": _promises,
     "scaling": _scaling,
     "speed-up": _speed_up,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import di4c_fast
 from di4c_fast import backends
 from di4c_fast.processes import GaussianProcess, MaskedProcess, MaskGITProcess
 from di4c_fast.testing import relative_l2
@@ -18,12 +18,12 @@ from di4c_fast.training import DistillConfig, DistillOutput, distill_step
 
 from . import baselines
 from .cases import Case
-from .groups import Check, Group, Variant, library
+from .groups import FUSED, Check, Group, Variant, library
 from .models import Transformer
 from .parts import parts_of
 
 DATA_WEIGHT = 0.1
-# Of loss terms and of the gradient of all parameters, through the whole model.
+# Of the loss and of the gradient of all parameters, through the whole model.
 LIMITS = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 2e-2}
 
 
@@ -47,7 +47,8 @@ class Inputs:
 class StepGroup(Group):
     """Forward and backward of one distillation step of a system of the paper, without optimiser.
 
-    Pixels without the pass at the smallest time, which is a step of its own with N = 1.
+    Pixels without the pass at the smallest time, which is a step of its own with N = 1. "many" is
+    the masked step with N components, √N of them at a time, and with √N components.
     """
 
     def __init__(self, case: Case):
@@ -70,11 +71,23 @@ class StepGroup(Group):
             self.teacher_step = 1 / 1024
 
     def variants(self) -> list[Variant]:
+        few = math.isqrt(self.case.components)
+        if self.case.kind == "many":
+            return [
+                *library("-few", f", N={few}", FUSED),
+                *library("-in-turn", f", {few} at a time", FUSED),
+                *library("", ", all at once", FUSED),
+            ]
         return [
             Variant("plain", "plain: teacher on N copies, dense logits, autograd"),
             Variant("plain-compiled", "plain, torch.compile of the loss"),
             *library(),
         ]
+
+    def how(self, name: str) -> tuple[int, int | None]:
+        """The components of a variant, and how many of them the student sees at a time."""
+        components, few = self.case.components, math.isqrt(self.case.components)
+        return few if name.endswith("-few") else components, few if "-in-turn" in name else None
 
     @property
     def mask_id(self) -> int:
@@ -85,8 +98,10 @@ class StepGroup(Group):
         torch.manual_seed(seed)
         sizes = (case.vocabulary, case.positions, case.width, case.layers)
         bins = case.head == "logistic"
+        # Logits of all N in the memory of those of √N.
+        budget = case.logits_bytes // math.isqrt(case.components) if case.kind == "many" else None
         with torch.device(case.device):
-            student = Transformer(*sizes, latent=True, bins=bins)
+            student = Transformer(*sizes, latent=True, bins=bins, budget_bytes=budget)
             teacher = Transformer(*sizes, bins=bins)
             x0 = torch.randint(self.mask_id, (case.batch, case.positions))
             t = torch.full((case.batch,), float(case.masked or 0.5))
@@ -101,7 +116,7 @@ class StepGroup(Group):
         """Gradients, 16 numbers per channel and layer that autograd keeps, and the logits."""
         case = self.case
         size = case.torch_dtype.itemsize
-        rows = case.batch * case.components
+        rows = case.batch * self.how(name)[0]
         kept = 16 * rows * case.positions * case.width * (case.layers + 1) * size
         logits = rows * case.positions * case.vocabulary
         if name.startswith("plain"):  # teacher, draws, student, and six in fp32 for the loss
@@ -129,27 +144,25 @@ class StepGroup(Group):
             inputs.x0,
             t=inputs.t,
             mask_id=self.mask_id,
-            components=self.case.components,
+            components=self.how(name)[0],
             data_weight=DATA_WEIGHT,
             advance=self.advance,
             loss=self.compiled(name, baselines.dense_loss),
             **given,
         )
 
-    def _library(
-        self, name: str, inputs: Inputs, consistency_weight: float = 1.0, **given: Tensor
-    ) -> DistillOutput:
+    def _library(self, name: str, inputs: Inputs, **given: Tensor) -> DistillOutput:
+        components, at_once = self.how(name)
         config = DistillConfig(
-            components=self.case.components,
+            components=components,
             teacher_step=self.teacher_step,
             data_weight=DATA_WEIGHT,
             data_schedule="constant",
             component_weight=0.0,
-            consistency_weight=consistency_weight,
             low_t=0.0,
             low_t_probability=0.0,
         )
-        with backends.preferred(name):  # samplers take the best otherwise
+        with backends.preferred(name.split("-")[0]):  # samplers take the best otherwise
             return distill_step(
                 inputs.student.as_head,
                 inputs.teacher.as_head,
@@ -158,82 +171,40 @@ class StepGroup(Group):
                 config=config,
                 generator=torch.Generator().manual_seed(self.calls),
                 t=inputs.t,
-                return_terms=True,
+                components_at_once=at_once,
                 **given,
             )
 
     # Checks --------------------------------------------------------------------------------------
 
     def check(self, name: str, inputs: Inputs, truth: None) -> Check:
-        """Loss (or its terms that no draw enters) and gradient against the dense reference."""
-        case, limit = self.case, LIMITS[self.case.dtype]
+        """Loss and gradient of the library against those of the plain step, for the same draws."""
+        case = self.case
+        plain = name.startswith("plain")
+        ours, theirs = ("torch", name) if plain else (name, f"plain-{name}")
         generator = torch.Generator(case.device).manual_seed(inputs.seed)
-        sizes = (case.batch, case.components, 1)
-        given = {
+        sizes = (case.batch, self.how(name)[0], 1)
+        latents = {
             key: torch.rand(sizes, generator=generator, device=case.device)
             for key in ("latent", "latent_u")
         }
-        output = self._library("torch" if name.startswith("plain") else name, inputs, **given)
-        xu = output.xu
-        assert xu is not None
+        with torch.no_grad():
+            output = self._library(ours, inputs, **latents)
+        assert output.xu is not None
         # Rows as draws are: with one class at every masked position all components would be
         # as likely, and their differences lost in fp32 on either side.
-        drawn = torch.randint(self.mask_id, xu.shape, generator=generator, device=case.device)
-        if self.masks:
-            drawn = torch.where(xu == self.mask_id, drawn, xu)
-        expected, terms = self._reference(inputs, output, drawn, **given)
-        if name.startswith("plain"):
-            flat = {key: value.flatten(0, 1) for key, value in given.items()} | {"u": output.u}
-            loss = self._plain(name, inputs, xt=output.xt, xu=xu, consistency_x=drawn, **flat)
-            error = relative_l2(loss, expected)
-        else:
-            # The library draws the consistency tokens itself: the terms that none enters, and
-            # the gradient without the others.
-            names = ("data_correlation", "teacher_marginal", "consistency_marginal")
-            mine, wanted = (
-                torch.cat([getattr(t, n) for n in names]) for t in (output.terms, terms)
-            )
-            error = relative_l2(mine, wanted)
-            output = self._library(name, inputs, consistency_weight=0.0, **given)
-            loss = output.loss
-            expected, _ = self._reference(inputs, output, None, **given)
-        error_of_gradient = relative_l2(inputs.gradient(loss), inputs.gradient(expected))
-        return Check.of(error, error_of_gradient, limit)
-
-    def _reference(
-        self,
-        inputs: Inputs,
-        output: DistillOutput,
-        consistency_x: Tensor | None,
-        latent: Tensor,
-        latent_u: Tensor,
-    ) -> tuple[Tensor, di4c_fast.LossTerms]:
-        """Loss and terms from dense logits; without consistency tokens, without their terms."""
-        sizes = latent.shape[:2]
-
-        def student(tokens: Tensor, t: Tensor, latent: Tensor) -> Tensor:
-            times = t.repeat_interleave(sizes[1])
-            logits = inputs.student(tokens.flatten(0, 1), times, latent.flatten(0, 1))
-            return logits.unflatten(0, sizes)
-
-        arguments: dict[str, Any] = {"consistency_weight": 0.0}
-        with torch.no_grad():
-            teacher = inputs.teacher(output.xt, inputs.t)
-            if consistency_x is not None:
-                drawn = student(output.xu, output.u, latent_u)
-                arguments = {"consistency": drawn, "consistency_x": consistency_x}
-                arguments |= {"xu": output.xu} if self.masks else {}
-        copies = output.xt.unsqueeze(1).expand(-1, sizes[1], -1)
-        return di4c_fast.loss(
-            student(copies, inputs.t, latent),
-            teacher,
-            inputs.x0,
-            data_weight=DATA_WEIGHT,
-            backend="reference",
-            return_terms=True,
-            **({"xt": output.xt, "mask_id": self.mask_id} if self.masks else {}),
-            **arguments,
+        drawn = torch.randint(
+            self.mask_id, output.xu.shape, generator=generator, device=case.device
         )
+        if self.masks:
+            drawn = torch.where(output.xu == self.mask_id, drawn, output.xu)
+        flat = {key: value.flatten(0, 1) for key, value in latents.items()}
+        given = {"xt": output.xt, "xu": output.xu, "u": output.u, "consistency_x": drawn}
+        loss = self._library(ours, inputs, **given, **latents).loss
+        expected = self._plain(theirs, inputs, **given, **flat)
+        error = relative_l2(loss.detach(), expected.detach())
+        error_of_gradient = relative_l2(inputs.gradient(loss), inputs.gradient(expected))
+        return Check.of(error, error_of_gradient, LIMITS[case.dtype])
 
     def details(self, name: str, inputs: Inputs) -> dict[str, float]:
         named = [

@@ -148,6 +148,8 @@ CPU = [
     Target("ancestral", "cpu", SMALLER, 8, "naive"),
     Target("confidence", "cpu", SMALLER, 4, "naive"),
     Target("distill", "cpu", FASTER, 3.5, "plain"),
+    Target("distill-many", "cpu-in-turn", SMALLER, 6, "cpu"),
+    Target("distill-many", "cpu-in-turn", SMALLER, 0.5, "cpu-few"),
     Target("cached", "cpu-suffix", FASTER, 1.7, "cpu"),
     Target("cached", "cpu-block", FASTER, 1.7, "cpu"),
     Target("cached", "cpu-block", SHARE, 0.1),
