@@ -1,13 +1,19 @@
-"""Checkpoints of several processes: the same number goes on exactly, another one to rounding."""
+"""Checkpoints of several processes: the same number goes on exactly, another one to rounding.
+
+With DDP a file, which rank 0 writes; with FSDP2 a folder, of which every rank writes a part.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 import torch
 from parallel_support import assert_near, launch, make, refused, run, state
+
+from di4c_fast.training.checkpoint import hold
 
 KINDS = ("ddp", "fsdp")
 
@@ -40,29 +46,35 @@ def write(rank, size, folder):
         run(fresh, 0, 4, rank, size)
         found[kind] += state(plain), state(fresh)
 
+        found[kind] += (refused(lambda one=plain, to=folder / f"{kind} held": one.save(to)),)
+
     waits = make("ddp", accumulate=2)
     run(waits, 0, 1, rank, size)
+    waiting = refused(lambda: waits.save(folder / "waits"))
+    run(waits, 1, 2, rank, size)
     other = make("fsdp", optimizer=torch.optim.SGD)
     before = state(other)
     found["refused"] = {
-        "waits": refused(lambda: waits.save(folder / "waits")),
+        "waits": waiting,
         "missing": refused(lambda: other.load(folder / "missing")),
         "other": refused(lambda: other.load(folder / "fsdp plain")),
         "file": refused(lambda: other.save(folder / "a file")),
+        "folder": refused(lambda: waits.save(folder / "fsdp")),
         "one rank": refused(lambda: other.save(folder / ("a file" if rank else "folder"))),
     }
     assert_near(state(other), before)
     return found
 
 
-def go_on(rank, size, folder):
-    """From the checkpoint of the other kind."""
+def go_on(rank, size, folder, kinds=KINDS):
+    """From the checkpoints of both kinds."""
     found = {}
-    for kind, other in zip(KINDS, reversed(KINDS), strict=True):
-        distiller = make(kind, seed=5)
-        distiller.load(folder / f"{other} plain")
-        run(distiller, 2, 4, rank, size)
-        found[kind] = state(distiller)
+    for kind in kinds:
+        for other in KINDS:
+            distiller = make(kind, seed=5)
+            distiller.load(folder / f"{other} plain")
+            run(distiller, 2, 4, rank, size)
+            found[kind, other] = state(distiller)
     return found
 
 
@@ -70,7 +82,10 @@ def go_on(rank, size, folder):
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "a file").touch()
+    (folder / "fsdp held").mkdir()
+    held = hold(folder / "ddp held"), hold(folder / "fsdp held" / "checkpoint.json")
     ranks = launch(write, 2, folder / "ranks", folder)
+    del held
     for found in ranks:
         assert isinstance(found, dict), found
     return folder, ranks
@@ -79,7 +94,7 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_many_ranks_go_on_bit_for_bit(written, kind):
     for found in written[1]:
-        metrics, expected, their_metrics, ours, plain, fresh = found[kind]
+        metrics, expected, their_metrics, ours, plain, fresh, _ = found[kind]
         for one, other in ((ours, expected), (fresh, plain)):
             assert one.keys() == other.keys()
             for name, value in one.items():
@@ -87,22 +102,32 @@ def test_as_many_ranks_go_on_bit_for_bit(written, kind):
         assert their_metrics == metrics
 
 
+def test_one_process_without_a_group_goes_on_to_rounding(written):
+    folder, ranks = written
+    for (_, other), ours in go_on(0, 1, folder, ["plain"]).items():
+        assert_near(ours, ranks[0][other][4])
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_another_number_of_ranks_goes_on_to_rounding_ddp_from_fsdp_and_back(written, size):
     folder, ranks = written
     for found in launch(go_on, size, folder / f"ranks of {size}", folder):
         assert isinstance(found, dict), found
-        for kind, ours in found.items():
-            assert_near(ours, ranks[0][kind][4])
+        for (_, other), ours in found.items():
+            assert_near(ours, ranks[0][other][4])
 
 
 @pytest.mark.parametrize(
     ("case", "messages"),
     {
         "waits": ["save() of several processes between optimiser steps only, got 1 batches"] * 2,
-        "missing": ["there is no checkpoint of several processes at"] * 2,
+        "missing": ["there is no checkpoint"] * 2,
         "other": ["belongs to another run: optimizer is Adam there and SGD here"] * 2,
         "file": ["path must be a folder, got the file"] * 2,
+        "folder": [
+            "path must be a file to write, got the folder",
+            "rank 0 failed: ValueError: path must be a file to write, got the folder",
+        ],
         "one rank": ["rank 1 failed: ValueError: path must be a", "path must be a folder, got the"],
     }.items(),
 )
@@ -111,11 +136,21 @@ def test_what_cannot_be_saved_or_loaded_is_an_error_on_every_rank(written, case,
         assert message in found["refused"][case]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_runs_cannot_save_to_one_path(written, kind):
+    first, second = (found[kind][-1] for found in written[1])
+    message = f"RuntimeError: .* is in use by process {os.getpid()} on .*: wait until it ends"
+    assert re.search(message, first)
+    assert re.search("rank 0 failed: " + message, second)
+
+
 def test_only_the_last_checkpoint_is_kept(written):
     folder, _ = written
-    for kind in KINDS:
-        record = json.loads((folder / kind / "checkpoint.json").read_text())
-        assert sorted(os.listdir(folder / kind)) == sorted(["checkpoint.json", record["folder"]])
+    record = json.loads((folder / "fsdp" / "checkpoint.json").read_text())
+    assert sorted(os.listdir(folder / "fsdp")) == sorted(["checkpoint.json", record["folder"]])
+    names = [f"{kind}{more}" for kind in KINDS for more in ("", " new", " plain")]
+    assert {path.name for path in folder.iterdir()} >= {*names}
+    assert not [path for path in folder.rglob("*") if path.suffix in (".lock", ".tmp")]
 
 
 def interrupted(rank, size, folder):

@@ -187,8 +187,11 @@ def test_blocks_of_a_row_reach_the_model_as_rows_and_come_back_in_place():
     t = torch.tensor([0.2, 0.2, 0.7, 0.7])
     # Component n of block e has λ = 10 e + n; as distill_step does, the components are adjacent.
     latent = 10.0 * torch.arange(4).view(4, 1, 1) + torch.arange(3).view(1, 3, 1)
-    logits = BlockModel(model, rows, blocks, shift)(
-        parts.repeat_interleave(count, dim=0), t.repeat_interleave(count), latent.flatten(0, 1)
+    logits = BlockModel(model, rows, blocks)(
+        parts.repeat_interleave(count, dim=0),
+        t.repeat_interleave(count),
+        latent.flatten(0, 1),
+        shift=torch.full((4 * count,), shift),
     )
     tokens, times, lam = seen[0]
     assert torch.equal(tokens, x0.repeat_interleave(count, dim=0))
@@ -209,12 +212,13 @@ def test_the_loss_of_blocks_is_that_of_rows_when_a_row_is_one_block():
 
     def step(shift, wrap):
         return distill_step(
-            BlockModel(student, 3, 1, shift) if wrap else student,
-            BlockModel(teacher, 3, 1, shift) if wrap else teacher,
+            BlockModel(student, 3, 1) if wrap else student,
+            BlockModel(teacher, 3, 1) if wrap else teacher,
             x0,
             process=MaskedProcess(6),
             config=recipe,
             generator=torch.Generator().manual_seed(1),
+            context={"shift": torch.full((3,), shift)} if wrap else None,
         )
 
     torch.testing.assert_close(step(0, True).loss, step(0, False).loss)

@@ -148,6 +148,15 @@ def write_checkpoint(
             raise OSError(f"{path} could not be written: {error}") from error
 
 
+def hold_and_write(
+    path: PathLike, format_name: str, tensors: Mapping[str, Tensor], values: Any
+) -> Hold:
+    """`write_checkpoint` of a file that this process holds from then on."""
+    held = hold(path)
+    write_checkpoint(path, format_name, tensors, values)
+    return held
+
+
 def check_place(path: PathLike) -> pathlib.Path:
     """The path of a file that could be written."""
     path = pathlib.Path(path)

@@ -78,9 +78,10 @@ class Distiller(Trainer):
         so that any number of processes, one without torch.distributed included, does the same up
         to rounding, but for dropout, which draws from each process's default generator.
 
-        `save` and `load` take a folder, which all ranks write and read together through
-        torch.distributed.checkpoint, between optimiser steps; any number of ranks can go on from
-        it, as many as wrote it exactly. Without torch.distributed they take a file.
+        All ranks call `save`, between optimiser steps, and `load`. In DistributedDataParallel
+        `save` writes a file, as in one process; after `fully_shard` a folder, through
+        torch.distributed.checkpoint. Any number of ranks, one process without torch.distributed
+        included, can go on from either, as many as wrote it exactly.
 
         Args:
             module: a `DistillModule`; with torch.distributed, in DistributedDataParallel or after

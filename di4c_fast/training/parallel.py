@@ -1,8 +1,9 @@
 """Processes of torch.distributed that train one student: what they exchange, their checkpoints.
 
-A checkpoint is a folder: `checkpoint.json`, replaced in one step, names the subfolder with the
-tensors, which torch.distributed.checkpoint has written before. An interruption leaves the old
-checkpoint or the new one. Any number of processes can read it.
+Where each has the whole state (DDP), rank 0 writes a file as one process does. Where each has
+a part (FSDP2), a checkpoint is a folder: `checkpoint.json`, replaced in one step, names the
+subfolder with the tensors, which torch.distributed.checkpoint has written before. An interruption
+leaves the old checkpoint or the new one. Any number of processes can read either.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,10 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checkpoint import PathLike, differences, replacing
+from .checkpoint import Hold, PathLike, differences, hold, hold_and_write, replacing
+from .checkpoint import read_checkpoint as read_file
 
 T = TypeVar("T")
 _RECORD = "checkpoint.json"
+_WHOLE = ("random/", "ranks/")  # names of what every rank reads
 
 
 def is_distributed() -> bool:
@@ -59,6 +63,11 @@ def agreed(work: Callable[[], T]) -> T:
         if message is not None:
             raise RuntimeError(f"rank {rank} failed: {message}")
     return result
+
+
+def on_first(work: Callable[[], None]) -> None:
+    """Let rank 0 do it; where it fails, every rank raises."""
+    agreed(work if rank_and_size()[0] == 0 else lambda: None)
 
 
 def check_same(record: Mapping[str, Any]) -> None:
@@ -167,51 +176,77 @@ def reduced(sums: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
     return dict(zip(sums, means.unbind(), strict=True))
 
 
-def ranks_states(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """States that every rank has for itself (random generators), (ranks, ...) each."""
-    every = gathered({name: state.cpu() for name, state in states.items()})
-    return {name: torch.stack([one[name] for one in every]) for name in states}
+def ranks_states(
+    states: Mapping[str, Tensor], common: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state that all ranks share, and those that each has for itself, (ranks, ...) each."""
+    own = {name: state.cpu() for name, state in states.items() if name != common}
+    every = gathered(own)
+    shared = {name: state for name, state in states.items() if name == common}
+    return shared, {name: torch.stack([one[name] for one in every]) for name in own}
 
 
 def write_checkpoint(
     path: PathLike, format_name: str, tensors: Mapping[str, Tensor], values: Any
-) -> None:
-    """Write a folder, all ranks together; see the module's head. Values are those of rank 0."""
+) -> Hold | None:
+    """Write a file or, where tensors are sharded, a folder, all ranks together.
+
+    Values, and tensors that are not sharded, are those of rank 0. Returns what keeps other runs
+    away, on rank 0.
+    """
+    folder, (rank, _) = pathlib.Path(path), rank_and_size()
+    if not any(map(is_sharded, tensors.values())):
+        content = path, format_name, tensors, values
+        return agreed(lambda: None if rank else hold_and_write(*content))
     import torch.distributed.checkpoint as dcp
 
-    folder, (rank, _) = pathlib.Path(path), rank_and_size()
-
-    def prepare() -> str:
+    def prepare() -> tuple[str, Hold | None]:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"path must be a folder, got the file {folder}")
         if not folder.resolve().parent.is_dir():
             raise FileNotFoundError(f"path must lie in a folder that exists, got {folder}")
+        held = None
         if rank == 0:
             folder.mkdir(exist_ok=True)
-        return json.dumps({"format": format_name, "values": values})
+            held = hold(folder / _RECORD)
+        return json.dumps({"format": format_name, "values": values}), held
 
-    text, name = agreed(prepare), gathered(f"{secrets.token_hex(8)}.tensors")[0]
+    text, held = agreed(prepare)
+    name = gathered(f"{secrets.token_hex(8)}.tensors")[0]
     dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder / name))
 
     def finish() -> None:
         if rank == 0:
             with replacing(folder / _RECORD) as temporary:
                 temporary.write_text(json.dumps({**json.loads(text), "folder": name}))
-            for left in (*folder.glob("*.tensors"), *folder.glob(f"{_RECORD}.*.tmp")):
+            for left in folder.glob("*.tensors"):
                 if left.name != name:
                     shutil.rmtree(left, ignore_errors=True)
 
     agreed(finish)
+    return held
 
 
 def read_checkpoint(
+    path: PathLike, format_name: str, module: nn.Module, own: Callable[[], Mapping[str, Tensor]]
+) -> tuple[dict[str, Tensor], Any]:
+    """Tensors of a file or a folder, and values; all ranks together.
+
+    Those of a folder, or for a module that is sharded, are placed as those of the same name in
+    `own()`. Where none of them fits in shape and dtype, they have no content: they are on the
+    device "meta", for a comparison. States of random generators are whole.
+    """
+    if any(gathered(os.path.isdir(path))):
+        return _read_folder(path, format_name, own())
+    tensors, values = agreed(lambda: read_file(path, format_name))
+    if any(map(is_sharded, module.parameters())):
+        tensors = _sharded_as(own(), tensors)
+    return tensors, values
+
+
+def _read_folder(
     path: PathLike, format_name: str, own: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Any]:
-    """Tensors, sharded as those of the same name in `own` are, and values.
-
-    Tensors that fit none of `own` in shape and dtype have no content: they are on the device
-    "meta", for a comparison.
-    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -234,14 +269,35 @@ def read_checkpoint(
         tensors: dict[str, Tensor] = {}
         for name, there in stored.items():
             assert isinstance(there, TensorStorageMetadata)
-            here, dtype = own.get(name), there.properties.dtype
-            fits = here is not None and (here.shape, here.dtype) == (there.size, dtype)
-            tensors[name] = (
-                torch.empty_like(here) if fits and here is not None
-                else torch.empty(there.size, dtype=dtype, device="meta")
-            )  # fmt: skip
+            device = "cpu" if name.startswith(_WHOLE) else "meta"
+            form = torch.empty(there.size, dtype=there.properties.dtype, device=device)
+            tensors[name] = torch.empty_like(_form(name, form, own))
         return reader, values, tensors
 
     reader, values, tensors = agreed(begin)
-    dcp.load({k: v for k, v in tensors.items() if not v.is_meta}, storage_reader=reader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by one process
+        dcp.load({k: v for k, v in tensors.items() if not v.is_meta}, storage_reader=reader)
     return tensors, values
+
+
+def _sharded_as(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from torch.distributed.tensor import distribute_tensor
+
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        form: Any = _form(name, value, own)
+        if is_sharded(form):
+            place = form.device_mesh, form.placements
+            found[name] = distribute_tensor(value, *place, src_data_rank=None)
+        else:
+            found[name] = form if form.is_meta else value
+    return found
+
+
+def _form(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    """What is placed as a stored tensor shall be."""
+    here = value if name.startswith(_WHOLE) else own.get(name)
+    if here is None or (here.shape, here.dtype) != (value.shape, value.dtype):
+        return value.to("meta")
+    return here

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ..checks import check_bool, check_int, check_kind, check_within, without_autocast
 from ..rng import check_generator
 from . import checkpoint, parallel
-from .checkpoint import PathLike, decode, differences, encode, hold, outline
+from .checkpoint import Hold, PathLike, decode, differences, encode, outline
 from .ema import EMA
 
 __all__ = ["Trainer"]
@@ -66,6 +66,7 @@ class Trainer:
     format = "di4c_fast.Trainer/1"
     role = "module"  # what messages and checkpoints call it
     wrapper: nn.Module | None = None  # whose hooks exchange gradients with other processes
+    _hold: Hold | None = None
 
     def __init__(
         self,
@@ -242,6 +243,10 @@ class Trainer:
         As long as this object lives, no other process can save under that path: a file beside
         it, `<path>.lock`, names the process that does.
 
+        Processes that train together all call this, between optimiser steps, and all raise what
+        fails in one. Rank 0 writes the file, in which the default generators of all are; where
+        `fully_shard` has cut the weights it is a folder, of which each writes its part.
+
         Args:
             path: in a folder that exists; a file of that name is replaced.
             extra: anything that survives JSON, for the caller (the place in the data, say);
@@ -250,25 +255,25 @@ class Trainer:
         Raises:
             FileNotFoundError: no such folder.
             TypeError: a state that holds something other than tensors and plain values.
-            RuntimeError: another process saves there.
+            RuntimeError: another run saves there; gradients wait that were not exchanged.
         """
         self._refuse_average("save")
-        write = checkpoint.write_checkpoint
-        if self._shared():
-            write = parallel.write_checkpoint
-            if self.pending:
-                raise RuntimeError(
-                    "save() of several processes between optimiser steps only, got "
-                    f"{self.pending} batches whose gradients wait and have not been exchanged"
-                )
-        else:
-            self._hold = hold(path)
-        tensors: dict[str, Tensor] = {}
-        values = {**self._record(), "extra": extra}
-        values["states"] = self._encoded(values["states"], tensors)
+        several = self.wrapper is not None and parallel.is_distributed()
+        if self.pending and several:
+            raise RuntimeError(
+                "save() of several processes between optimiser steps only, got "
+                f"{self.pending} batches whose gradients wait and have not been exchanged"
+            )
+        values, tensors = {**self._record(), "extra": extra}, dict[str, Tensor]()
+        states = values["states"]
+        if several:
+            states["random"], states["ranks"] = parallel.ranks_states(states["random"], "generator")
+        values["states"] = self._encoded(states, tensors)
         if self.pending:
             encode({k: p.grad for k, p in self.module.named_parameters()}, "gradient", tensors)
-        write(path, self.format, tensors, values)
+
+        write = parallel.write_checkpoint if several else checkpoint.hold_and_write
+        self._hold = write(path, self.format, tensors, values)
 
     def load(self, path: PathLike) -> Any:
         """Go on from a checkpoint: afterwards this object equals the one that wrote it.
@@ -276,6 +281,9 @@ class Trainer:
         The optimiser's settings (learning rate and so on) and the schedule's are those of the
         checkpoint; the states of torch's default generators are set as well. Resuming is exact
         on the same kind of device and versions of software. Returns the `extra` given to `save`.
+
+        Any number of processes reads what any number has written, all of them the same path;
+        their default generators come back where they are as many.
 
         Raises:
             FileNotFoundError: no such file.
@@ -296,13 +304,8 @@ class Trainer:
     def _encoded(states: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         return {name: encode(state, name, tensors) for name, state in states.items()}
 
-    def _shared(self) -> bool:
-        """Whether several processes write one checkpoint, a folder."""
-        return self.wrapper is not None and parallel.is_distributed()
-
-    def _read(self, path: PathLike) -> tuple[dict[str, Tensor], Any]:
-        if not self._shared():
-            return checkpoint.read_checkpoint(path, self.format)
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, by its name there."""
         if not self.optimizer.state:  # then its moments are made, to be filled
             from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -311,14 +314,19 @@ class Trainer:
             get_optimizer_state_dict(self.module, self.optimizer)
         own: dict[str, Tensor] = {}
         self._encoded(self._states(), own)
-        return parallel.read_checkpoint(path, self.format, own)
+        return own
 
     def _load(self, path: PathLike) -> Any:
-        tensors, values = self._read(path)
+        if self.wrapper is None:
+            tensors, values = checkpoint.read_checkpoint(path, self.format)
+        else:
+            read = parallel.read_checkpoint
+            tensors, values = read(path, self.format, self.module, self._own_tensors)
         prefix = "gradient/"
         gradients = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:
             states = {name: decode(state, tensors) for name, state in values["states"].items()}
+            self._own_random(states)
             counters, extra = values["counters"], values["extra"]
             found = self._misfits({**values, "states": states}, gradients)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -326,7 +334,7 @@ class Trainer:
         found = found or [
             f"{name} is {outline(value)} there and not so here"
             for name, value in tensors.items()
-            if value.is_meta and not name.startswith("ranks/")
+            if value.is_meta
         ]
         if found:
             more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
@@ -353,11 +361,17 @@ class Trainer:
         for name, generator in self._generators().items():
             if name in states["random"]:
                 generator.set_state(states["random"][name])
-        rank, size = parallel.rank_and_size()
-        for name, every in states.get("ranks", {}).items():
-            if name in self._generators() and len(every) == size:
-                self._generators()[name].set_state(every[rank].clone())
         return extra
+
+    def _own_random(self, states: dict[str, Any]) -> None:
+        """What this process goes on with: its own default generators where others wrote."""
+        rank, size = (0, 1) if self.wrapper is None else parallel.rank_and_size()
+        ranks = states.pop("ranks", {})
+        if min(map(len, ranks.values()), default=1) == size:
+            states["random"] |= {name: every[rank].clone() for name, every in ranks.items()}
+        else:
+            own = self._random_states()
+            states["random"] |= {name: own[name] for name in own if name != "generator"}
 
     def _misfits(self, there: Mapping[str, Any], gradients: Mapping[str, Tensor]) -> list[str]:
         """What keeps this object from going on with a checkpoint; nothing is changed.
@@ -434,18 +448,12 @@ class Trainer:
         return {
             **dict.fromkeys((self.role, "optimizer", "scheduler", "ema")),
             **{name: part.state_dict() for name, part in self._parts().items()},
-            **self._random_states(),
+            "random": self._random_states(),
             "skipped": self.skipped,
         }
 
-    def _random_states(self) -> dict[str, Any]:
-        """Of all generators; torch's default ones are each process's own."""
-        states = {name: one.get_state() for name, one in self._generators().items()}
-        if not self._shared():
-            return {"random": states}
-        names = [name for name in states if name != "generator"]
-        own = {name: states.pop(name) for name in names}
-        return {"random": states, "ranks": parallel.ranks_states(own)}
+    def _random_states(self) -> dict[str, Tensor]:
+        return {name: one.get_state() for name, one in self._generators().items()}
 
     def _generators(self) -> dict[str, torch.Generator]:
         device, found = self.skipped.device, {"cpu": torch.default_generator}

@@ -1,8 +1,8 @@
 """Processes that `torchrun` starts: each computes its part of every batch, rank 0 writes.
 
-Every process draws the whole batch from the same generator and takes its rows; what is drawn inside
-a distillation step is a function of the example's number. So any number of processes trains
-the same models, up to rounding.
+Every process draws the whole batch from the same generator and takes its rows; what `Distiller`
+draws is a function of the example's number. So any number of processes trains the same models,
+up to rounding.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from di4c_fast.rng import draw_seed
-from di4c_fast.training.draws import example_generators
-from di4c_fast.training.parallel import agreed, rank_and_size, reduced
+from di4c_fast.training.parallel import rank_and_size, reduced
 
 Loss = Callable[[torch.Generator, slice], Tensor]
 
@@ -40,25 +38,14 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def on_first(work: Callable[[], None]) -> None:
-    """Let rank 0 do it; where it fails, all fail."""
-    agreed(work if is_first() else lambda: None)
-
-
 def part_of(batch: int) -> slice:
     """The rows of a batch that this process computes."""
     rank, size = rank_and_size()
     return slice(batch * rank // size, batch * (rank + 1) // size)
 
 
-def generators_of(generator: torch.Generator, part: slice) -> tuple[torch.Generator, ...]:
-    """One for each of these examples, whichever process has them."""
-    seed = int(draw_seed(generator, torch.device("cpu")))
-    return example_generators(seed, part.start, part.stop - part.start)
-
-
 class Objective(nn.Module):
-    """A loss as the forward of a module with its model, so that gradients can be exchanged.
+    """A teacher's loss as the forward of a module, so that gradients can be exchanged.
 
     Args:
         loss: (generator, rows of this process) to the mean over these rows.
@@ -77,11 +64,9 @@ class Objective(nn.Module):
         return self._loss(generator, part), rows * rank_and_size()[1] / self.batch
 
 
-def shared(objective: Objective) -> nn.Module:
-    """The objective, its gradients those of the mean over the rows of all processes."""
-    if rank_and_size()[1] == 1:
-        return objective
-    return DistributedDataParallel(objective)
+def shared(module: nn.Module) -> nn.Module:
+    """The module, its gradients those of the mean over the rows of all processes."""
+    return module if rank_and_size()[1] == 1 else DistributedDataParallel(module)
 
 
 def mean(values: Tensor, weight: float) -> Tensor:

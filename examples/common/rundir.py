@@ -22,9 +22,10 @@ from di4c_fast.training.checkpoint import (
     replacing,
     write_checkpoint,
 )
+from di4c_fast.training.parallel import on_first
 
 from .options import Recipe
-from .ranks import is_first, on_first
+from .ranks import is_first
 
 FORMAT = 3
 STORED = "di4c_fast.examples/2"
@@ -119,12 +120,10 @@ class RunDirectory:
         return file
 
     def written(self, file: pathlib.Path, write: Callable[[], None]) -> None:
-        """Let `write` write a file, and record that the run has it; rank 0 does."""
-        if not is_first():
-            return
+        """Call `write`, which writes a file, and let rank 0 record that the run has it."""
         write()
         name = str(file.relative_to(self.path))
-        if name not in self._files:
+        if is_first() and name not in self._files:
             self._files.append(name)
             self._write_record()
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from di4c_fast.heads import as_head
 from di4c_fast.models import draw_latents
-from di4c_fast.training import distill_step
+from di4c_fast.training import DistillModule
 
-from ..common.ranks import generators_of
 from ..common.rundir import RunDirectory
-from ..common.training import masked_cross_entropy, train
+from ..common.training import Training, masked_cross_entropy
 from .config import POSITIONS, Config
 from .data import Digits
 from .systems import system_of
@@ -33,7 +34,7 @@ def train_teacher(
         head = as_head(model(xt, t[part], **given))
         return masked_cross_entropy(head.logits(), x0[part], system.counted(xt), system.columns)
 
-    return train("teacher", model, run, config, seed, checkpoint_every, loss)
+    return Training("teacher", config, run, seed, checkpoint_every).with_loss(model, loss)
 
 
 def distill_student(
@@ -47,10 +48,11 @@ def distill_student(
     """The teacher's Di4C student, trained or resumed, with averaged weights."""
     torch.manual_seed(seed + 1)
     system = system_of(config)
-    model = system.student(teacher)
-    recipe, own_pass = system.recipe(), system.process.component_time is not None
+    module = DistillModule(
+        system.student(teacher), teacher, process=system.process, config=system.recipe()
+    )
 
-    def loss(generator: torch.Generator, part: slice) -> Tensor:
+    def batch(generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Any]]:
         x0, labels = draw_batch(digits, config.student_batch, generator)
         t = system.student_times(len(x0), generator)
 
@@ -61,24 +63,19 @@ def distill_student(
             return drawn[part]
 
         context = system.context(labels, generator)
-        output = distill_step(
-            model,
-            teacher,
-            x0[part],
-            process=system.process,
-            config=recipe,
-            t=t[part],
-            latent=latents(config.components),
-            latent_u=latents(config.draws),
-            latent_min=latents(config.components) if own_pass else None,
-            context={name: value[part] for name, value in context.items()},
-            generator=generators_of(generator, part),
-            return_terms=False,
-        )
-        return output.loss
+        options: dict[str, Any] = {
+            "t": t[part],
+            "context": {name: value[part] for name, value in context.items()},
+            "latent": latents(config.components),
+            "latent_u": latents(config.draws),
+        }
+        if system.process.component_time is not None:
+            options["latent_min"] = latents(config.components)
+        return x0[part], options
 
     # The loss is reported per pixel.
-    return train("student", model, run, config, seed, checkpoint_every, loss, scale=POSITIONS)
+    training = Training("student", config, run, seed, checkpoint_every, scale=POSITIONS)
+    return training.distilled(module, batch)
 
 
 def draw_batch(digits: Digits, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

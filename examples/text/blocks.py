@@ -16,12 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from einops import rearrange
-from torch import Tensor
-
-Model = Callable[..., Tensor]
+from torch import Tensor, nn
 
 
-class BlockModel:
+class BlockModel(nn.Module):
     """A model of rows (R, D), called with blocks (E·N, P) as `distill_step` calls it.
 
     Component n of the blocks of a row makes up one row, with the λ of all its blocks.
@@ -30,22 +28,33 @@ class BlockModel:
         model: tokens (R, D), t (R,) and, for a student, latent (R, L) to logits (R, D, V).
         rows: B.
         blocks: J.
-        shift: the first block starts at this character of the row; the last one goes on at the
-            beginning of the row.
     """
 
-    def __init__(self, model: Model, rows: int, blocks: int, shift: int = 0):
-        self.model, self.rows, self.blocks, self.shift = model, rows, blocks, shift
+    def __init__(self, model: Callable[..., Tensor], rows: int, blocks: int):
+        super().__init__()
+        self.model, self.rows, self.blocks = model, rows, blocks
 
-    def __call__(self, tokens: Tensor, t: Tensor, latent: Tensor | None = None) -> Tensor:
-        """tokens (E·N, P), t (E·N,), latent (E·N, L / J) to logits (E·N, P, V)."""
-        whole = join(tokens, self.rows, self.blocks).roll(self.shift, dims=1)
+    def forward(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        latent: Tensor | None = None,
+        *,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """tokens (E·N, P), t (E·N,), latent (E·N, L / J) to logits (E·N, P, V).
+
+        shift: (E·N,) int64, one number (default 0): the first block starts at this character of
+            the row; the last one goes on at the beginning of the row.
+        """
+        places = 0 if shift is None else int(shift[0])
+        whole = join(tokens, self.rows, self.blocks).roll(places, dims=1)
         times = rearrange(t, "(b j n) -> j (b n)", b=self.rows, j=self.blocks)[0]
         if latent is None:
             logits = self.model(whole, times)
         else:
             logits = self.model(whole, times, join(latent, self.rows, self.blocks))
-        logits = logits.roll(-self.shift, dims=1)
+        logits = logits.roll(-places, dims=1)
         return rearrange(logits, "(b n) (j p) v -> (b j n) p v", b=self.rows, j=self.blocks)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from di4c_fast.models import draw_latents
 from di4c_fast.processes import MaskedProcess
-from di4c_fast.training import DistillConfig, distill_step
+from di4c_fast.training import DistillConfig, DistillModule
 
 from ..common.model import start_from
-from ..common.ranks import generators_of
+from ..common.ranks import part_of
 from ..common.rundir import RunDirectory
-from ..common.training import masked_cross_entropy, train
+from ..common.training import Training, masked_cross_entropy
 from .blocks import BlockModel, cut
 from .config import Config
 from .data import Text, draw_windows
@@ -34,7 +36,7 @@ def process_of(text: Text, config: Config) -> MaskedProcess:
 
 def train_teacher(
     config: Config, text: Text, run: RunDirectory, seed: int, checkpoint_every: int = 100
-) -> TextDenoiser:
+) -> nn.Module:
     """The teacher, trained or resumed, with averaged weights."""
     torch.manual_seed(seed)
     model = TextDenoiser(len(text.alphabet), config)
@@ -47,21 +49,20 @@ def train_teacher(
         logits = model(xt, t[part])
         return masked_cross_entropy(logits, x0[part], xt == process.mask_id, process.mask_id)
 
-    return train("teacher", model, run, config, seed, checkpoint_every, loss)
+    return Training("teacher", config, run, seed, checkpoint_every).with_loss(model, loss)
 
 
 def distill_student(
     config: Config,
     text: Text,
-    teacher: TextDenoiser,
+    teacher: nn.Module,
     run: RunDirectory,
     seed: int,
     checkpoint_every: int = 100,
-) -> TextDenoiser:
+) -> nn.Module:
     """The teacher's Di4C student, trained or resumed, with averaged weights."""
     torch.manual_seed(seed + 1)
     new = TextDenoiser(len(text.alphabet), config, config.latent_dim)
-    model = start_from(teacher, new)
     process = process_of(text, config)
     recipe = DistillConfig(
         components=config.components,
@@ -76,30 +77,30 @@ def distill_student(
     )
 
     rows, blocks = config.student_batch, config.length // config.block
-    latent_dim = config.latent_dim // blocks
+    part = part_of(rows)
+    models = (
+        BlockModel(model, part.stop - part.start, blocks)
+        for model in (start_from(teacher, new), teacher)
+    )
 
-    def loss(generator: torch.Generator, part: slice) -> Tensor:
+    def batch(generator: torch.Generator, part: slice) -> tuple[Tensor, dict[str, Any]]:
         x0 = draw_batch(text, rows, config.length, generator)
         t = process.sample_times(rows, stratified=True, generator=generator)
         t = t.pow(config.time_power).clamp(min=process.t_min)
         shift = int(torch.randint(config.block, (1,), generator=generator))
-        own, examples = part.stop - part.start, slice(part.start * blocks, part.stop * blocks)
+        examples = slice(part.start * blocks, part.stop * blocks)
 
         def latents(count: int) -> Tensor:
-            size = (rows * blocks, count, latent_dim)
+            size = (rows * blocks, count, recipe.latent_dim)
             return draw_latents(*size, stratified=True, generator=generator)[examples]
 
-        output = distill_step(
-            BlockModel(model, own, blocks, shift),
-            BlockModel(teacher, own, blocks, shift),
-            cut(x0[part], blocks, shift),
-            process=process,
-            config=recipe,
-            t=t[part].repeat_interleave(blocks),
-            latent=latents(config.components),
-            latent_u=latents(config.draws),
-            generator=generators_of(generator, examples),
-        )
-        return output.loss / config.block
+        t = t[part].repeat_interleave(blocks)
+        options = {"latent": latents(config.components), "latent_u": latents(config.draws)}
+        context = {"shift": torch.full(t.shape, shift)}
+        return cut(x0[part], blocks, shift), {"t": t, "context": context, **options}
 
-    return train("student", model, run, config, seed, checkpoint_every, loss)
+    module = DistillModule(*models, process=process, config=recipe)
+    # The loss is reported per character.
+    training = Training("student", config, run, seed, checkpoint_every, scale=config.block)
+    student: Any = training.distilled(module, batch)
+    return student.model
