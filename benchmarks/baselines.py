@@ -291,13 +291,10 @@ def distill_step(
     mask_id: int,
     components: int,
     data_weight: float,
+    xt: Tensor,
     advance: Callable[..., Tensor] | None = None,
-    latent: Tensor | None = None,
-    xt: Tensor | None = None,
-    xu: Tensor | None = None,
-    latent_u: Tensor | None = None,
-    consistency_x: Tensor | None = None,
     loss: Callable[..., Tensor] | None = None,
+    **given: Tensor,
 ) -> Tensor:
     """One distillation step as the formulas read: every model sees N copies, all logits exist.
 
@@ -305,22 +302,21 @@ def distill_step(
         student: (tokens (R, D), t (R,), latent (R, 1)) -> logits (R, D, V).
         teacher: (tokens (R, D), t (R,)) -> logits (R, D, V).
         t, u: (B,).
+        xt: (B, D).
         advance: the teacher's step (logits, tokens, t, u), all by rows, to tokens; then no mask
             is known to the loss. None: that of masked diffusion.
-        latent, xt, xu, latent_u, consistency_x: drawn here where None.
         loss: `dense_loss` (None), or what torch.compile makes of it.
+        given: latent, latent_u (R, 1), xu, consistency_x (B, N, D), which are drawn otherwise.
     """
-    batch, positions = x0.shape
+    batch = len(x0)
     rows = batch * components
-    if xt is None:
-        masked = torch.rand(batch, positions, device=x0.device) < t[:, None]
-        xt = torch.where(masked, mask_id, x0)
     copies = xt.repeat_interleave(components, 0)
     t_rows, u_rows = t.repeat_interleave(components), u.repeat_interleave(components)
-    if latent is None:
-        latent = torch.rand(rows, 1, device=x0.device)
-    if latent_u is None:
-        latent_u = torch.rand(rows, 1, device=x0.device)
+    latent, latent_u = (
+        given[name] if name in given else torch.rand(rows, 1, device=x0.device)
+        for name in ("latent", "latent_u")
+    )
+    xu = given.get("xu")
     sizes = (batch, components)
     with torch.no_grad():
         teacher_logits = teacher(copies, t_rows)
@@ -334,7 +330,7 @@ def distill_step(
         teacher_logits.unflatten(0, sizes)[:, 0],
         x0,
         consistency=consistency,
-        consistency_x=consistency_x,
+        consistency_x=given.get("consistency_x"),
         data_weight=data_weight,
         **({"xt": xt, "xu": xu, "mask_id": mask_id} if advance is None else {}),
     )

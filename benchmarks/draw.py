@@ -14,7 +14,7 @@ from di4c_fast.testing import assert_draws_match
 
 from . import baselines
 from .floors import Work, draw_floor
-from .groups import BACKENDS, Check, Group, Variant, library
+from .groups import BACKENDS, Check, Group, Noise, Variant, library
 
 MULTINOMIAL = Variant("multinomial", "softmax, torch.multinomial")
 VARIANTS = [
@@ -58,16 +58,10 @@ class DrawGroup(Group):
         return [v for v in VARIANTS if not (others and v.name.startswith("gumbel"))]
 
     def make_inputs(self, seed: int) -> Inputs:
-        case = self.case
-        device, dtype = torch.device(case.device), case.torch_dtype
-        generator = torch.Generator(device).manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
-
+        case, normal = self.case, Noise(self.case, seed).normal
         if case.head == "logits":
-            return Inputs(normal(case.positions, case.vocabulary).mul_(2.0), seed)
-        weight = normal(case.vocabulary, case.width).mul_(2.0 / math.sqrt(case.width))
+            return Inputs(normal(case.positions, case.vocabulary, scale=2.0), seed)
+        weight = normal(case.vocabulary, case.width, scale=2.0 / math.sqrt(case.width))
         return Inputs(LinearHead(normal(case.positions, case.width), weight), seed)
 
     def input_bytes(self) -> int:

@@ -16,6 +16,7 @@ interpreter.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -41,37 +42,29 @@ class Stage:
     """One process: its output goes to the terminal and to a log."""
 
     name: str
-    arguments: list[str]
     log: Path
-    seconds: float
     status: int | None = None  # None: stopped at its limit
     took: float = 0.0
 
-    def run(self, environment: dict[str, str]) -> None:
-        print(f"\n=== {self.name} (at most {self.seconds:.0f} s)", flush=True)
+    def run(self, arguments: Sequence[str], seconds: float, environment: dict[str, str]) -> None:
+        print(f"\n=== {self.name} (at most {seconds:.0f} s)", flush=True)
         began = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, *self.arguments],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        tee = subprocess.Popen(["tee", str(self.log)], stdin=process.stdout)
-        try:
-            self.status = process.wait(timeout=max(1.0, self.seconds))
-        except subprocess.TimeoutExpired:
-            # As by the keyboard, so that it closes its results.
-            process.send_signal(signal.SIGINT)
+        with open(self.log, "wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        follow = ["tail", "--lines=+1", "--follow", f"--pid={process.pid}", str(self.log)]
+        with subprocess.Popen(follow):
             try:
-                process.wait(timeout=10)
+                self.status = process.wait(timeout=max(1.0, seconds))
             except subprocess.TimeoutExpired:
+                # As by the keyboard, so that it closes its results.
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=10)
                 process.kill()
                 process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-        try:
-            tee.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # a grandchild holds the pipe
-            tee.kill()
-            tee.wait()
         self.took = time.monotonic() - began
 
     def lines(self) -> list[str]:
@@ -148,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if dry:
                 command += ["--device=cpu", "--size=tiny", "--seconds=0.01", "--rounds=1"]
             command += options.rest
-        done.append(Stage(name, ["-m", *command], out / f"{name}.log", limit))
-        done[-1].run(environment)
+        done.append(Stage(name, out / f"{name}.log"))
+        done[-1].run(command, limit, environment)
         lines = [line for stage in done for line in stage.lines()]
         (out / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n" + (out / "summary.txt").read_text(encoding="utf-8"), end="", flush=True)

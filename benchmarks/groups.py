@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from di4c_fast import backends
 
@@ -55,6 +56,26 @@ class Check:
                 problem = f"the {what} is off by {error:.1e}, at most {limit:.0e} allowed"
                 return Check(problem, loss, gradient)
         return Check(None, loss, gradient)
+
+
+class Noise:
+    """Random numbers for the inputs of a case."""
+
+    def __init__(self, case: Case, seed: int):
+        self.case, self.generator = case, torch.Generator(case.device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """In the dtype of the case."""
+        how = {"device": self.case.device, "dtype": self.case.torch_dtype}
+        return torch.randn(*shape, generator=self.generator, **how).mul_(scale)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, device=self.case.device)
+
+    def tokens(self, *shape: int, masks: bool = True) -> Tensor:
+        """masks: whether the last token is a mask, which is none of these."""
+        below, how = self.case.vocabulary - masks, {"device": self.case.device}
+        return torch.randint(below, shape, generator=self.generator, **how)
 
 
 class Group(abc.ABC):

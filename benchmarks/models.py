@@ -65,32 +65,24 @@ class Transformer(nn.Module):
         return LinearHead(hidden, self.output.weight, budget_bytes=self.budget_bytes)
 
 
-class CachedTransformer(nn.Module):
+class CachedTransformer(Transformer):
     """(tokens (R, D), t (R,)) -> `LinearHead` (R, D, V), which keeps keys and values if asked."""
 
     windows = ("suffix", "block")
 
-    def __init__(self, vocabulary: int, positions: int, width: int, layers: int):
-        super().__init__()
-        self.heads, self.kept = max(1, width // 64), KeyValues()
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.position = nn.Parameter(torch.randn(positions, width))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * layers + 1))
-        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(layers))
-        self.mix = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.up = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(layers))
-        self.down = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(layers))
-        self.output = nn.Linear(width, vocabulary, bias=False)
+    def __init__(self, *sizes: int):
+        super().__init__(*sizes)
+        self.kept = KeyValues()
 
     def hidden(self, tokens: Tensor, start: int, kept: list[Tensor]) -> Tensor:
         """kept: keys and values (R, heads, D, C) of all layers; empty on a call of all positions,
         which fills it, else written over at those of the call."""
         stop, first = start + tokens.shape[1], not kept
         x = self.embedding(tokens) + self.position[start:stop]
-        for i, (qkv, mix, up, down) in enumerate(
-            zip(self.qkv, self.mix, self.up, self.down, strict=True)
-        ):
-            parts = qkv(self.norms[2 * i](x)).unflatten(2, (3, self.heads, -1))
+        for i, block in enumerate(self.blocks):
+            own = block.self_attn
+            parts = F.linear(block.norm1(x), own.in_proj_weight, own.in_proj_bias)
+            parts = parts.unflatten(2, (3, own.num_heads, -1))
             query, *pair = parts.permute(2, 0, 3, 1, 4)
             if first:
                 kept += pair
@@ -98,9 +90,9 @@ class CachedTransformer(nn.Module):
                 for whole, part in zip(kept[2 * i : 2 * i + 2], pair, strict=True):
                     whole[:, :, start:stop] = part
             seen = F.scaled_dot_product_attention(query, kept[2 * i], kept[2 * i + 1])
-            x = x + mix(seen.transpose(1, 2).flatten(2))
-            x = x + down(F.gelu(up(self.norms[2 * i + 1](x))))
-        return self.norms[-1](x)
+            x = x + own.out_proj(seen.transpose(1, 2).flatten(2))
+            x = x + block.linear2(F.gelu(block.linear1(block.norm2(x))))
+        return self.norm(x)
 
     def forward(self, tokens: Tensor, t: Tensor, *, window: Window | None = None) -> LinearHead:
         if window is None or window.first:

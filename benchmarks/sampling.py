@@ -17,7 +17,7 @@ from di4c_fast.testing import assert_draws_match
 
 from . import baselines
 from .floors import Work
-from .groups import Check, Group, Variant, library
+from .groups import Check, Group, Noise, Variant, library
 from .models import TiedModel, Transformer
 from .parts import parts_of
 
@@ -155,19 +155,11 @@ class ConfidenceGroup(SamplerGroup):
         return [share + (step < rest) for step in range(self.case.steps)]
 
     def make_inputs(self, seed: int) -> Inputs:
-        case = self.case
-        generator = torch.Generator(case.device).manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(
-                *shape, generator=generator, device=case.device, dtype=case.torch_dtype
-            )
-
-        weight = normal(case.vocabulary, case.width).mul_(2.0 / math.sqrt(case.width))
-        model = TiedModel(weight, normal(case.positions, case.width))
-        size = (case.batch, case.positions - case.active_positions)
-        prompt = torch.randint(self.mask_id, size, generator=generator, device=case.device)
-        return Inputs(model, prompt)
+        case, noise = self.case, Noise(self.case, seed)
+        scale = 2.0 / math.sqrt(case.width)
+        weight = noise.normal(case.vocabulary, case.width, scale=scale)
+        model = TiedModel(weight, noise.normal(case.positions, case.width))
+        return Inputs(model, noise.tokens(case.batch, case.positions - case.active_positions))
 
     def input_bytes(self) -> int:
         case = self.case

@@ -18,7 +18,7 @@ from di4c_fast.training import DistillConfig, DistillOutput, distill_step
 
 from . import baselines
 from .cases import Case
-from .groups import FUSED, Check, Group, Variant, library
+from .groups import FUSED, Check, Group, Noise, Variant, library
 from .models import Transformer
 from .parts import parts_of
 
@@ -134,7 +134,7 @@ class StepGroup(Group):
         return inputs.gradient(self._library(name, inputs).loss)
 
     def _plain(self, name: str, inputs: Inputs, **given: Tensor) -> Tensor:
-        if not self.masks and "xt" not in given:
+        if "xt" not in given:
             given["xt"] = self.process.corrupt(inputs.x0, inputs.t)
         u = inputs.t - min(self.teacher_step, float(self.case.masked or 0.5) / 2)
         given = {"u": u, **given}
@@ -182,20 +182,15 @@ class StepGroup(Group):
         case = self.case
         plain = name.startswith("plain")
         ours, theirs = ("torch", name) if plain else (name, f"plain-{name}")
-        generator = torch.Generator(case.device).manual_seed(inputs.seed)
+        noise = Noise(case, inputs.seed)
         sizes = (case.batch, self.how(name)[0], 1)
-        latents = {
-            key: torch.rand(sizes, generator=generator, device=case.device)
-            for key in ("latent", "latent_u")
-        }
+        latents = {key: noise.uniform(*sizes) for key in ("latent", "latent_u")}
         with torch.no_grad():
             output = self._library(ours, inputs, **latents)
         assert output.xu is not None
         # Rows as draws are: with one class at every masked position all components would be
         # as likely, and their differences lost in fp32 on either side.
-        drawn = torch.randint(
-            self.mask_id, output.xu.shape, generator=generator, device=case.device
-        )
+        drawn = noise.tokens(*output.xu.shape)
         if self.masks:
             drawn = torch.where(output.xu == self.mask_id, drawn, output.xu)
         flat = {key: value.flatten(0, 1) for key, value in latents.items()}
@@ -207,6 +202,8 @@ class StepGroup(Group):
         return Check.of(error, error_of_gradient, LIMITS[case.dtype])
 
     def details(self, name: str, inputs: Inputs) -> dict[str, float]:
+        if self.case.kind == "many":
+            return {}  # a student that runs within the backward pass is no part of its own
         named = [
             (inputs.teacher, "hidden", "teacher"),
             (inputs.student, "hidden", "student, twice"),

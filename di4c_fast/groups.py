@@ -89,7 +89,7 @@ class Shard(NamedTuple):
             ValueError: they do not; on every rank. On a GPU, where a look at the result would wait
                 for the device, a device-side assertion.
         """
-        _compare(self.process_group, self[:3], repr(facts), _digest(tokens, device))
+        _compare(self.process_group, self[:3], facts, _digest(tokens, device))
 
     def _reduce(self, operation: Any, values: Sequence[Tensor]) -> list[Tensor]:
         """One exchange for tensors of one dtype."""
@@ -120,7 +120,7 @@ def agree_but_for_positions(
     group: str, facts: Any, device: torch.device, *tensors: Tensor | None
 ) -> None:
     """Check that ranks that share the positions evaluate the same; errors as of `Shard.agree`."""
-    _compare(_resolve(group), (0, 0, 0), repr(facts), _digest(tensors, device))
+    _compare(_resolve(group), (0, 0, 0), facts, _digest(tensors, device))
 
 
 def _digest(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -144,6 +144,18 @@ def places_among(count: int, group: str, device: torch.device) -> tuple[Tensor, 
 
 def group_name(group: Any, name: str) -> str | None:
     return None if group is None else _checked_group(group, name).group_name
+
+
+def check_apart(shard: Shard | None, position_group: Any) -> None:
+    """Ranks that share the positions have the same columns, so they share no vocabulary."""
+    if shard is not None:
+        groups = shard.process_group, position_group
+        both = set.intersection(*(set(dist.get_process_group_ranks(group)) for group in groups))
+        if len(both) > 1:
+            raise ValueError(
+                "position_group must have none of the other ranks that hold the vocabulary, got "
+                f"{sorted(both)}"
+            )
 
 
 @contextlib.contextmanager
@@ -181,7 +193,8 @@ def make_shard(
     if found:
         if not (group is None and columns is None and vocabulary is None):
             raise ValueError(
-                "group, columns and vocabulary must be None with a DTensor, as its own"
+                "group, columns and vocabulary must be None with a DTensor: they are those of its "
+                "device_mesh"
             )
         group, columns, vocabulary = found["group"], found["columns"], found["vocabulary"]
     if columns is None:
@@ -205,7 +218,7 @@ def make_shard(
         _compare(group, (0, 0, 0), f"{type(error).__name__}: {error}", none)
         raise
     if vocabulary is None:
-        table = _compare(group, (start, stop, -1), repr(facts), none)
+        table = _compare(group, (start, stop, -1), facts, none)
         vocabulary = int(table[:, 1].max())
     return Shard(start, stop, vocabulary, group.group_name)
 
@@ -241,12 +254,13 @@ def _gather(values: Tensor, group: Any) -> Tensor:
     return torch.stack(parts)
 
 
-def _compare(group: Any, numbers: Sequence[int], text: str, sums: Tensor) -> Tensor:
+def _compare(group: Any, numbers: Sequence[int], facts: Any, sums: Tensor) -> Tensor:
     """Check what the ranks say; the numbers of all: (ranks, 5).
 
-    numbers: start, stop and V, -1 where it is asked for. A rank that failed has a text alone.
+    numbers: start, stop and V, -1 where it is asked for.
+    facts: plain ones, by name where there are several; a rank that failed has its error alone.
     """
-    fact = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    fact = int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "little")
     # Filled in by kernels: a copy from the host would wait for the device.
     table = _gather(
         torch.stack([*(torch.full_like(sums, n) for n in (*numbers, fact)), sums]), group
@@ -259,16 +273,22 @@ def _compare(group: Any, numbers: Sequence[int], text: str, sums: Tensor) -> Ten
         message = "the ranks of a group disagree about a sharded vocabulary or a call with it"
         torch._assert_async(same, message)
     elif not bool(same):
-        _refuse(group, text, table.tolist())
+        _refuse(group, facts, table.tolist())
     return table
 
 
-def _refuse(group: Any, text: str, table: list[list[int]]) -> None:
-    texts: list[Any] = [None] * len(table)
-    dist.all_gather_object(texts, text, group=group)
-    if len(set(texts)) > 1:
-        listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
-        raise ValueError(f"the ranks of the group disagree: {listed}")
+def _refuse(group: Any, facts: Any, table: list[list[int]]) -> None:
+    named = {k: repr(v) for k, v in facts.items()} if isinstance(facts, dict) else {"": facts}
+    every: list[Any] = [None] * len(table)
+    dist.all_gather_object(every, named, group=group)
+    if any(other != named for other in every):
+        failed = any("" in other for other in every)
+        said = []
+        for rank, other in enumerate(every):
+            differ = [k for k, v in other.items() if any(one.get(k) != v for one in every)]
+            texts = [f"{k} {other[k]}".strip() for k in differ if not (failed and k)]
+            said += [f"rank {rank}: {', '.join(texts)}"] if texts else []
+        raise ValueError(f"the ranks of the group disagree: {'; '.join(said)}")
     spans = ", ".join(f"{tuple(row[:2])} of rank {rank}" for rank, row in enumerate(table))
     totals = {row[2] for row in table}
     if len(totals) > 1:

@@ -120,7 +120,7 @@ def test_every_point_of_the_sweeps_is_measured_once_and_found_on_its_axis(size):
 
 @pytest.mark.parametrize("shape", ["language", "image", "pixel", "large", "cross-entropy"])
 def test_truth_agrees_with_the_dense_reference(shape):
-    """The chunked float64 truth against di4c_fast's dense reference in float64."""
+    """The truth by the plain passes against the dense reference, both in float64."""
     group = make_group(tiny(shape))
     inputs = group.make_inputs(3)
     truth = group.truth(inputs)
@@ -361,6 +361,7 @@ def checkout(tmp_path, run_of_two_shapes):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(run_of_two_shapes[1], tmp_path / "benchmarks/results/cpu.json")
     (tmp_path / "README.md").write_text(README)
+    (tmp_path / "docs/distributed.md").write_text(BLOCK.format("many-cpu"))
     figure = "![speed](../benchmarks/figures/speed-cpu.svg)\n"
     (tmp_path / "docs/speed.md").write_text(BLOCK.format("loss-cpu") + figure)
     return tmp_path

@@ -386,7 +386,9 @@ def dtensors_say_their_columns() -> None:
     for whole, ours in zip(*found, strict=True):
         assert torch.allclose(whole, ours, **CLOSE)
     part = distribute_tensor(weight, mesh, [Shard(0)])
-    assert_raises("as its own", LinearHead, hidden, part, group=GROUPS[0])
+    more = distribute_tensor(torch.zeros(VOCABULARY + 1), mesh, [Shard(0)])
+    assert_raises("of its device_mesh", LinearHead, hidden, part, group=GROUPS[0])
+    assert_raises("bias must be a DTensor of 11 classes", LinearHead, hidden, part, more)
     assert_raises("Shard", LinearHead, hidden, distribute_tensor(weight, mesh, [Replicate()]))
 
 
@@ -456,6 +458,14 @@ def disagreements_are_errors_on_every_rank() -> None:
     assert_raises("disagree about vocabulary", run_loss, problem | narrow)
     hidden = {"x0": problem["x0"][:, : 5 - rank]}
     assert_raises("x0 must have shape", run_loss, problem | heads | hidden)
+    for name, head in heads.items():
+        logits = head.logits().to((torch.float32, torch.float64)[rank % 2])
+        split = TensorHead(logits, **here(columns), vocabulary=VOCABULARY)
+        assert_raises(f"{name}: tensors .*float32", run_loss, problem | heads | {name: split})
+        assert_raises("rank 0: tensors .*float32.* rank 1: tensors .*float64", sample, split)
+    assert_raises("reduction must be", run_loss, problem | heads, reduction="mean" if rank else 3)
+    other = {"position_group": GROUPS[0]}
+    assert_raises("none of the other ranks that hold", run_loss, problem | heads, **other)
     whole = {"teacher": problem["teacher"]}
     assert_raises("teacher must", run_loss, problem | heads | whole)
     assert_raises("takes no shard", run_loss, problem | heads, backend="reference")

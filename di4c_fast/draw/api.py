@@ -107,8 +107,8 @@ def sample(
     >>> expected = logits.log_softmax(-1).gather(1, draw.token[:, None])[:, 0]
     >>> torch.testing.assert_close(draw.log_prob, expected)
     """
-    check_choice(backend, "backend", backends.names())
     with shared_errors(logits):
+        check_choice(backend, "backend", backends.names())
         request = prepare_request(
             logits,
             temperature=temperature,

@@ -90,7 +90,10 @@ class SampleRequest:
         facts = {n: "a tensor" if isinstance(v, Tensor) else v for n, v in facts.items()}
         budget = self.budget_bytes or self.head.budget_bytes
         shape, guided = tuple(self.head.shape[:-1]), self.unconditional is not None
-        return facts | {"shape": shape, "guided": guided, "budget_bytes": budget}
+        facts |= {"shape": shape, "guided": guided, "budget_bytes": budget}
+        for head in self.heads:
+            facts |= {f"guidance: {k}" if k in facts else k: v for k, v in head.facts().items()}
+        return facts
 
     @property
     def rows(self) -> int:

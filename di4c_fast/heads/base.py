@@ -98,6 +98,11 @@ class Head(abc.ABC):
     def requires_grad(self) -> bool:
         return any(t is not None and t.requires_grad for t in self.tensors())
 
+    def facts(self) -> dict[str, Any]:
+        """What ranks that share the vocabulary, or positions, have to agree about."""
+        kind = type(self).__name__
+        return {"kind": kind, "dtype": self.dtype, "budget_bytes": self.budget_bytes}
+
     def detach(self) -> Head:
         """The same head cut off from the graph."""
         return self.with_tensors([None if t is None else t.detach() for t in self.tensors()])
@@ -271,6 +276,11 @@ class BuiltInHead(Head):
         head = self.map_rows(front)
         return head, self.map_rows(lambda _: others.pop(0))
 
+    def facts(self) -> dict[str, Any]:
+        kinds = [None if t is None else (t.dtype, t.ndim) for t in self.tensors()]
+        options = {name: getattr(self, name) for name in self.options}
+        return {"kind": type(self).__name__, "tensors": kinds, **options}
+
     def encode(self) -> str:
         shard = None if self.shard is None else tuple(self.shard)
         options = [repr(getattr(self, name)) for name in self.options]
@@ -284,6 +294,9 @@ class ExcludingHead(Head):
         check_int64(columns, "columns")
         self.inner, self.columns = inner, columns
         self.budget_bytes, self.shard = inner.budget_bytes, inner.shard
+
+    def facts(self) -> dict[str, Any]:
+        return self.inner.facts()
 
     @property
     def shape(self) -> torch.Size:

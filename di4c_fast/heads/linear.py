@@ -74,22 +74,24 @@ class LinearHead(BuiltInHead):
         reduce_hidden_grad: bool = True,
     ):
         weight, found = unwrap(weight, 0, "weight")
-        bias, _ = unwrap(bias, -1, "bias")
+        bias, other = unwrap(bias, -1, "bias")
 
         def check() -> tuple[int, Any]:
+            if found and other and found != other:
+                raise ValueError(
+                    f"bias must be a DTensor of {found['vocabulary']} classes over the device_mesh "
+                    "of weight"
+                )
             _check(hidden, weight, bias, softcap, budget_bytes)
             check_bool(reduce_hidden_grad, "reduce_hidden_grad")
-            biased = None if bias is None else (bias.ndim, bias.dtype)
-            kinds = (hidden.dtype, weight.dtype, weight.shape[1], biased, reduce_hidden_grad)
-            return weight.shape[0], ("linear", *kinds, softcap)
+            self.softcap = None if softcap is None else float(softcap)
+            return weight.shape[0], self.facts()
 
-        self.shard = make_shard(check, weight, found, group, columns, vocabulary)
-        self.reduce_hidden_grad = reduce_hidden_grad
+        self.reduce_hidden_grad, self.budget_bytes = reduce_hidden_grad, budget_bytes
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.softcap = None if softcap is None else float(softcap)
-        self.budget_bytes = budget_bytes
         # The position of each row, where the rows are no longer those of a (..., D, C) tensor.
         self._positions: Tensor | None = None
+        self.shard = make_shard(check, weight, found, group, columns, vocabulary)
 
     @property
     def shape(self) -> torch.Size:
@@ -102,6 +104,9 @@ class LinearHead(BuiltInHead):
     @property
     def device(self) -> torch.device:
         return self.hidden.device
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"width": self.weight.shape[1]}
 
     @property
     def positional(self) -> bool:

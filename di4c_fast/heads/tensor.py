@@ -45,11 +45,10 @@ class TensorHead(BuiltInHead):
             check_floating(logits, "logits")
             check_rank(logits, "logits", minimum=1)
             check_bool(in_place_gradient, "in_place_gradient")
-            return logits.shape[-1], ("tensor", logits.dtype)
+            return logits.shape[-1], self.facts()
 
+        self._logits, self.in_place_gradient = logits, in_place_gradient
         self.shard = make_shard(check, logits, found, group, columns, vocabulary)
-        self._logits = logits
-        self.in_place_gradient = in_place_gradient
 
     @property
     def shape(self) -> torch.Size:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import Backend
 from ..checks import check_choice, check_whole, without_autocast
-from ..groups import group_name, shared_errors
+from ..groups import check_apart, group_name, shared_errors
 from ..heads import HeadLike
 from ..passes.base import Values
 from .packed import pack_problem, pad_problem
@@ -187,9 +187,9 @@ def loss(
     2410.08709), and the published training code of its three systems, whose losses and gradients
     it reproduces.
     """
-    check_choice(reduction, "reduction", REDUCTIONS)
-    check_choice(backend, "backend", backends.names())
     with shared_errors(student, position_group):
+        check_choice(reduction, "reduction", REDUCTIONS)
+        check_choice(backend, "backend", backends.names())
         problem = prepare_loss(
             student,
             teacher,
@@ -232,6 +232,7 @@ def _laid_out(problem: Problem, position_group: Any) -> Problem:
     """The problem of positions on several ranks, or of sequences in one row."""
     if position_group is not None:
         name = group_name(position_group, "position_group")
+        check_apart(problem.student.shard, position_group)
         problem = dataclasses.replace(problem, position_group=name)
     return problem if problem.ends is None else pack_problem(problem)
 
@@ -331,8 +332,8 @@ def _token_rows(
     x: Tensor,
     *others: Any,
 ) -> Tensor:
-    check_choice(backend, "backend", backends.names())
     with shared_errors(student, position_group):
+        check_choice(backend, "backend", backends.names())
         problem, single = prepare_rows_problem(correlation, student, x, *others)
         problem = _laid_out(problem, position_group)
     with without_autocast(problem.student.device):

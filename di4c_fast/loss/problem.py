@@ -90,6 +90,7 @@ class Problem:
         for name in ("student", "teacher", "consistency"):
             head = getattr(self, name)
             facts[name] = head and tuple(head.shape[:-2])
+            facts |= {f"{name}: {k}": v for k, v in (head.facts() if head else {}).items()}
         return facts | {"targets": self.targets, "drawn": self.seed is not None}
 
     @property

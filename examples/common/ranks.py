@@ -27,12 +27,12 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """The group of all processes, where `torchrun` has started several."""
+def process_group(backend: str | None = "gloo") -> Iterator[None]:
+    """The group of all processes, where `torchrun` has started several; None: by device."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group(backend)
     yield
     gc.collect()  # a DDP wrapper that outlives its group can wait for gloo's thread for ever
     dist.destroy_process_group()

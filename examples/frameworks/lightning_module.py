@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from di4c_fast.training import EMA, DistillModule
 
+from ..common.ranks import process_group
 from . import parts
 
 
@@ -54,8 +56,7 @@ class Distillation(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parts.options("lightning", argv)
+def train(arguments: argparse.Namespace) -> None:
     module, tokens = parts.make(arguments.run_dir)
     saving = ModelCheckpoint(
         arguments.run_dir / "checkpoints", every_n_train_steps=arguments.save_every, save_last=True
@@ -73,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     student = Distillation(module, tokens, arguments.batch)
     trainer.fit(student, DataLoader(range(arguments.steps)), ckpt_path="last")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parts.options("lightning", argv)
+    # Lightning takes the group that is there; its own would come after the teacher is trained.
+    with process_group(None):
+        train(arguments)
     return 0
 
 
