@@ -29,7 +29,8 @@ DEV = [
     "mypy>=1.11",
     "scipy>=1.11",
     "diffusers>=0.42",
-    "accelerate>=1.0",  # which its Trainer needs; 15 s to install, with psutil
+    "accelerate>=1.0",  # which the Trainer of transformers needs; 15 s to install, with psutil
+    "lightning>=2.5",  # 26 s to install
 ]
 
 spec = spec_from_file_location("build_passes", ROOT / "kernels" / "cpu" / "build.py")
