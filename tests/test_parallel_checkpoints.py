@@ -48,6 +48,10 @@ def write(rank, size, folder):
 
         found[kind] += (refused(lambda one=plain, to=folder / f"{kind} held": one.save(to)),)
 
+    half = make("ddp", accumulate=2, seed=5)
+    half.load(folder / "half")
+    run(half, 1, 4, rank, size)
+    found["half"] = state(half)
     waits = make("ddp", accumulate=2)
     run(waits, 0, 1, rank, size)
     waiting = refused(lambda: waits.save(folder / "waits"))
@@ -56,6 +60,7 @@ def write(rank, size, folder):
     before = state(other)
     found["refused"] = {
         "waits": waiting,
+        "half": refused(lambda: make("fsdp", accumulate=2).load(folder / "half")),
         "missing": refused(lambda: other.load(folder / "missing")),
         "other": refused(lambda: other.load(folder / "fsdp plain")),
         "file": refused(lambda: other.save(folder / "a file")),
@@ -82,6 +87,10 @@ def go_on(rank, size, folder, kinds=KINDS):
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "a file").touch()
+    half = make("plain", accumulate=2)
+    run(half, 0, 1)
+    half.save(folder / "half")
+    del half
     (folder / "fsdp held").mkdir()
     held = hold(folder / "ddp held"), hold(folder / "fsdp held" / "checkpoint.json")
     ranks = launch(write, 2, folder / "ranks", folder)
@@ -100,6 +109,13 @@ def test_as_many_ranks_go_on_bit_for_bit(written, kind):
             for name, value in one.items():
                 assert torch.equal(value, other[name]), name
         assert their_metrics == metrics
+
+
+def test_several_ranks_with_ddp_go_on_in_the_middle_of_an_accumulation(written):
+    one = make("plain", accumulate=2)
+    run(one, 0, 4)
+    for found in written[1]:
+        assert_near(found["half"], state(one))
 
 
 def test_one_process_without_a_group_goes_on_to_rounding(written):
@@ -121,6 +137,7 @@ def test_another_number_of_ranks_goes_on_to_rounding_ddp_from_fsdp_and_back(writ
     ("case", "messages"),
     {
         "waits": ["save() of several processes between optimiser steps only, got 1 batches"] * 2,
+        "half": ["float64 there and not so here; gradient/"] * 2,
         "missing": ["there is no checkpoint"] * 2,
         "other": ["belongs to another run: optimizer is Adam there and SGD here"] * 2,
         "file": ["path must be a folder, got the file"] * 2,
