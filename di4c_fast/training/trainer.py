@@ -61,11 +61,15 @@ class Trainer:
         examples: how many examples they and the batches since have had.
         pending: batches whose gradients wait for the next optimiser step.
         skipped: float32 tensor on the module's device, how many steps were skipped.
+        wrapper: None, or what exchanges the module's gradients with other processes
+            (DistributedDataParallel of a module whose forward is the loss). Set before the first
+            step, as `Distiller.of` does: gradients are exchanged with the last batch of an
+            accumulation, and all processes call `save` and `load` together.
     """
 
     format = "di4c_fast.Trainer/1"
     role = "module"  # what messages and checkpoints call it
-    wrapper: nn.Module | None = None  # whose hooks exchange gradients with other processes
+    wrapper: nn.Module | None = None
     _hold: Hold | None = None
 
     def __init__(
