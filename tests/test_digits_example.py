@@ -182,7 +182,7 @@ def trio(request):
 
 
 def _logits(one, model, x, *latent) -> torch.Tensor:
-    """Of images without noise, all with the label 4 where there are labels."""
+    """At t = 1, all with the label 4 where there are labels."""
     labels = torch.full((len(x),), 4)
     names = one.context(labels, torch.Generator())
     context = dict.fromkeys(names, labels)
@@ -197,6 +197,7 @@ def test_the_student_is_the_teacher_apart_from_its_latent(trio):
     assert own
     assert all(name.startswith("latent.") for name in own)
     x, latent = torch.randint(3, (2, 64)), torch.tensor([[0.1], [0.8]])
+    x = one.process.corrupt(x, torch.ones(2))
     different = _logits(one, student, x[:1].expand(2, -1), latent)
     assert not torch.allclose(different[0], different[1])
     for name in own:
@@ -206,6 +207,20 @@ def test_the_student_is_the_teacher_apart_from_its_latent(trio):
         _logits(one, student, x)
     with pytest.raises(ValueError, match="takes no latents"):
         _logits(one, teacher, x, latent)
+
+
+def test_the_masked_student_learns_lambda_alone_which_begins_with_mean_0_and_fades():
+    one = system_of(dataclasses.replace(TINY, latent_dim=2))
+    teacher = one.teacher()
+    student = one.student(teacher)
+    learning = [name for name, p in student.named_parameters() if p.requires_grad]
+    assert learning == [name for name, _ in student.named_parameters() if name[:7] == "latent."]
+    with torch.no_grad():
+        vectors = student.latent(torch.rand(4000, 2, generator=torch.Generator().manual_seed(0)))
+    error = vectors.sum(1).std(0) / math.sqrt(4000)
+    assert (vectors.sum(1).mean(0).abs() < 6 * error).all()
+    clean, latent = torch.randint(3, (2, 64)), torch.rand(2, 2)
+    assert torch.equal(_logits(one, student, clean, latent), _logits(one, teacher, clean))
 
 
 def test_a_pixel_is_read_and_predicted_at_its_own_place(trio):

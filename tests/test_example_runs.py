@@ -25,6 +25,7 @@ import examples.text.__main__ as text_command
 from examples.common import report, sampling
 from examples.common.rundir import RunDirectory, RunError
 from examples.digits import train as digits_train
+from examples.digits import trials
 from examples.digits.config import Config
 from examples.text import train as text_train
 from examples.text.metrics import MEASURES as TEXT_MEASURES
@@ -157,6 +158,16 @@ def test_the_command_runs_reports_and_does_not_repeat_finished_work(
     assert json.loads((run / "results.json").read_text()) == results
     capsys.readouterr()
 
+    if name == "masked":
+        file = tmp_path / "trials.json"
+        assert trials.main([str(run), "--about", "a test", "--out", str(file)]) == 0
+        trial = json.loads(file.read_text())["trials"][0]
+        assert trial["name"] == "run"
+        assert trial["changes"].items() >= {"levels": 3, "steps": [1, 3]}.items()
+        assert trial["student"]["3"].keys() == {"frechet", "pair_tv"}
+        for nats in trial["diagnostics"].values():
+            assert 0 <= nats["kl"] < 1
+            assert 0 < nats["joint_nats"] < nats["student_nats"] + 0.1
     before = content(run)
     assert main(name, *arguments, "--layers", "2") == 2
     assert "layers is 1 there and 2 here" in capsys.readouterr().err

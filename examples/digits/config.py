@@ -29,7 +29,7 @@ class Config(Recipe):
     teacher_iterations: int = option(2600, "training iterations of the teacher", 1)
     teacher_batch: int = option(64, "examples in a batch of the teacher", 1)
     teacher_lr: float = option(2e-3, "peak learning rate of the teacher", 1e-8, 1.0)
-    student_iterations: int = option(900, "distillation iterations", 1)
+    student_iterations: int = option(1200, "distillation iterations", 1)
     student_batch: int = option(8, "examples in a batch of the student", 1)
     student_lr: float = option(1e-3, "peak learning rate of the student", 1e-8, 1.0)
     components: int = option(16, "N, latent draws of the student per example", 1, 1024)
@@ -38,6 +38,7 @@ class Config(Recipe):
     latent_scale: float = option(1000.0, "factor on the latent before its sinusoids", 1e-3, 1e5)
     teacher_step: float = option(0.2, "longest step of the teacher in time, of 1", 1e-4, 1.0)
     data_weight: float = option(1.0, "weight of the data correlation term", 0.0)
+    teacher_weight: float = option(5.0, "weight of the distance to the teacher's marginals", 0.0)
     time_power: float = option(0.5, "student times are u^power, u uniform; <1 favours noise", 0.05)
     samples: int = option(4000, "samples per model and step count", 32)
     steps: tuple[int, ...] = option((1, 2, 4, 8, 16), "step counts to sample with", 1, 4096)
@@ -74,6 +75,7 @@ class MaskGITConfig(Config):
     student_lr: float = option(5e-4, "peak learning rate of the student", 1e-8, 1.0)
     components: int = option(8, "N, latent draws of the student per example", 1, 1024)
     draws: int = option(8, "K, consistency draws per example", 1, 1024)
+    teacher_weight: float = option(1.0, "weight of the distance to the teacher's marginals", 0.0)
     time_power: float = option(0.8, "student times above low-t are u^power of the range", 0.05)
     low_t: float = option(
         0.05, "times, and share of them, for the component term instead of consistency", 0.0, 0.5
@@ -105,6 +107,7 @@ class GaussianConfig(Config):
 
     teacher_iterations: int = option(2000, "training iterations of the teacher", 1)
     student_iterations: int = option(600, "distillation iterations", 1)
+    teacher_weight: float = option(1.0, "weight of the distance to the teacher's marginals", 0.0)
     min_step: float = option(0.05, "shortest step of the teacher in time", 1e-4, 0.9)
     component_weight: float = option(1.0, "weight of the component term", 0.0)
     rate_sigma: float = option(0.5, "width of single moves, in levels", 0.05, 16.0)

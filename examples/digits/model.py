@@ -57,6 +57,8 @@ class DigitsDenoiser(DigitsBase):
         latent_scale: factor on λ before its sinusoids.
         classes: labels of examples; 0 for a model without. Label `classes` stands for "no label",
             which guidance needs. A label enters as λ does, one vector per patch.
+        latent_fades: λ's vectors are times the share of masked pixels, so that λ says less the
+            fewer pixels it could tie together.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class DigitsDenoiser(DigitsBase):
         latent_dim: int = 0,
         latent_scale: float = 1000.0,
         classes: int = 0,
+        latent_fades: bool = False,
     ):
         super().__init__(levels + 1, width)
+        self.latent_fades = latent_fades
         self.make_body(layers, self.vocabulary)
         self.latent = (
             LatentEmbedding(PATCHES * width, latent_dim, scale=latent_scale) if latent_dim else None
@@ -89,7 +93,11 @@ class DigitsDenoiser(DigitsBase):
         check_given(label, self.labels, "labels")
         x = self.embed_pixels(tokens)
         if self.latent is not None and latent is not None:
-            x = x + rearrange(self.latent(latent).sum(dim=1), "r (t c) -> r t c", t=PATCHES)
+            vectors = self.latent(latent).sum(dim=1)
+            if self.latent_fades:
+                masked = tokens == self.vocabulary - 1
+                vectors = vectors * masked.to(x.dtype).mean(dim=1, keepdim=True)
+            x = x + rearrange(vectors, "r (t c) -> r t c", t=PATCHES)
         if self.labels is not None and label is not None:
             x = x + rearrange(self.labels(label), "r (t c) -> r t c", t=PATCHES)
         return self.run_pixels(x)

@@ -86,6 +86,7 @@ class System(abc.ABC):
             "draws": self.config.draws,
             "teacher_step": self.config.teacher_step,
             "data_weight": self.config.data_weight,
+            "teacher_weight": self.config.teacher_weight,
             "latent_dim": self.config.latent_dim,
         }
         return DistillConfig(**{**values, **changes})
