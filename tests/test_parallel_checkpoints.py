@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -56,6 +57,11 @@ def write(rank, size, folder):
     run(waits, 0, 1, rank, size)
     waiting = refused(lambda: waits.save(folder / "waits"))
     run(waits, 1, 2, rank, size)
+    if rank == 0:
+        kept = shutil.ignore_patterns("*.lock")  # which this run holds
+        shutil.copytree(folder / "fsdp plain", folder / "damaged", ignore=kept)
+        next(folder.glob("damaged/*/__1_0.distcp")).unlink()
+    torch.distributed.barrier()
     other = make("fsdp", optimizer=torch.optim.SGD)
     before = state(other)
     found["refused"] = {
@@ -63,6 +69,8 @@ def write(rank, size, folder):
         "half": refused(lambda: make("fsdp", accumulate=2).load(folder / "half")),
         "missing": refused(lambda: other.load(folder / "missing")),
         "other": refused(lambda: other.load(folder / "fsdp plain")),
+        "damaged": refused(lambda: other.load(folder / "damaged")),
+        "width": refused(lambda: make("fsdp", width=9).load(folder / "fsdp plain")),
         "file": refused(lambda: other.save(folder / "a file")),
         "folder": refused(lambda: waits.save(folder / "fsdp")),
         "one rank": refused(lambda: other.save(folder / ("a file" if rank else "folder"))),
@@ -122,6 +130,8 @@ def test_one_process_without_a_group_goes_on_to_rounding(written):
     folder, ranks = written
     for (_, other), ours in go_on(0, 1, folder, ["plain"]).items():
         assert_near(ours, ranks[0][other][4])
+    with pytest.raises(ValueError, match=r"is damaged, .*__1_0\.distcp"):
+        make("plain").load(folder / "damaged")
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -140,6 +150,8 @@ def test_another_number_of_ranks_goes_on_to_rounding_ddp_from_fsdp_and_back(writ
         "half": ["float64 there and not so here; gradient/"] * 2,
         "missing": ["there is no checkpoint"] * 2,
         "other": ["belongs to another run: optimizer is Adam there and SGD here"] * 2,
+        "damaged": ["damaged is damaged, as rank 0 found: FileNotFoundError: [Errno 2]"] * 2,
+        "width": ["student.mix.weight is (8, 8) float64 there and (9, 8) float64 here"] * 2,
         "file": ["path must be a folder, got the file"] * 2,
         "folder": [
             "path must be a file to write, got the folder",

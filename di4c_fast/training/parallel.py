@@ -213,7 +213,8 @@ def write_checkpoint(
 
     text, held = agreed(prepare)
     name = gathered(f"{secrets.token_hex(8)}.tensors")[0]
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder / name))
+    with _named(f"{folder} cannot be written", OSError):
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder / name))
 
     def finish() -> None:
         if rank == 0:
@@ -242,6 +243,19 @@ def read_checkpoint(
     if any(map(is_sharded, module.parameters())):
         tensors = _sharded_as(own(), tensors)
     return tensors, values
+
+
+@contextlib.contextmanager
+def _named(what: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """What torch.distributed.checkpoint meets is an error on every rank, and no BaseException."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (failure, _) = next(iter(error.failures.items()))
+        text = f"{what}, as rank {rank} found: {type(failure).__name__}: {failure}"
+        raise kind(text) from failure
 
 
 def _read_folder(
@@ -277,7 +291,8 @@ def _read_folder(
     reader, values, tensors = agreed(begin)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # by one process
-        dcp.load({k: v for k, v in tensors.items() if not v.is_meta}, storage_reader=reader)
+        with _named(f"{folder} is damaged"):
+            dcp.load({k: v for k, v in tensors.items() if not v.is_meta}, storage_reader=reader)
     return tensors, values
 
 
