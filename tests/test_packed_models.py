@@ -161,5 +161,8 @@ def test_a_model_that_returns_other_positions_is_named():
     given = ROWS.tokens, torch.ones(S), torch.rand(S, 1)
     with pytest.raises(ValueError, match=r"must return logits \(1, T, V\) with T = 12, got"):
         student(*given, lengths=ROWS.lengths)
+    for wrong in (6, -1):
+        with pytest.raises(ValueError, match=f"lengths must be from 0 to 5, got {wrong} at"):
+            models()[0](*given, lengths=ROWS.lengths.clone().fill_(wrong))
     with pytest.raises(ValueError, match="lengths must leave a position in some row"):
         models()[0](*given, lengths=torch.zeros(S, dtype=torch.int64))

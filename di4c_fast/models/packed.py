@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_cu_seqlens, check_int, check_rank, check_tensor
+from ..checks import check_cu_seqlens, check_int, check_rank, check_tensor, check_values
 from ..heads import Head, as_head
 from .call import Wrapper, check_module
 
@@ -65,7 +65,9 @@ def pack(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     >>> pack(torch.tensor([[0, 1, 0], [2, 3, 4]]), torch.tensor([2, 3]))
     (tensor([[0, 1, 2, 3, 4]]), tensor([0, 2, 5], dtype=torch.int32))
     """
-    valid = _valid(lengths, rows.shape[1])
+    most = rows.shape[1]
+    check_values((lengths >= 0) & (lengths <= most), f"lengths must be from 0 to {most}", lengths)
+    valid = _valid(lengths, most)
     return rows[valid].unsqueeze(0), F.pad(lengths.cumsum(0), (1, 0)).int()
 
 
