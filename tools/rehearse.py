@@ -98,28 +98,25 @@ def _constants(function: Any) -> set[str]:
 
 def rehearse(lines: list[str], target: str) -> tuple[list[str], dict[str, Any]]:
     """Compile the launches. Returns what failed and why, and a summary: numbers of launches and
-    failures, kernels that spill on NVIDIA, and the longest compilation in seconds of processors."""
+    failures, and kernels that spill on NVIDIA."""
     from .compile_report import TARGETS, compile_only, cuda_usage
 
     failures, spilling = [], set()
-    longest = (0.0, "")
     with compile_only(target) as compiled:
         for line in lines:
             launch = json.loads(line)
             module, name = launch["kernel"].split(":")
             kernel = getattr(importlib.import_module(module), name)
             arguments = {k: rebuild_argument(v) for k, v in launch["arguments"].items()}
-            began = sum(os.times()[:4])
             try:
                 kernel[(1,)](**arguments)
             except Exception as error:
                 failures.append(f"{launch['kernel']}: {type(error).__name__}: {error}\n  {line}")
                 continue
-            longest = max(longest, (round(sum(os.times()[:4]) - began, 1), name))
             if TARGETS[target][0] == "cuda" and cuda_usage(compiled[-1].compiled.asm["cubin"])[1]:
                 spilling.add(name)
     summary = {"launches": len(lines), "failures": len(failures), "spills": sorted(spilling)}
-    return failures, summary | {"longest": dict(zip(("seconds", "kernel"), longest, strict=True))}
+    return failures, summary
 
 
 def write(target: str, summary: dict[str, Any]) -> None:
