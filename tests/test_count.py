@@ -87,16 +87,16 @@ def test_programs_beyond_a_round_count_as_a_round():
 
 BOUNDS = {
     "language": {
-        "row_statistics": 9.5,
-        "block_sums": 16.0,
+        "row_statistics": 9.0,
+        "block_sums": 11.5,
         "row_draw": 1.5,
-        "marginal": 13.0,
-        "mixture_forward": 23.0,
-        "mixture_backward": 18.0,
+        "marginal": 11.5,
+        "mixture_forward": 18.0,
+        "mixture_backward": 17.0,
     },
     "pixel": {
         "row_statistics": 20.0,
-        "row_draw": 150.0,
+        "row_draw": 155.0,
         "marginal": 18.0,
         "mixture_forward": 34.0,
         "mixture_backward": 49.0,

@@ -1,12 +1,13 @@
 """Compile for a GPU every kernel launch that tests or benchmarks make on the CPU.
 
     TRITON_INTERPRET=1 python -m pytest -p tools.rehearse tests --launches launches.jsonl
-    python -m tools.rehearse launches.jsonl [--targets sm_90 sm_100]
+    python -m tools.rehearse launches.jsonl [--targets sm_90 sm_100] [--write]
 
 The first command writes down each launch once: the kernel, the dtypes of its tensors, its numbers
 and constants. The second makes the same launches on tensors without memory and compiles them ahead
 of time, as `tools.compile_report` does, with whatever Triton is installed. Exits with 1 if one
-does not compile; the others are compiled all the same.
+does not compile; the others are compiled all the same. `--write` puts a summary by Triton and
+target into benchmarks/results/rehearsal.json.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "rehearsal.json"
 
 
 def describe_argument(value: Any) -> Any:
@@ -92,12 +96,13 @@ def _constants(function: Any) -> set[str]:
 # Compiling ----------------------------------------------------------------------------------------
 
 
-def rehearse(lines: list[str], target: str) -> list[str]:
-    """Compile the launches; returns what failed and why."""
-    from .compile_report import compile_only
+def rehearse(lines: list[str], target: str) -> tuple[list[str], dict[str, Any]]:
+    """Compile the launches. Returns what failed and why, and a summary: numbers of launches and
+    failures, and kernels that spill on NVIDIA."""
+    from .compile_report import TARGETS, compile_only, cuda_usage
 
-    failures = []
-    with compile_only(target):
+    failures, spilling = [], set()
+    with compile_only(target) as compiled:
         for line in lines:
             launch = json.loads(line)
             module, name = launch["kernel"].split(":")
@@ -107,21 +112,38 @@ def rehearse(lines: list[str], target: str) -> list[str]:
                 kernel[(1,)](**arguments)
             except Exception as error:
                 failures.append(f"{launch['kernel']}: {type(error).__name__}: {error}\n  {line}")
-    return failures
+                continue
+            if TARGETS[target][0] == "cuda" and cuda_usage(compiled[-1].compiled.asm["cubin"])[1]:
+                spilling.add(name)
+    summary = {"launches": len(lines), "failures": len(failures), "spills": sorted(spilling)}
+    return failures, summary
+
+
+def write(target: str, summary: dict[str, Any]) -> None:
+    import triton
+
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known[f"Triton {triton.__version__}, {target}"] = summary
+    part = RESULTS.with_suffix(".part")
+    part.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    os.replace(part, RESULTS)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("launches", type=Path, nargs="+")
     parser.add_argument("--targets", nargs="+", default=["sm_80", "sm_90", "sm_100"])
+    parser.add_argument("--write", action="store_true")
     options = parser.parse_args(arguments)
     lines = sorted({line for path in options.launches for line in path.read_text().splitlines()})
     failed = 0
     for target in options.targets:
-        failures = rehearse(lines, target)
+        failures, summary = rehearse(lines, target)
         print(f"{target}: {len(lines)} launches, {len(failures)} do not compile", flush=True)
         for failure in failures:
             print(failure, file=sys.stderr)
+        if options.write:
+            write(target, summary)
         failed += len(failures)
     return min(failed, 1)
 

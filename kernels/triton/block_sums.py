@@ -9,7 +9,8 @@ G = ceil(V / W) blocks of a row. Row r is component r mod C of slot r div C.
 
 and s_g at T = 1 beside them where `raw_prob` needs it. The blocks of a row do not depend on each
 other, so nothing is carried from one to the next: a program takes a tile of blocks, and how many
-programs share a row changes no bit. One warp per program: sums over a block are shuffles.
+programs share a row changes no bit. One warp per program: sums over a block are shuffles, and few
+of them, since 8 threads share a block.
 
 Moves: one read of the rows (of both with guidance); 2 to 4 numbers of 4 bytes per block written.
 """
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .logistic import bins_logits
-from .tiles import position_at, row_offset, split_position
+from .tiles import position_at, row_offset, split_position, widened
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def logits_of(
     if MASKED:
         keep = keep & (cols != mask_id)
     if BINS is None:
-        x = tl.load(x_ptr + offset + cols, mask=keep, other=float("-inf")).to(tl.float32)
+        x = widened(tl.load(x_ptr + offset + cols, mask=keep, other=float("-inf")))
     else:
         x = bins_logits(x_ptr, scale_ptr, offset, wanted, cols, V, BINS)
         x = tl.where(keep, x, float("-inf"))
@@ -72,27 +73,50 @@ def guided(
 
 @triton.jit
 def sums_of_blocks(
-    x,  # [R, BLOCK_G * WIDTH]
-    scale,  # [R], log2(e) / T
-    BLOCK_R: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    WIDTH: tl.constexpr,
+    x_ptr,
+    x_scale_ptr,
+    u_ptr,
+    u_scale_ptr,
+    offset,  # [R] int64, and so what follows
+    offset_u,
+    strength,
+    wanted,
+    scale,  # log2(e) / T
+    g,  # [G]
+    V,
+    mask_id,
+    X_BINS: tl.constexpr,
+    U_BINS: tl.constexpr,
+    GUIDED: tl.constexpr,
     ENTROPY: tl.constexpr,
     RAW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    TAIL: tl.constexpr,  # the tile may end beyond V, or hold mask_id
 ):
-    """m, s, e / log(2) and s at T = 1 of the blocks of a tile, [R, BLOCK_G] each."""
-    x = tl.reshape(x, (BLOCK_R, BLOCK_G, WIDTH))
-    peak = tl.max(x, axis=2)
+    """m, s, e / log(2) and s at T = 1 of blocks g of rows, [R, G] each.
+
+    Neighbouring threads share LANES columns of a block, and each has WIDTH / LANES more: they sum
+    by few shuffles.
+    """
+    run = tl.arange(0, WIDTH // LANES)[:, None, None, None] * LANES
+    cols = g[None, None, :, None] * WIDTH + run + tl.arange(0, LANES)[None, None, None, :]
+    x = guided(
+        x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset[None, :, None, None],
+        offset_u[None, :, None, None], strength[None, :, None, None], wanted[None, :, None, None],
+        cols, V, mask_id, X_BINS, U_BINS, GUIDED, TAIL, TAIL,
+    )  # fmt: skip  # [WIDTH / LANES, R, G, LANES]
+    peak = tl.max(tl.max(x, axis=0), axis=2)
     # A block without any class: -inf minus 0, and not minus -inf, which is NaN.
-    gap = x - tl.where(peak == float("-inf"), 0.0, peak)[:, :, None]
-    log_weight = gap * scale[:, None, None]
+    gap = x - tl.where(peak == float("-inf"), 0.0, peak)[None, :, :, None]
+    log_weight = gap * scale[None, :, None, None]
     weight = tl.exp2(log_weight)
-    total = tl.sum(weight, axis=2)
+    total = tl.sum(tl.sum(weight, axis=0), axis=2)
     weighted, raw = total, total
     if ENTROPY:  # 0 · (-inf) is to be 0
-        weighted = tl.sum(weight * tl.maximum(log_weight, -1.0e5), axis=2)
+        weighted = tl.sum(tl.sum(weight * tl.maximum(log_weight, -1.0e5), axis=0), axis=2)
     if RAW:
-        raw = tl.sum(tl.exp2(gap * 1.4426950408889634), axis=2)
+        raw = tl.sum(tl.sum(tl.exp2(gap * 1.4426950408889634), axis=0), axis=2)
     return peak, total, weighted, raw
 
 
@@ -192,6 +216,7 @@ def _block_sums_kernel(
     RAW: tl.constexpr,
     BLOCK_G: tl.constexpr,
     WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     local = pid // tiles + tl.arange(0, 1)
@@ -202,33 +227,26 @@ def _block_sums_kernel(
         HAS_ROWS, HAS_COUNT, HAS_TEMPERATURE, HAS_GUIDANCE,
     )  # fmt: skip
     scale = 1.4426950408889634 / t
-    offset, offset_u, strength = offset[:, None], offset_u[:, None], strength[:, None]
-    there = wanted[:, None]
-
     columns: tl.constexpr = BLOCK_G * WIDTH
     begin = tile * columns
-    cols = begin + tl.arange(0, columns)[None, :]
+    g = tile * BLOCK_G + tl.arange(0, BLOCK_G)
+    place = parts_ptr + local[:, None].to(tl.int64) * G + g[None, :]
+    inside = wanted[:, None] & (g < G)[None, :]
     # Most tiles lie within the row and do not hold the excluded column: no comparison there.
-    if (begin + columns <= V) & ((mask_id < begin) | (mask_id >= begin + columns)):
-        x = guided(
-            x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, there, cols, V,
-            mask_id, X_BINS, U_BINS, GUIDED, False, False,
-        )  # fmt: skip
-    else:
-        x = guided(
-            x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, there, cols, V,
-            mask_id, X_BINS, U_BINS, GUIDED, True, True,
-        )  # fmt: skip
-    peak, total, weighted, raw = sums_of_blocks(x, scale, 1, BLOCK_G, WIDTH, ENTROPY, RAW)
-    g = tile * BLOCK_G + tl.arange(0, BLOCK_G)[None, :]
-    inside = there & (g < G)
-    place = parts_ptr + local[:, None].to(tl.int64) * G + g
-    tl.store(place, peak, mask=inside)
-    tl.store(place + plane, total, mask=inside)
-    if ENTROPY:
-        tl.store(place + 2 * plane, weighted, mask=inside)
-    if RAW:
-        tl.store(place + (2 + ENTROPY) * plane, raw, mask=inside)
+    plain = (begin + columns <= V) & ((mask_id < begin) | (mask_id >= begin + columns))
+    for PLAIN in tl.static_range(2):
+        if plain == (PLAIN == 1):
+            peak, total, weighted, raw = sums_of_blocks(
+                x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, wanted, scale,
+                g, V, mask_id, X_BINS, U_BINS, GUIDED, ENTROPY, RAW, WIDTH, LANES,
+                PLAIN == 0,
+            )  # fmt: skip
+            tl.store(place, peak, mask=inside)
+            tl.store(place + plane, total, mask=inside)
+            if ENTROPY:
+                tl.store(place + 2 * plane, weighted, mask=inside)
+            if RAW:
+                tl.store(place + (2 + ENTROPY) * plane, raw, mask=inside)
 
 
 block_sums_kernel = _block_sums_kernel  # launched by `row_draw`, which puts the rows together

@@ -63,16 +63,30 @@ def uniform_run(seed, step, key, first, STREAM: tl.constexpr, COUNT: tl.constexp
 def log_positive(x):
     """log x of a positive normal number, at most 2 ulp off, in half the instructions of `tl.log`.
 
-    x = 2^e m with sqrt(1/2) <= m < sqrt(2), f = m - 1, log m = f - f^2/2 + f^3 P(f), as in the C++
-    of `cpu/vec.h`. NaN stays NaN.
+    NaN stays NaN.
     """
+    e, log_m = split_log(x)
+    return e * LN_2 + log_m
+
+
+@triton.jit
+def log2_positive(x):
+    """log2 x likewise."""
+    e, log_m = split_log(x)
+    return e + log_m * LOG2_E
+
+
+@triton.jit
+def split_log(x):
+    """e and log m of x = 2^e m with sqrt(1/2) <= m < sqrt(2): f = m - 1,
+    log m = f - f^2/2 + f^3 P(f), as in the C++ of `cpu/vec.h`."""
     bits = x.to(tl.int32, bitcast=True)
     e = (bits - 0x3F3504F3) >> 23
     f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
     p = ((-7.6343916e-2 * f + 1.2765431e-1) * f - 1.3162005e-1) * f + 1.4201368e-1
     p = ((p * f - 1.6623144e-1) * f + 2.0001236e-1) * f - 2.5000826e-1
     p = (p * f + 3.3333331e-1) * f - 0.5
-    return e.to(tl.float32) * LN_2 + (p * (f * f) + (f + 0.0 * x))
+    return e.to(tl.float32), p * (f * f) + (f + 0.0 * x)
 
 
 @triton.jit

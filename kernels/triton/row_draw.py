@@ -38,6 +38,7 @@ from .random import BLOCKS, TOKENS, log_exponential, uniform_run
 from .tiles import align_of, visit_arguments, visit_flags
 from .tuning import launch_parameters, power_of_two, tunable
 
+WHOLE_LANES = 16  # columns of a block that neighbours share where a row is one tile
 MAX_VOCABULARY = 2**19  # 4096 blocks of one row are held in registers at the end
 
 
@@ -46,13 +47,18 @@ MAX_VOCABULARY = 2**19  # 4096 blocks of one row are held in registers at the en
 class RowDraw:
     elements: int = 2048  # of a tile; rows of at most half as many are whole
     warps: int = 1  # so that sums over a block need no barrier
+    # Of a block, read at once by neighbours: a sector of memory. 10.8 instructions per logit; with
+    # 64 bytes 12.2, with a whole block 15.
+    run_bytes: int = 32
     whole_elements: int = 512  # per warp where a row is one tile; half of it with guidance
     rows: int = 16  # most rows of one program there
     blocks: int = 512  # blocks per warp where rows are put together
     joined_rows: int = 2  # most rows of one program there
     scratch_bytes: int = 64 * 2**20  # numbers per block between the two kernels
 
-    powers_of_two = ("elements", "warps", "whole_elements", "rows", "blocks", "joined_rows")
+    powers_of_two = (
+        "elements", "warps", "run_bytes", "whole_elements", "rows", "blocks", "joined_rows"
+    )  # fmt: skip
 
 
 @triton.jit
@@ -138,6 +144,7 @@ def _row_draw_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,  # at least G
     WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     local = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row = begin_row + local
@@ -150,17 +157,15 @@ def _row_draw_kernel(
     wanted = wanted & visited
     row = row.to(tl.int64)
     scale = 1.4426950408889634 / t
-    offset, offset_u, strength = offset[:, None], offset_u[:, None], strength[:, None]
     there = wanted[:, None]
 
     g = tl.arange(0, BLOCK_G)[None, :]
     if WHOLE:
-        cols = tl.arange(0, BLOCK_G * WIDTH)[None, :]
-        x = guided(
-            x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, there, cols, V,
-            mask_id, X_BINS, U_BINS, GUIDED, True, True,
+        peak, total, weighted, raw = sums_of_blocks(
+            x_ptr, x_scale_ptr, u_ptr, u_scale_ptr, offset, offset_u, strength, wanted, scale,
+            tl.arange(0, BLOCK_G), V, mask_id, X_BINS, U_BINS, GUIDED, ENTROPY, RAW, WIDTH, LANES,
+            True,
         )  # fmt: skip
-        peak, total, weighted, raw = sums_of_blocks(x, scale, BLOCK_R, BLOCK_G, WIDTH, ENTROPY, RAW)
     else:
         inside = there & (g < G)
         place = parts_ptr + local[:, None].to(tl.int64) * G + g
@@ -171,6 +176,7 @@ def _row_draw_kernel(
             weighted = tl.load(place + 2 * plane, mask=inside, other=0.0)
         if RAW:
             raw = tl.load(place + (2 + ENTROPY) * plane, mask=inside, other=0.0)
+    offset, offset_u, strength = offset[:, None], offset_u[:, None], strength[:, None]
 
     top = tl.max(peak, axis=1)  # [R]
     shift = tl.where(top == float("-inf"), 0.0, top)
@@ -325,6 +331,8 @@ def row_draw(
     chunk = rows if whole else max(1, tuned.scratch_bytes // (4 * numbers * blocks))
     tile_blocks = elements // width
     tiles = triton.cdiv(blocks, tile_blocks)
+    lanes = WHOLE_LANES if whole else tuned.run_bytes // x.logits.element_size()
+    flags["LANES"] = min(width, lanes)
     if whole:
         block_r = max(1, min(per_warp // (block_g * width), tuned.rows))
         warps = max(1, min(8, block_g * width // per_warp))

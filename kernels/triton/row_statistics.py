@@ -29,6 +29,7 @@ from .tiles import (
     split_position,
     visit_arguments,
     visit_flags,
+    widened,
 )
 from .tuning import launch_parameters, power_of_two, tunable
 
@@ -105,7 +106,7 @@ def _row_statistics_kernel(
                 keep = keep & (begin + column < V)
             if BINS is None:
                 factor = 1.0
-                x = tl.load(at + begin, mask=keep, other=float("-inf")).to(tl.float32)  # [K, R, W]
+                x = widened(tl.load(at + begin, mask=keep, other=float("-inf")))  # [K, R, W]
             else:
                 _, factor, x = bins_tile(bins, begin + column, V, BINS)
                 x = tl.where(keep, x, float("-inf"))

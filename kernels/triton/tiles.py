@@ -40,6 +40,15 @@ def position_at(
 
 
 @triton.jit
+def widened(x):
+    """Logits in fp32. Of a pair of bf16 in one register, a shift and a mask take both; Triton's
+    conversion takes three instructions."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def split_position(position, D):
     """Example and position in it, int64, of b·D + d. Divides in int32, which is far cheaper."""
     small = position.to(tl.int32)
@@ -105,7 +114,7 @@ def softmax_tile(
             keep = keep & (cols < V)
         tile = tl.load(x_ptr + offset + cols, mask=keep, other=float("-inf"))
         # The difference comes first: it carries no rounding of large logits.
-        log2 = (tile.to(tl.float32) - shift) * LOG2_E - log2_total
+        log2 = (widened(tile) - shift) * LOG2_E - log2_total
         factor, edges = 1.0, shift
     else:
         edges, factor, exponent = bins_tile(what, cols, V, BINS)
