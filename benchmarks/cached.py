@@ -55,11 +55,6 @@ class CachedGroup(ConfidenceGroup):
     def input_bytes(self) -> int:
         return self.case.model_bytes
 
-    def call_bytes(self, name: str) -> int:
-        case = self.case
-        rows = case.batch * case.positions
-        return rows * case.width * 4 * (16 + 2 * case.layers) + rows * case.vocabulary * 4
-
     def work(self) -> None:
         return None
 

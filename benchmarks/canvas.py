@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -37,14 +38,11 @@ class CanvasGroup(DrawGroup):
     is not used here: the logits are the input of every variant.
     """
 
+    copies = MappingProxyType({"plain": 6.0})  # also probabilities, those of the entropy once more
+
     def variants(self) -> list[Variant]:
         plain = "softmax in fp32, multinomial, argmax, entropy twice, as in transformers"
         return [Variant("plain", plain), *library()]
-
-    def call_bytes(self, name: str) -> int:
-        """Logits, probabilities, and those of the entropy once more with their product, fp32."""
-        copies = 6 if name == "plain" else 0
-        return self.case.positions * (4 * copies * self.case.vocabulary + 100)
 
     def call(self, name: str, inputs: Inputs) -> Step:
         self.calls += 1

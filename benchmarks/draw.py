@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +34,6 @@ LIMITS = {
     "linear": {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3},
 }
 BINS = 24
-# fp32 copies of the logits at the worst moment.
-COPIES = {"multinomial": 2.0, "gumbel-fp32": 4.0, "gumbel-fp64": 8.0, "flashinfer": 2.0}
 
 
 class Inputs(NamedTuple):
@@ -50,6 +49,10 @@ class Truth(NamedTuple):
 
 class DrawGroup(Group):
     """Draw one token per row; "-all" with its log-probability and the statistics of the row."""
+
+    copies = MappingProxyType(
+        {"multinomial": 2.0, "gumbel-fp32": 4.0, "gumbel-fp64": 8.0, "flashinfer": 2.0}
+    )
 
     def variants(self) -> list[Variant]:
         if self.case.note:
@@ -69,12 +72,6 @@ class DrawGroup(Group):
         if case.head == "logits":
             return case.logits_bytes
         return case.torch_dtype.itemsize * case.width * (case.positions + case.vocabulary)
-
-    def call_bytes(self, name: str) -> int:
-        copies = COPIES.get(name.removesuffix("-compiled"), 0.5)
-        logits = self.case.positions * self.case.vocabulary * 4
-        head = 1 << 29 if self.case.head == "linear" else 0
-        return int(copies * logits) + head
 
     def call(self, name: str, inputs: Inputs) -> Draw:
         self.calls += 1

@@ -8,7 +8,8 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,6 +82,9 @@ class Noise:
 class Group(abc.ABC):
     """One case and the variants that compute it."""
 
+    # Of the logits in fp32 that a variant holds at once, by the beginning of its name.
+    copies: Mapping[str, float] = MappingProxyType({})
+
     def __init__(self, case: Case):
         self.case = case
         self.calls = 0  # of calls that draw: another seed each
@@ -136,9 +140,13 @@ class Group(abc.ABC):
     @abc.abstractmethod
     def input_bytes(self) -> int: ...
 
-    @abc.abstractmethod
     def call_bytes(self, name: str) -> int:
-        """A guess at a variant's peak memory above the inputs, to skip what cannot fit."""
+        """A guess at a variant's peak memory above the inputs, to skip what cannot fit: gradients
+        of these, copies of the logits in fp32, for a linear head a chunk of them."""
+        case, copies = self.case, {"": 0.5, **self.copies}
+        held = copies[max(filter(name.startswith, copies), key=len)]
+        logits = held * case.batch * case.components * case.positions * case.vocabulary * 4
+        return self.input_bytes() // 2 + int(logits) + (case.head == "linear") * 2**29
 
     def work(self) -> Work | None:
         """The bytes and operations that nothing can avoid."""

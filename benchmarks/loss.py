@@ -63,6 +63,12 @@ class Inputs:
 class LossGroup(Group):
     """Forward and backward of the loss at one shape."""
 
+    @property
+    def copies(self) -> dict[str, float]:
+        # Bins are computed and differentiated before the loss begins.
+        plain = 11.5 if self.case.head == "logistic" else 6.5
+        return {"dense": plain, "vectorised": plain, "eager": 3.0, "liger": 0.25, "cut": 0.25}
+
     def variants(self) -> list[Variant]:
         if self.case.cross_entropy:
             return CE_VARIANTS
@@ -133,18 +139,6 @@ class LossGroup(Group):
         per_row = {"logits": case.vocabulary, "linear": case.width, "logistic": 2}[case.head]
         weights = 2 * case.vocabulary * case.width if case.head == "linear" else 0
         return size * (rows * per_row + weights)
-
-    def call_bytes(self, name: str) -> int:
-        case = self.case
-        dense = case.batch * case.components * case.positions * case.vocabulary * 4
-        gradients = self.input_bytes() // 2
-        base = name.removesuffix("-compiled")
-        if case.cross_entropy:
-            return gradients + (3 * dense if base == "eager" else dense // 4)
-        if base in ("dense", "vectorised"):
-            # Copies of the logits; bins are computed and differentiated before the loss begins.
-            return gradients + int((11.5 if case.head == "logistic" else 6.5) * dense)
-        return gradients + (dense // 2 if case.head == "logits" else 1 << 30)
 
     # Calls ---------------------------------------------------------------------------------------
 

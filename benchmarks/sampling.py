@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class SamplerGroup(Group):
     """Sample whole rows of tokens with a model."""
 
     rule: str
+    copies = MappingProxyType({"naive": 5.0})
 
     def variants(self) -> list[Variant]:
         return [
@@ -71,12 +73,6 @@ class AncestralGroup(SamplerGroup):
 
     def input_bytes(self) -> int:
         return self.case.model_bytes
-
-    def call_bytes(self, name: str) -> int:
-        case = self.case
-        rows = case.batch * case.positions
-        copies = 5 if name.startswith("naive") else 1.0 / case.steps
-        return int(rows * case.vocabulary * 4 * copies) + rows * case.width * 4 * 16
 
     def call(self, name: str, inputs: Inputs) -> Tensor:
         self.calls += 1
@@ -164,14 +160,6 @@ class ConfidenceGroup(SamplerGroup):
     def input_bytes(self) -> int:
         case = self.case
         return case.torch_dtype.itemsize * case.width * (case.positions + case.vocabulary)
-
-    def call_bytes(self, name: str) -> int:
-        case = self.case
-        hidden = 8 * case.batch * case.positions * case.width * case.torch_dtype.itemsize
-        if name.startswith("naive"):
-            return hidden + int(2.2 * case.logits_bytes)
-        # A chunk of the head's logits, twice, or those of all masked positions.
-        return hidden + min(8 * case.batch * case.active_positions * case.vocabulary, 1 << 28)
 
     def call(self, name: str, inputs: Inputs, history: list[Tensor] | None = None) -> Tensor:
         case, model = self.case, inputs.model
