@@ -149,7 +149,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], tuple[tuple[Any, ...], ...]]] = {
         (1, 2, 12, 16, None, 16, 1))),
     # more components than fit: a deep model, whose activations are what grows with them
     "distill-many": ("many", {}, (
-        (1, 256, 256, 50258, 0.5, 768, 12), (1, 256, 32, 513, 0.5, 64, 12),
+        (1, 256, 64, 50258, 0.5, 768, 12), (1, 256, 32, 513, 0.5, 64, 12),
         (1, 4, 12, 33, 0.5, 16, 1))),
 }
 # fmt: on

@@ -34,6 +34,7 @@ from .memory import (
     peak_in_this_process,
     peak_on_gpu,
 )
+from .results import Record
 from .sampling import AncestralGroup, ConfidenceGroup
 from .step import StepGroup
 
@@ -46,7 +47,6 @@ KINDS: dict[str, type[Group]] = {
     "cached": CachedGroup,
     **dict.fromkeys(("step", "many"), StepGroup),
 }
-Record = dict[str, Any]
 SAMPLES_PER_ROUND = 20
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .floors import format_bytes
+from .results import Record
 
-Record = dict[str, Any]
 FASTER, SMALLER, FLOOR = "faster than", "less memory than", "of the floor"
 EXACTER, LOGITS, BYTES = "more exact than", "of the logits", "bytes"
 GROWTH, SHARE = "of the hidden gradient", "of the model's time"
