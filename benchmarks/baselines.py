@@ -306,7 +306,8 @@ def distill_step(
         advance: the teacher's step (logits, tokens, t, u), all by rows, to tokens; then no mask
             is known to the loss. None: that of masked diffusion.
         loss: `dense_loss` (None), or what torch.compile makes of it.
-        given: latent, latent_u (R, 1), xu, consistency_x (B, N, D), which are drawn otherwise.
+        given: latent (R, 1), latent_u (B·K, 1), xu, consistency_x (B, K, D), which are drawn
+            otherwise, with K = N.
     """
     batch = len(x0)
     rows = batch * components
@@ -323,7 +324,8 @@ def distill_step(
         if xu is None:
             step = advance or functools.partial(ancestral_step, mask_id=mask_id)
             xu = step(teacher_logits, copies, t_rows, u_rows).unflatten(0, sizes)
-        consistency = student(xu.flatten(0, 1), u_rows, latent_u).unflatten(0, sizes)
+        copies_of_u = u.repeat_interleave(xu.shape[1])
+        consistency = student(xu.flatten(0, 1), copies_of_u, latent_u).unflatten(0, xu.shape[:2])
     prediction = student(copies, t_rows, latent).unflatten(0, sizes)
     return (loss or dense_loss)(
         prediction,

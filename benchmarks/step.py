@@ -48,12 +48,14 @@ class StepGroup(Group):
     """Forward and backward of one distillation step of a system of the paper, without optimiser.
 
     Pixels without the pass at the smallest time, which is a step of its own with N = 1. "many" is
-    the masked step with N components, √N of them at a time, and with √N components.
+    the masked step with N components, √N of them at a time, and with √N components, each with √N
+    draws: the loss keeps a number for each component, draw and position.
     """
 
     def __init__(self, case: Case):
         super().__init__(case)
         self.masks = False  # known to the loss
+        self.draws = math.isqrt(case.components) if case.kind == "many" else None
         self.process: Any
         self.advance: Callable[..., Tensor] | None = None
         if case.shape == "distill-image":
@@ -99,10 +101,10 @@ class StepGroup(Group):
         sizes = (case.vocabulary, case.positions, case.width, case.layers)
         bins = case.head == "logistic"
         # Logits of all N in the memory of those of √N.
-        budget = case.logits_bytes // math.isqrt(case.components) if case.kind == "many" else None
+        budget = case.logits_bytes // self.draws if self.draws else None
         with torch.device(case.device):
             student = Transformer(*sizes, latent=True, bins=bins, budget_bytes=budget)
-            teacher = Transformer(*sizes, bins=bins)
+            teacher = Transformer(*sizes, bins=bins, budget_bytes=budget)
             x0 = torch.randint(self.mask_id, (case.batch, case.positions))
             t = torch.full((case.batch,), float(case.masked or 0.5))
         dtype = case.torch_dtype
@@ -155,6 +157,7 @@ class StepGroup(Group):
         components, at_once = self.how(name)
         config = DistillConfig(
             components=components,
+            draws=self.draws,
             teacher_step=self.teacher_step,
             data_weight=DATA_WEIGHT,
             data_schedule="constant",
@@ -183,8 +186,9 @@ class StepGroup(Group):
         plain = name.startswith("plain")
         ours, theirs = ("torch", name) if plain else (name, f"plain-{name}")
         noise = Noise(case, inputs.seed)
-        sizes = (case.batch, self.how(name)[0], 1)
-        latents = {key: noise.uniform(*sizes) for key in ("latent", "latent_u")}
+        components = self.how(name)[0]
+        counts = {"latent": components, "latent_u": self.draws or components}
+        latents = {key: noise.uniform(case.batch, count, 1) for key, count in counts.items()}
         with torch.no_grad():
             output = self._library(ours, inputs, **latents)
         assert output.xu is not None
