@@ -21,7 +21,7 @@ from ..passes.base import Visit, padded
 from .problem import Problem
 
 MINIMUM_ROWS = 64  # of a computed head: smaller matrix products run far below their peak
-BUDGET = 88 << 20
+BUDGET = 88 << 20  # of all that is kept and of a chunk
 # Where logits are computed and cannot all be kept; a product costs more than memory on a GPU.
 COMPUTED_BUDGET = {"cpu": 44 << 20, "cuda": 768 << 20}
 # Of the student's logits in memory: with a gradient in place the peak stays below a tenth of them.

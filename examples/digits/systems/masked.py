@@ -16,7 +16,7 @@ from ..config import Config
 from ..model import DigitsDenoiser
 from .base import SMALLEST_TIME, System
 
-MANY = 4096
+MANY = 4096  # numbers λ whose vectors are averaged
 
 
 class MaskedSystem(System):
