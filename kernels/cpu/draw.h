@@ -110,15 +110,21 @@ struct Blocks {
   }
 };
 
-constexpr i64 AHEAD = 2 * STRIP;
-template <bool TEMPERED, bool MORE, bool STORE, class C>
-DI4C_INLINE void sum_block(C columns, bool ahead, i64 v, int vectors, float shift, float heat, Blocks& blocks,
-                           i64 g, float* out) {
+constexpr i64 AHEAD = 6 * STRIP;
+
+// The sums of block g, whose columns stand from v on; with NEXT, `best` takes in the logits one
+// strip further.
+template <bool TEMPERED, bool MORE, bool STORE, bool NEXT, class C>
+DI4C_INLINE void sum_block(C columns, i64 v, int vectors, float shift, float heat, Blocks& blocks,
+                           i64 g, float* out, vf& best) {
   auto exponentials = columns.exponentials(shift);
   vf totals[2] = {}, raw{}, weighted{};
   for (int i = 0; i < vectors; ++i) {
     vf gap{}, e;
-    if (ahead && i * W % 16 == 0) columns.prefetch(v + i * W + AHEAD);
+    if (NEXT) {
+      if (i * W % 16 == 0) columns.prefetch(v + i * W + AHEAD);
+      best = vmax(columns.logits(v + i * W + STRIP), best);
+    }
     if (TEMPERED || MORE) gap = columns.logits(v + i * W) - shift;
     if (MORE && TEMPERED) raw += vexp(gap);
     if (TEMPERED) gap = gap * heat;
@@ -132,30 +138,42 @@ DI4C_INLINE void sum_block(C columns, bool ahead, i64 v, int vectors, float shif
   if (MORE && TEMPERED) blocks.raw[g] = quick_sum(raw);
 }
 
+// The largest logit of strip s.
+template <class C>
+DI4C_INLINE float peak_of(const Row& row, C columns, i64 s) {
+  if (!C::IN_MEMORY) return row.bins.shift;
+  i64 begin = s * STRIP, end = begin + STRIP < row.V ? begin + STRIP : row.V;
+  i64 hole = row.mask >= begin && row.mask < end ? row.mask : end;
+  vf best = max_of(columns, begin, hole, all(-INF));
+  return largest(max_of(columns, hole + 1, end, best));
+}
+
 // Fill `blocks`, and with STORE the exponentials of all columns, relative to those of their strip.
+// While a strip is summed, the next one comes from memory for its largest logit.
 template <bool TEMPERED, bool MORE, bool STORE>
 void sum_blocks(const Row& row, float heat, Blocks& blocks, float* out) {
   row.with_columns([&](auto columns) {
+    float peak = peak_of(row, columns, 0);
     for (i64 s = 0; s < blocks.strips; ++s) {
-      i64 begin = s * STRIP, end = begin + STRIP < row.V ? begin + STRIP : row.V;
-      float peak = row.bins.shift;
-      if (columns.IN_MEMORY) {
-        i64 hole = row.mask >= begin && row.mask < end ? row.mask : end;
-        vf best = max_of(columns, begin, hole, all(-INF));
-        peak = largest(max_of(columns, hole + 1, end, best));
-      }
+      i64 begin = s * STRIP, next = begin + STRIP, end = next + STRIP;
+      bool ahead = columns.IN_MEMORY && end <= row.V && (row.mask < begin || row.mask >= end);
       blocks.peak[s] = peak;
       float shift = peak == -INF ? 0.0f : peak;
-      for (i64 v = begin; v < end; v += BLOCK) {
+      vf best = all(-INF);
+      for (i64 v = begin; v < next && v < row.V; v += BLOCK) {
         float part[BLOCK], *to = STORE ? out + v : nullptr;
-        if (is_whole(row, v)) {
-          sum_block<TEMPERED, MORE, STORE>(columns, true, v, FULL, shift, heat, blocks, v / BLOCK, to);
-          continue;
+        i64 g = v / BLOCK;
+        if (ahead) {
+          sum_block<TEMPERED, MORE, STORE, true>(columns, v, FULL, shift, heat, blocks, g, to, best);
+        } else if (is_whole(row, v)) {
+          sum_block<TEMPERED, MORE, STORE, false>(columns, v, FULL, shift, heat, blocks, g, to, best);
+        } else {
+          int vectors = read_block(row, v, part);
+          Memory<Fp32> copy = {part};
+          sum_block<TEMPERED, MORE, STORE, false>(copy, 0, vectors, shift, heat, blocks, g, to, best);
         }
-        int vectors = read_block(row, v, part);
-        Memory<Fp32> copy = {part};
-        sum_block<TEMPERED, MORE, STORE>(copy, false, 0, vectors, shift, heat, blocks, v / BLOCK, to);
       }
+      if (next < row.V) peak = ahead ? largest(best) : peak_of(row, columns, s + 1);
     }
   });
 }
