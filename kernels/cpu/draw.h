@@ -73,10 +73,11 @@ void uniforms(Law law, i64 key, Stream stream, i64 first, i64 calls, float* out)
   }
 }
 
-// -log(1 - u): the rounding of 1 - u is made good by what it took away.
-DI4C_INLINE vf exponential(vf u) {
+// weight / -log(1 - u): the rounding of 1 - u is made good by what it took away.
+DI4C_INLINE vf arrival(vf weight, vf u) {
   vf rest = 1.0f - u, taken = 1.0f - rest;
-  return select(taken == 0.0f, u, -vlog(rest) * (u / taken));
+  vi none = taken == 0.0f;
+  return select(none, weight, weight * taken) / select(none, u, -vlog(rest) * u);
 }
 
 // Blocks ------------------------------------------------------------------------------------------
@@ -120,6 +121,7 @@ DI4C_INLINE void sum_block(C columns, i64 v, int vectors, float shift, float hea
   auto exponentials = columns.exponentials(shift);
   vf totals[2] = {}, raw{}, weighted{};
   for (int i = 0; i < vectors; ++i) {
+    asm volatile("");  // GCC would make one loop for the sums and one for the stores of it
     vf gap{}, e;
     if (NEXT) {
       if (i * W % 16 == 0) columns.prefetch(v + i * W + AHEAD);
@@ -184,8 +186,10 @@ struct Sample {
   double total, raw, weighted;  // the sums of the row, relative to `shift`
 };
 
-// The token of a row whose blocks are summed; greedy: its statistics alone.
-Sample choose(const Row& row, Law law, i64 key, float heat, bool greedy, Blocks& blocks) {
+// The token of a row whose blocks are summed, with its exponentials where they are stored; greedy:
+// its statistics alone.
+Sample choose(const Row& row, Law law, i64 key, float heat, bool greedy, Blocks& blocks,
+              const float* stored) {
   i64 G = blocks.count, chosen = 0;
   float peak = -INF;
   for (i64 i = 0; i < blocks.strips; ++i) peak = blocks.peak[i] > peak ? blocks.peak[i] : peak;
@@ -206,21 +210,19 @@ Sample choose(const Row& row, Law law, i64 key, float heat, bool greedy, Blocks&
   float part[BLOCK];
   i64 first_column = chosen * BLOCK;
   int vectors = FULL;
-  if (heat == 1.0f && is_whole(row, first_column)) {  // of bins without a logarithm
-    row.with_columns([&](auto columns) {
-      auto exponentials = columns.exponentials(s.shift);
-      for (int i = 0; i < FULL; ++i) store(part + i * W, exponentials.whole(first_column + i * W));
-    });
-  } else {
+  if (!stored) {
     vectors = read_block(row, first_column, part);
     for (int i = 0; i < vectors; ++i)
       store(part + i * W, vexp((load(part + i * W) - s.shift) * heat));
+  } else if (row.V - first_column < BLOCK) {
+    vectors = (int)((row.V - first_column + W - 1) / W);
   }
+  const float* weights = stored ? stored + first_column : part;
   uniforms(law, key, TOKENS, first_column / 4, vectors * W / 4, random);
   vf lead = all(-1.0f);
   vi at{};
   for (int i = 0; i < vectors; ++i) {
-    vf x = load(part + i * W) / exponential(load(random + i * W));
+    vf x = arrival(load(weights + i * W), load(random + i * W));
     vi better = x > lead;
     lead = select(better, x, lead), at = better ? vi{} + i : at;
   }
@@ -266,7 +268,7 @@ void draw_row(const DrawPass& a, i64 r, const Row& row, Blocks& blocks) {
   auto sum = tempered ? (more ? sum_blocks<true, true, false> : sum_blocks<true, false, false>)
                       : (more ? sum_blocks<false, true, false> : sum_blocks<false, false, false>);
   sum(row, heat, blocks, nullptr);
-  Sample s = choose(row, {a.seed, a.step}, a.keys[r], heat, greedy, blocks);
+  Sample s = choose(row, {a.seed, a.step}, a.keys[r], heat, greedy, blocks, nullptr);
   double raw = 0, weighted = 0;
   for (i64 g = 0; more && g < blocks.count; ++g) {
     i64 strip = g / (STRIP / BLOCK);
