@@ -87,6 +87,12 @@ CPU = [
         "every_head",
     ),
     _mixture(
+        "NaN of a student dropped where q is 0",
+        "broken += 0.0 * slot.total[n]",
+        "broken += 0.0",
+        "without_a_sum",
+    ),
+    _mixture(
         "tokens of the first position",
         "slot.find_log_prob(*slot.token(j),",
         "slot.find_log_prob(*(slot.token(j) - slot.d),",

@@ -245,7 +245,9 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   float* q_kept = s < st.q.count ? st.q.data + s * st.q.stride : nullptr;
   if (s < st.q_teacher.count)
     memcpy(st.q_teacher.data + s * st.q_teacher.stride, slot.q_teacher, V * sizeof(float));
-  double teacher_kl = 0, consistency_kl = 0;
+  double broken = 0;  // NaN where the sum of a row is: so are divergences from it, whatever q is
+  for (i64 n = 0; n < N; ++n) broken += 0.0 * slot.total[n];
+  double teacher_kl = broken, consistency_kl = broken;
   double* divergence = slot.mass;  // one of the two at a time
   for (i64 n = 0; n < N; ++n) slot.mass[n] = 0;
 
@@ -289,7 +291,7 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   }
   if (!m.component) return;
 
-  for (i64 n = 0; n < N; ++n) divergence[n] = 0;
+  for (i64 n = 0; n < N; ++n) divergence[n] = 0.0 * slot.total[n];
   for (i64 begin = 0; begin < V; begin += slot.columns) {
     i64 end = begin + slot.columns < V ? begin + slot.columns : V;
     for (i64 v = begin; v < end; v += W) store(slot.q + v - begin, vlog(load(slot.q_teacher + v)));
