@@ -36,12 +36,14 @@ class Inputs:
     seed: int
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """Of all parameters of the student, flat, in fp32."""
+        """Of all parameters of the student, flat, in fp32; a loss without a graph has left it."""
+        if loss.requires_grad:
+            loss.backward()
         parameters = list(self.student.parameters())
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        pairs = zip(found, parameters, strict=True)
-        flat = [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]
-        return torch.cat(flat)
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return torch.cat(flat).float()
 
 
 class StepGroup(Group):
@@ -175,6 +177,7 @@ class StepGroup(Group):
                 generator=torch.Generator().manual_seed(self.calls),
                 t=inputs.t,
                 components_at_once=at_once,
+                backward=Tensor.backward if self.draws and torch.is_grad_enabled() else None,
                 **given,
             )
 

@@ -24,7 +24,7 @@ from distill_support import (
     step,
 )
 from test_loss_memory import Allocations
-from torch import nn
+from torch import Tensor, nn
 
 from di4c_fast import LinearHead, LogisticHead, TensorHead
 from di4c_fast.heads import Head
@@ -104,14 +104,15 @@ def assert_close(ours, expected):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize(("at_once", "backward"), [(1, None), (2, None), (1, Tensor.backward)])
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("student", STUDENTS)
-def test_groups_give_loss_and_gradients_of_all_at_once(student, process, at_once):
+def test_groups_give_loss_and_gradients_of_all_at_once(student, process, at_once, backward):
     options = {"process": PROCESSES[process], "t": MIXED}
     teacher = Recorder(False, seed=1)
     ours = STUDENTS[student]()
-    groups = results(ours, teacher, components_at_once=at_once, **options)
+    given = {"components_at_once": at_once, "backward": backward}
+    groups = results(ours, teacher, **given, **options)
     assert max(len(call["tokens"]) for call in ours.calls) <= B * at_once
     assert max(len(call["tokens"]) for call in teacher.calls) <= B * at_once
     assert_close(groups, results(STUDENTS[student](), teacher, **options))
@@ -145,9 +146,7 @@ def test_context_a_teacher_of_components_and_backward_in_parts():
         for at_once in (1, None):
             student, teacher = Labelled(True), Labelled(True, seed=1)
             more = {"process": process, "components_at_once": at_once}
-            found.append(
-                results(student, teacher, backward=lambda part: part.backward(), **options, **more)
-            )
+            found.append(results(student, teacher, backward=Tensor.backward, **options, **more))
         assert_close(*found)
 
 
@@ -164,8 +163,15 @@ class InTurn(nn.Module):
         )
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_dropout_and_autocast_of_a_group_are_the_same_in_both_runs(autocast):
+def test_dropout_and_autocast_of_a_group_are_the_same_in_both_runs(autocast, nested):
+    def backward(part):
+        torch.rand(3)  # the backward pass brings its random state back, and leaves ours alone
+        before = torch.get_rng_state()
+        part.backward()
+        assert torch.equal(torch.get_rng_state(), before)
+
     found = []
     for grouped in (True, False):
         student, teacher = models(dropout=0.5)
@@ -173,12 +179,15 @@ def test_dropout_and_autocast_of_a_group_are_the_same_in_both_runs(autocast):
             student.float(), teacher.float()
         called = student if grouped else InTurn(student, B)
         torch.manual_seed(5)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = step(called, teacher, HIGH, components_at_once=1 if grouped else None)
-        torch.rand(3)  # the backward pass brings its random state back, and leaves ours alone
-        before = torch.get_rng_state()
-        out.loss.backward()
-        assert torch.equal(torch.get_rng_state(), before)
+        # Groups that go backward one by one add up in fp32; the cast of a weight that autocast has
+        # kept for several calls would add up in bf16.
+        kept = grouped or not nested
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=kept):
+            options = {"components_at_once": 1 if grouped else None}
+            options["backward"] = backward if nested else None
+            out = step(called, teacher, HIGH, **options)
+        if not nested:
+            backward(out.loss)
         found.append([out.loss.detach(), *(p.grad for p in student.parameters())])
     assert_close(*found)
 
@@ -201,23 +210,80 @@ class Deep(nn.Module):
         return TensorHead(head.logits()) if self.tensor else head
 
 
-@pytest.mark.parametrize("tensor", [False, True], ids=["linear", "tensor"])
-def test_sixty_four_components_in_groups_of_four_take_little_more_memory_than_four(tensor):
+def peak(components, at_once, tensor=False, backward=Tensor.backward):
+    """The most bytes alive at once in a step with its gradient, those of the weights included."""
     x0 = torch.randint(MASK, (16, D), generator=rng())
-    teacher = Recorder(False).float()
+    config = DistillConfig(components=components, draws=4, low_t=0.0, backend="torch")
+    student, watch = Deep(tensor), Allocations()
+    options = {"t": [0.9] * 16, "config": config, "x0": x0, "components_at_once": at_once}
+    with watch:
+        out = step(
+            student, Recorder(False).float(), return_terms=False, backward=backward, **options
+        )
+        if backward is None:
+            out.loss.backward()
+    return watch.peak
 
-    def peak(components, at_once):
-        config = DistillConfig(components=components, draws=4, low_t=0.0, backend="torch")
-        student, watch = Deep(tensor), Allocations()
-        options = {"t": [0.9] * 16, "config": config, "x0": x0, "components_at_once": at_once}
-        with watch:
-            step(student, teacher, return_terms=False, **options).loss.backward()
-        return watch.peak
 
-    few, groups, whole = peak(4, None), peak(64, 4), peak(64, None)
+@pytest.mark.parametrize("backward", [None, Tensor.backward])
+@pytest.mark.parametrize("tensor", [False, True], ids=["linear", "tensor"])
+def test_sixty_four_components_in_groups_of_four_take_little_more_memory_than_four(
+    tensor, backward
+):
+    few, groups, whole = (peak(*n, tensor, backward) for n in ((4, None), (64, 4), (64, None)))
     # On top come the heads' tensors of all 64, their gradient, and the statistics of the loss.
     assert groups < 1.5 * few, (groups, few)
     assert groups < 0.2 * whole
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["linear", "tensor"])
+def test_groups_of_sixteen_take_the_gradients_beside_what_sixteen_components_take(tensor):
+    few, groups = peak(16, None, tensor), peak(256, 16, tensor)
+    weights = sum(p.nbytes for p in Deep(tensor).parameters())
+    rows = 256 * 16
+    heads = rows * D * (VOCAB if tensor else 4) * 4
+    arguments = rows * (D * 8 + 4 + 4)  # tokens, t and λ
+    step_of_a_group = 1 << 15  # what its backward pass has at the peak beside the activations
+    assert groups <= few + weights + heads + arguments + step_of_a_group, (groups, few)
+    # Smaller groups make up for it: 256 components in the memory of 16.
+    assert peak(256, 12, tensor) <= few
+
+
+def nodes_of_graph(components, backward_of_its_own):
+    """How many nodes the graph of a step in groups of four has."""
+    config = dataclasses.replace(CONFIG, components=components)
+    student, teacher = models(head=True)
+    found = []
+
+    def backward(part):
+        nodes, todo = set(), [part.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in nodes:
+                nodes.add(node)
+                todo += [following for following, _ in node.next_functions]
+        found.append(len(nodes))
+
+    given = {"backward": backward} if backward_of_its_own else {}
+    out = step(student, teacher, HIGH, config=config, components_at_once=4, **given)
+    if not backward_of_its_own:
+        backward(out.loss)
+    return found[0]
+
+
+def test_no_graph_of_a_group_waits_where_the_step_goes_backward_itself():
+    # For each of six groups more, the node that calls the student again.
+    assert nodes_of_graph(32, True) - nodes_of_graph(8, True) <= 6
+    assert nodes_of_graph(32, False) - nodes_of_graph(8, False) >= 10 * 6
+
+
+def test_gradients_that_groups_cannot_leave_are_refused():
+    student, teacher = models()
+    with pytest.raises(RuntimeError, match=r"incompatible with \.grad"):
+        step(
+            student, teacher, components_at_once=1,
+            backward=lambda part: torch.autograd.grad(part, list(student.parameters())),
+        )  # fmt: skip
 
 
 def test_a_distiller_takes_groups_too():

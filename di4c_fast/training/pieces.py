@@ -15,7 +15,11 @@ from ..heads.base import BuiltInHead
 
 
 def call_in_pieces(
-    call: Callable[..., Head], tensors: Sequence[Tensor | None], at_once: int | None
+    call: Callable[..., Head],
+    tensors: Sequence[Tensor | None],
+    at_once: int | None,
+    *,
+    nested: bool = False,
 ) -> Head:
     """The head (R, ...) of `call(*tensors)`, of at most `at_once` rows in a call.
 
@@ -27,32 +31,62 @@ def call_in_pieces(
     Args:
         tensors: (R, ...) each, None where absent.
         at_once: None for all.
+        nested: the graph is for `Tensor.backward` without `inputs`, in which each piece but the
+            first makes its graph, goes backward itself, and lets it go: of those calls of the
+            model, no graph waits. Hooks on weights fire once for each piece. False: a graph for
+            `torch.autograd.grad`, too, and for the hooks of data parallelism.
     """
     rows = next(len(tensor) for tensor in tensors if tensor is not None)
     if at_once is None or rows <= at_once:
         return call(*tensors)
-    run: Callable[..., Head] = functools.partial(_built_in, call)
-    if torch.is_grad_enabled():
-        run = functools.partial(checkpoint, run, use_reentrant=False)
+    run: Callable[..., Any] = functools.partial(_built_in, call)
     starts = range(0, rows, at_once)
     pieces = ([t if t is None else t[i : i + at_once] for t in tensors] for i in starts)
-    return _joined([run(*piece) for piece in pieces])
+    if not torch.is_grad_enabled():
+        return _joined([run(*piece) for piece in pieces])
+    heads: list[Any] = [checkpoint(run, *next(pieces), use_reentrant=False)]
+    asking = [tensor for tensor in _row_tensors(heads[0]) if tensor.requires_grad]
+    if nested and asking:
+        # Weights are no arguments, so that one is needed which asks for a gradient; where that of
+        # some weight is asked for alone, the way to it leads through here, and is refused.
+        run = functools.partial(_nested, run, heads[0], asking[0][:0].sum())
+    else:
+        run = functools.partial(checkpoint, run, use_reentrant=False)
+    heads += [run(*piece) for piece in pieces]
+    return _joined(heads)
 
 
-def _built_in(call: Callable[..., Head], *tensors: Any) -> Head:
+def _built_in(call: Callable[..., Head], *tensors: Any) -> BuiltInHead:
     head = call(*tensors)
     return head if isinstance(head, BuiltInHead) else TensorHead(head.logits())
 
 
-def _joined(heads: Sequence[Any]) -> Head:
-    """Heads of one kind as one, along their first dimension."""
-    parts: list[list[Tensor]] = [[] for _ in heads]
+def _nested(run: Callable[..., Any], like: BuiltInHead, asking: Tensor, *piece: Any) -> Head:
+    """`run(*piece)`, whose tensors that do not belong to the rows are those of `like`.
 
-    def collect(part: list[Tensor], tensor: Tensor) -> Tensor:
-        part.append(tensor)
+    The backward pass runs it again and goes backward through it there and then.
+    """
+
+    def row_tensors(_: Tensor, *piece: Any) -> tuple[Tensor, ...]:
+        return tuple(_row_tensors(run(*piece)))
+
+    found = list(checkpoint(row_tensors, asking, *piece, use_reentrant=True))
+    return like.map_rows(lambda _: found.pop(0))
+
+
+def _row_tensors(head: BuiltInHead) -> list[Tensor]:
+    """The tensors of a head that belong to its rows."""
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
         return tensor
 
-    for head, part in zip(heads, parts, strict=True):
-        head.map_rows(functools.partial(collect, part))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    head.map_rows(collect)
+    return found
+
+
+def _joined(heads: Sequence[BuiltInHead]) -> Head:
+    """Heads of one kind as one, along their first dimension."""
+    columns = [torch.cat(column) for column in zip(*map(_row_tensors, heads), strict=True)]
     return heads[0].map_rows(lambda _: columns.pop(0))

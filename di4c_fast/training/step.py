@@ -141,6 +141,9 @@ def distill_step(
             joint weights of all: only the tensors behind the heads (logits, or the hidden states
             of a `LinearHead`) are kept for all N, and every piece of rows runs once more, with
             the same dropout. For models whose rows do not depend on each other. None for N.
+            With `backward`, and without torch.distributed, the pieces but one are called without
+            a graph first; each then makes its graph within `Tensor.backward`, which alone can
+            go through it (`torch.autograd.grad` raises), and hooks on weights fire for each.
         position_group: process group whose ranks have other positions of the same examples, as for
             `di4c_fast.loss`: x0 (B, D of this rank), models that are called with them and see the
             others by exchanges of their own. `generator` has the same state on every rank; times
@@ -374,7 +377,8 @@ class _Step:
         # As many calls for some of the examples as for all.
         examples = min(len(at.t), len(self.x0))
         limit = self.components_at_once and examples * self.components_at_once
-        head = call_in_pieces(run, (tokens, t, latent, *context.values()), limit)
+        nested = self.backward is not None and not parallel.is_distributed()
+        head = call_in_pieces(run, (tokens, t, latent, *context.values()), limit, nested=nested)
         return head if latent is None else head.unflatten(len(at.t), rows)
 
     def predict(self, at: Examples) -> Heads:
