@@ -35,6 +35,7 @@ STYLES = {
 }
 # other markers, the same colour
 SUFFIXES = {"-compiled": "^", "-all": "P", "-in-place": "X", "-few": "v", "-in-turn": "d"}
+SUFFIXES["-in-memory"] = "D"
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "di4c_fast",

@@ -50,8 +50,9 @@ class StepGroup(Group):
     """Forward and backward of one distillation step of a system of the paper, without optimiser.
 
     Pixels without the pass at the smallest time, which is a step of its own with N = 1. "many" is
-    the masked step with N components, √N of them at a time, and with √N components, each with √N
-    draws: the loss keeps a number for each component, draw and position.
+    the masked step with N components, √N of them at a time and, to make up for the gradients that
+    lie beside a group, three quarters of that, and with √N components, each with √N draws: the
+    loss keeps a number for each component, draw and position. It goes backward as a distiller does.
     """
 
     def __init__(self, case: Case):
@@ -80,6 +81,7 @@ class StepGroup(Group):
             return [
                 *library("-few", f", N={few}", FUSED),
                 *library("-in-turn", f", {few} at a time", FUSED),
+                *library("-in-memory", f", {3 * few // 4} at a time", FUSED),
                 *library("", ", all at once", FUSED),
             ]
         return [
@@ -91,7 +93,10 @@ class StepGroup(Group):
     def how(self, name: str) -> tuple[int, int | None]:
         """The components of a variant, and how many of them the student sees at a time."""
         components, few = self.case.components, math.isqrt(self.case.components)
-        return few if name.endswith("-few") else components, few if "-in-turn" in name else None
+        if name.endswith("-few"):
+            return few, None
+        at_once = {"turn": few, "memory": 3 * few // 4}
+        return components, at_once.get(name.split("-")[-1])
 
     @property
     def mask_id(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,8 +41,9 @@ def call_in_pieces(
     if at_once is None or rows <= at_once:
         return call(*tensors)
     run: Callable[..., Any] = functools.partial(_built_in, call)
-    starts = range(0, rows, at_once)
-    pieces = ([t if t is None else t[i : i + at_once] for t in tensors] for i in starts)
+    count = -(-rows // at_once)  # as even as they can be, since the largest decides
+    ends = [i * rows // count for i in range(count + 1)]
+    pieces = ([t if t is None else t[i:j] for t in tensors] for i, j in itertools.pairwise(ends))
     if not torch.is_grad_enabled():
         return _joined([run(*piece) for piece in pieces])
     heads: list[Any] = [checkpoint(run, *next(pieces), use_reentrant=False)]
