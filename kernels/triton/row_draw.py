@@ -268,6 +268,18 @@ class Targets(NamedTuple):
     total: Tensor
 
 
+def rows_and_warps(
+    tuned: RowDraw, whole: bool, block_g: int, width: int, guided: bool
+) -> tuple[int, int]:
+    """Rows and warps of one program."""
+    if whole:
+        per_warp = max(1, tuned.whole_elements // (1 + guided))
+        rows = max(1, min(per_warp // (block_g * width), tuned.rows))
+        return rows, max(1, min(8, block_g * width // per_warp))
+    rows = max(1, min(tuned.blocks // block_g, tuned.joined_rows))
+    return rows, max(1, min(8, block_g // tuned.blocks))
+
+
 def row_draw(
     x, y, visit, keys: Tensor | None, options, width: int, targets: Targets | None = None
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
@@ -295,7 +307,6 @@ def row_draw(
     other = x if y is None else y
     blocks = triton.cdiv(vocabulary, width)
     elements = max(width, tuned.elements)
-    per_warp = max(1, tuned.whole_elements // (1 + (y is not None)))
     block_g = power_of_two(blocks)
     whole = block_g * width <= max(width, elements // 2)
     pointers = [
@@ -333,12 +344,7 @@ def row_draw(
     tiles = triton.cdiv(blocks, tile_blocks)
     lanes = WHOLE_LANES if whole else tuned.run_bytes // x.logits.element_size()
     flags["LANES"] = min(width, lanes)
-    if whole:
-        block_r = max(1, min(per_warp // (block_g * width), tuned.rows))
-        warps = max(1, min(8, block_g * width // per_warp))
-    else:
-        block_r = max(1, min(tuned.blocks // block_g, tuned.joined_rows))
-        warps = max(1, min(8, block_g // tuned.blocks))
+    block_r, warps = rows_and_warps(tuned, whole, block_g, width, y is not None)
     for begin in range(0, rows, chunk):
         part = min(chunk, rows - begin)
         parts = values
