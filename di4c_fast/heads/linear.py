@@ -189,6 +189,8 @@ class LinearHead(BuiltInHead):
         sums = super().new_gradients(needs)
         if needs[0] and self.shard is None:  # written once, so in its own dtype
             sums[0] = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
+        if sums[1] is not None:  # zeros without memory: the first product takes their place
+            sums[1] = self.weight.new_zeros((), dtype=self.work_dtype).expand(self.weight.shape)
         return sums
 
     def share_gradients(self, sums: list[Tensor | None]) -> list[Tensor | None]:
@@ -210,7 +212,7 @@ class LinearHead(BuiltInHead):
             set_leading(sums[0], rows, leading, product.view(*rows.shape, width).to(sums[0].dtype))
         if sums[1] is not None:
             hidden = take_leading(self.hidden, rows, leading).reshape(-1, width)
-            _add_product(sums[1], flat, hidden)
+            sums[1] = _add_product(sums[1], flat, hidden)
         if sums[2] is not None:
             if self.bias is not None and self.bias.ndim == 1:
                 sums[2] += flat.sum(0, dtype=sums[2].dtype)
@@ -219,15 +221,19 @@ class LinearHead(BuiltInHead):
                 sums[2].index_put_(at, flat.to(sums[2].dtype), accumulate=True)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (V, C) += left.T (V, R) @ right (R, C), with sums in the dtype of `total`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left.t(), right.to(total.dtype))
-    elif left.is_cuda and torch.version.hip is None:
-        # In place: a product of its own would be as large as the weight, and moved twice more.
-        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total (V, C) + left.T (V, R) @ right (R, C), with sums in the dtype of `total`.
+
+    In place, so that the product is not as large as the weight once more, but for the first one.
+    """
+    first, options = not any(total.stride()), dict[str, Any]()
+    if left.dtype != total.dtype and left.is_cuda and torch.version.hip is None:
+        options = {"out_dtype": total.dtype}
     else:
-        total.addmm_(left.t().to(total.dtype), right.to(total.dtype))
+        left, right = left.to(total.dtype), right.to(total.dtype)
+    if first:
+        return torch.mm(left.t(), right, **options)
+    return torch.addmm(total, left.t(), right, **options, out=total)
 
 
 def _check(
