@@ -276,6 +276,25 @@ def test_nan_beside_an_impossible_target_is_nan(function, backend):
 
 
 @pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("components", [3, 33])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_distribution_hides_a_student_without_a_sum(value, components, backend):
+    # q is 0 in every class, or in all but one that is impossible.
+    problem = make_problem(14, batch=3, components=components, vocabulary=7, component_weight=0.5)
+    problem["student"][:2, 1, 2, 3] = value
+    problem["student"][1, :, 2, 4] = NEG_INF
+    for name in ("teacher", "consistency"):
+        problem[name][0, ..., 2, :] = NEG_INF
+        problem[name][1, ..., 2, :4] = NEG_INF
+        problem[name][1, ..., 2, 5:] = NEG_INF
+    _, terms = run_loss(single(problem), backend=backend, reduction="none", return_terms=True)
+    for name in ("teacher_marginal", "consistency_marginal", "component"):
+        term = getattr(terms, name)
+        assert term[:2].isnan().all(), name
+        assert term[2].isfinite(), name
+
+
+@pytest.mark.parametrize("backend", EVERY)
 def test_nan_where_nothing_counts_changes_no_value_and_no_gradient(backend):
     problem = make_problem(14, components=3, dtype=torch.float32, **FULL)
     ignored = ~problem["valid"] | (problem["xt"] != problem["mask_id"])

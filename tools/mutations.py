@@ -161,6 +161,14 @@ KERNELS = [
         "triton and nan",
     ),
     Mutation(
+        "NaN of a student dropped where q is 0",
+        "kernels/triton/mixture_forward.py",
+        "return 0.0 * tl.load(total, mask=inside, other=0.0)",
+        "return tl.load(total, mask=inside & False, other=0.0)",
+        "test_loss_conformance.py",
+        "triton and without_a_sum",
+    ),
+    Mutation(
         "q of the consistency draws left out",
         "kernels/triton/mixture_forward.py",
         "q += consistency_weight * qu",

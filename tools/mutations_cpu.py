@@ -87,6 +87,12 @@ CPU = [
         "every_head",
     ),
     _mixture(
+        "NaN of a student dropped where q is 0",
+        "broken += 0.0 * slot.total[n]",
+        "broken += 0.0",
+        "without_a_sum",
+    ),
+    _mixture(
         "tokens of the first position",
         "slot.find_log_prob(*slot.token(j),",
         "slot.find_log_prob(*(slot.token(j) - slot.d),",
@@ -229,7 +235,7 @@ CPU = [
         "torch_backend",
     ),
     _draw(
-        "race without its exponentials", "/ exponential(load(random + i * W))", "", "torch_backend"
+        "race without its exponentials", "select(none, u, -vlog(rest) * u)", "1.0f", "torch_backend"
     ),
     _draw("1 - u rounded", "-vlog(rest) * (u / taken)", "-vlog(rest)", "precision"),
     _draw("step left out", "c3 = vq{} + (law.step & low)", "c3 = vq{}", "torch_backend"),
@@ -284,6 +290,14 @@ CPU = [
         "kernels/cpu/draw.h",
         "blocks.total[g] * blocks.factor[g / (STRIP / BLOCK)]",
         "blocks.total[g]",
+        PASSES,
+        "draws_of_every_width and plain and 2050",
+    ),
+    Mutation(
+        "draw: largest logit of the strip before",
+        "kernels/cpu/draw.h",
+        "columns.logits(v + i * W + STRIP), best",
+        "columns.logits(v + i * W), best",
         PASSES,
         "draws_of_every_width and plain and 2050",
     ),

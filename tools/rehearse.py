@@ -3,11 +3,11 @@
     TRITON_INTERPRET=1 python -m pytest -p tools.rehearse tests --launches launches.jsonl
     python -m tools.rehearse launches.jsonl [--targets sm_90 sm_100] [--write]
 
-The first command writes down each launch once: the kernel, the dtypes of its tensors, its numbers
-and constants. The second makes the same launches on tensors without memory and compiles them ahead
-of time, as `tools.compile_report` does, with whatever Triton is installed. Exits with 1 if one
-does not compile; the others are compiled all the same. `--write` puts a summary by Triton and
-target into benchmarks/results/rehearsal.json.
+The first command writes down each launch once: the kernel, the dtypes of its tensors and whether
+they are aligned, its numbers and constants. The second makes the same launches on tensors without
+memory and compiles them ahead of time, as `tools.compile_report` does, with whatever Triton is
+installed. Exits with 1 if one does not compile; the others are compiled all the same. `--write`
+puts a summary by Triton and target into benchmarks/results/rehearsal.json.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "r
 
 
 def describe_argument(value: Any) -> Any:
-    """What a launch depends on: of a tensor its dtype, of a number whether 1 or divisible by 16."""
+    """What a launch depends on: of a tensor its dtype and whether it begins at a multiple of 16
+    bytes, of a number whether 1 or divisible by 16."""
     if isinstance(value, Tensor):
-        return {"tensor": str(value.dtype).removeprefix("torch.")}
+        aligned = value.data_ptr() % 16 == 0
+        return {"tensor": str(value.dtype).removeprefix("torch."), "aligned": aligned}
     if isinstance(value, bool) or value is None or isinstance(value, (str, float)):
         return value
     if isinstance(value, int):
@@ -44,7 +46,8 @@ def rebuild_argument(value: Any) -> Any:
         return value
     if "tuple" in value:
         return tuple(rebuild_argument(part) for part in value["tuple"])
-    return torch.empty(16, dtype=getattr(torch, value["tensor"]), device="meta")
+    tensor = torch.empty(17, dtype=getattr(torch, value["tensor"]), device="meta")
+    return tensor[not value["aligned"] :]  # without memory the base is 0
 
 
 # Recording, as a plugin of pytest -----------------------------------------------------------------

@@ -210,6 +210,9 @@ def take_leading(tensor: Tensor, rows: Tensor, leading: torch.Size) -> Tensor:
     """`tensor[index of row]` for tensors whose first dimensions are `leading`, of any strides."""
     if len(leading) == 0:
         return tensor.unsqueeze(0)[rows]
+    if tensor.is_contiguous():
+        flat = tensor.view(leading.numel(), *tensor.shape[len(leading) :])
+        return flat.index_select(0, rows.flatten()).view(rows.shape + flat.shape[1:])
     index = []
     for size in reversed(leading[1:]):
         index.append(rows % size)

@@ -224,7 +224,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left.t(), right.to(total.dtype))
     elif left.is_cuda and torch.version.hip is None:
-        total += torch.mm(left.t(), right, out_dtype=total.dtype)
+        # In place: a product of its own would be as large as the weight, and moved twice more.
+        torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(left.t().to(total.dtype), right.to(total.dtype))
 

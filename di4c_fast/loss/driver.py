@@ -196,11 +196,11 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
     if not draws_here:
         given = problem.tokens.contiguous()
         mixture = dataclasses.replace(mixture, seed=problem.seed, given=given)
-    student = Source(problem.student, passes)
-    teacher, consistency = source_of(problem.teacher, passes), None
-    if statistics.consistency is not None:
-        consistency = source_of(problem.consistency, passes)
     places = saved.places(problem, passes)
+    student = Source(problem.student, passes, plan, places)
+    teacher, consistency = source_of(problem.teacher, passes, plan, places), None
+    if statistics.consistency is not None:
+        consistency = source_of(problem.consistency, passes, plan, places)
     if shard is not None:
         sources = (student, teacher, consistency)
         find_sums(shard, problem, passes, plan, places, sources, statistics, keys)
@@ -214,7 +214,7 @@ def forward(problem: Problem, passes: Any, needs_grad: bool) -> tuple[Values, Sa
                 rows = consistency.rows(visit)
                 draw_targets(problem, passes, u, visit, rows, statistics, keys(rows))
             t = None if teacher is None else teacher.load(visit)
-            z = student.load(visit, statistics.kept(saved.logits, visit))
+            z = student.load(visit, saved.logits)
             u = u if problem.marginal or mixture.seed is not None else None
             passes.forward(Chunk(z, t, u, visit, mixture, statistics))
     if shard is not None:
@@ -280,9 +280,10 @@ def _student_gradients(
     in_place: bool,
 ) -> list[Tensor | None]:
     statistics, mixture = saved.statistics, problem.mixture()
-    student = Source(problem.student, passes)
-    teacher = source_of(problem.teacher, passes)
-    consistency = source_of(problem.consistency if problem.marginal else None, passes)
+    student = Source(problem.student, passes, plan, places)
+    teacher = source_of(problem.teacher, passes, plan, places)
+    drawn = problem.consistency if problem.marginal else None
+    consistency = source_of(drawn, passes, plan, places)
     sweep, everything = sweep_over(problem, plan, places, student, teacher, consistency)
     head, vocabulary = problem.student, problem.sizes[3]
     target: Operand | None = None

@@ -1,10 +1,11 @@
 """How the sweeps are cut into chunks, and for how many slots what is kept between them.
 
 From shapes alone, so that the op can tell the sizes of what it returns. What a chunk takes is the
-logits of heads that have to be computed and the temporaries of the passes. What is kept, under a
-byte budget that a chunk is part of: rows of q (and of q_T for the component term), which stand for
-one or several heads; then the student's computed logits, which stand for a product. The active
-positions come first, so what is kept is most likely needed.
+logits of heads that have to be computed and the temporaries of the passes; an eighth of its room
+is for logits of later chunks, so that a head of few rows is not multiplied for every chunk. What is
+kept, under a byte budget that a chunk is part of: rows of q (and of q_T for the component term),
+which stand for one or several heads; then the student's computed logits, which stand for a product.
+The active positions come first, so what is kept is most likely needed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Plan:
     kept: int  # slots whose rows of q, and of q_T, are kept
     kept_logits: int  # slots whose computed logits of the student are kept
     computes: bool  # logits of some head
+    ahead: int = 0  # bytes of a head's logits that may be computed before their chunk
 
 
 def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
@@ -46,22 +48,24 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
     itemsize = problem.dtype.itemsize
     budget = min([head.budget_bytes for head in heads if head.budget_bytes], default=None)
     work = per_slot + passes.temporary_bytes(sum(map(_components, heads)), row * itemsize)
-    chunk = total
+    chunk, ahead = total, 0
     if work:
-        chunk = (budget // 2 if budget else passes.chunk_bytes(device)) // work
+        room = budget // 2 if budget else passes.chunk_bytes(device)
+        ahead = room // 8 if computed else 0
+        chunk = (room - ahead) // work
         if computed:
             chunk = max(chunk, -(-MINIMUM_ROWS // max(map(_components, computed))))
         chunk = max(1, min(chunk, total))
     if not needs_grad:
-        return Plan(chunk, 0, 0, bool(computed))
+        return Plan(chunk, 0, 0, bool(computed), ahead)
     kept = kept_logits = size = 0
     rows = problem.marginal + problem.component
     if problem.student in computed:
         size = components * row * problem.student.prepared_dtype.itemsize
-    everything = total * (rows * row * itemsize + size) + chunk * (per_slot - size)
+    everything = total * (rows * row * itemsize + size) + chunk * (per_slot - size) + ahead
     if computed and everything > (budget or BUDGET):
         budget = budget or COMPUTED_BUDGET.get(device.type, BUDGET)
-        budget = max(0, budget - chunk * per_slot)
+        budget = max(0, budget - chunk * per_slot - ahead)
     elif budget is None:
         logits = problem.student.shape.numel() * problem.student.dtype.itemsize
         budget = max(BUDGET, 0 if computed else int(KEPT_SHARE * logits))
@@ -75,7 +79,7 @@ def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:
     if size:
         kept_logits = min(total, budget // size)
         kept_logits = kept_logits if kept_logits == total else kept_logits // chunk * chunk
-    return Plan(chunk, kept, kept_logits, bool(computed))
+    return Plan(chunk, kept, kept_logits, bool(computed), ahead)
 
 
 def _components(head: Head) -> int:

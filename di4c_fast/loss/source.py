@@ -5,6 +5,7 @@ Shapes: B examples, C components, D positions, P slots of a chunk, V classes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +22,15 @@ from .problem import Problem
 class Source:
     """The operand of a head, chunk by chunk."""
 
-    def __init__(self, head: Head, passes: Any):
-        self.passes = passes
+    def __init__(self, head: Head, passes: Any, plan: Plan, places: Places):
+        self.passes, self.ahead = passes, plan.ahead
+        self.stop = places.slots if places.number is None else places.number
         detached = head.detach()
         self.head, self.whole = detached.prepared(), detached.operand(passes)
         self.components = head.shape[1] if len(head.shape) == 4 else 1
         self._buffer: Tensor | None = None
+        self._computed = range(0)  # slots in the buffer
+        self._kept = 0  # how many of the kept slots are computed
 
     def rows(self, visit: Visit) -> Tensor:
         """Row numbers (P, C) of the visited slots."""
@@ -45,21 +49,42 @@ class Source:
         sizes = (slots, self.components, padded(vocabulary))
         return empty(sizes, dtype=self.head.chunk_dtype, device=self.head.device)
 
-    def load(self, visit: Visit, out: Tensor | None = None) -> Operand:
-        """The logits of a chunk, in memory or computed into `out` or a buffer of this object."""
+    def load(self, visit: Visit, kept: Tensor | None = None) -> Operand:
+        """The logits of a chunk, in memory or computed, into `kept` (slots, C, padded V) where it
+        has the chunk's slots.
+
+        A product reads the whole weight, so that one of few rows takes later chunks along: all
+        that are kept, otherwise what `Plan.ahead` has room for.
+        """
         if self.whole is not None:
             return self.whole
-        if out is None:
-            if self._buffer is None or self._buffer.shape[0] < visit.slots:
-                self._buffer = self.new_chunk(visit.slots)
-            out = self._buffer[: visit.slots]
-        out = out[..., : self.head.shape[-1]]
-        self.head.load(self.rows(visit), out, self.passes)
-        return Operand.of_chunk(out)
+        end = visit.first + visit.slots
+        if kept is not None and end <= kept.shape[0]:
+            if end > self._kept:
+                self._kept = min(self.stop, kept.shape[0])
+                self._compute(visit, self._kept, kept[visit.first : self._kept])
+            return self._operand(kept[visit.part])
+        if visit.first not in self._computed or end > self._computed.stop:
+            row = self.components * padded(self.head.shape[-1]) * self.head.chunk_dtype.itemsize
+            stop = min(self.stop, visit.first + self.ahead // row)
+            self._computed = range(visit.first, max(end, stop))
+            if self._buffer is None or self._buffer.shape[0] < len(self._computed):
+                self._buffer = self.new_chunk(len(self._computed))
+            self._compute(visit, self._computed.stop, self._buffer[: len(self._computed)])
+        assert self._buffer is not None
+        begin = visit.first - self._computed.start
+        return self._operand(self._buffer[begin : begin + visit.slots])
+
+    def _operand(self, logits: Tensor) -> Operand:
+        return Operand.of_chunk(logits[..., : self.head.shape[-1]])
+
+    def _compute(self, visit: Visit, stop: int, out: Tensor) -> None:
+        rows = self.rows(dataclasses.replace(visit, slots=stop - visit.first))
+        self.head.load(rows, out[..., : self.head.shape[-1]], self.passes)
 
 
-def source_of(head: Head | None, passes: Any) -> Source | None:
-    return None if head is None else Source(head, passes)
+def source_of(head: Head | None, passes: Any, plan: Plan, places: Places) -> Source | None:
+    return None if head is None else Source(head, passes, plan, places)
 
 
 def sweep_over(

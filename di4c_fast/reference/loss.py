@@ -64,12 +64,15 @@ def marginal_log_prob(log_prob: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def kl_divergence(target: Tensor, log_prob: Tensor) -> Tensor:
-    """Sum over v of q log(q / p) with 0 log 0 = 0; +inf where q > 0 = p. (..., V) -> (...)"""
+    """Sum over v of q log(q / p) with 0 log 0 = 0; +inf where q > 0 = p. (..., V) -> (...)
+
+    NaN wherever one of them is NaN, even beside q = 0 or an infinite divergence.
+    """
     possible = log_prob != NEG_INF
     needed = target > 0
     finite = torch.where(possible, log_prob, torch.zeros_like(log_prob))
     divergence = (torch.xlogy(target, target) - target * finite).sum(-1)
-    impossible = (needed & ~possible).any(-1)
+    impossible = (needed & ~possible).any(-1) & ~divergence.isnan()
     return torch.where(impossible, torch.full_like(divergence, float("inf")), divergence)
 
 

@@ -73,10 +73,11 @@ void uniforms(Law law, i64 key, Stream stream, i64 first, i64 calls, float* out)
   }
 }
 
-// -log(1 - u): the rounding of 1 - u is made good by what it took away.
-DI4C_INLINE vf exponential(vf u) {
+// weight / -log(1 - u): the rounding of 1 - u is made good by what it took away.
+DI4C_INLINE vf arrival(vf weight, vf u) {
   vf rest = 1.0f - u, taken = 1.0f - rest;
-  return select(taken == 0.0f, u, -vlog(rest) * (u / taken));
+  vi none = taken == 0.0f;
+  return select(none, weight, weight * taken) / select(none, u, -vlog(rest) * u);
 }
 
 // Blocks ------------------------------------------------------------------------------------------
@@ -110,15 +111,22 @@ struct Blocks {
   }
 };
 
-constexpr i64 AHEAD = 2 * STRIP;
-template <bool TEMPERED, bool MORE, bool STORE, class C>
-DI4C_INLINE void sum_block(C columns, bool ahead, i64 v, int vectors, float shift, float heat, Blocks& blocks,
-                           i64 g, float* out) {
+constexpr i64 AHEAD = 6 * STRIP;
+
+// The sums of block g, whose columns stand from v on; with NEXT, `best` takes in the logits one
+// strip further.
+template <bool TEMPERED, bool MORE, bool STORE, bool NEXT, class C>
+DI4C_INLINE void sum_block(C columns, i64 v, int vectors, float shift, float heat, Blocks& blocks,
+                           i64 g, float* out, vf& best) {
   auto exponentials = columns.exponentials(shift);
   vf totals[2] = {}, raw{}, weighted{};
   for (int i = 0; i < vectors; ++i) {
+    asm volatile("");  // GCC would make one loop for the sums and one for the stores of it
     vf gap{}, e;
-    if (ahead && i * W % 16 == 0) columns.prefetch(v + i * W + AHEAD);
+    if (NEXT) {
+      if (i * W % 16 == 0) columns.prefetch(v + i * W + AHEAD);
+      best = vmax(columns.logits(v + i * W + STRIP), best);
+    }
     if (TEMPERED || MORE) gap = columns.logits(v + i * W) - shift;
     if (MORE && TEMPERED) raw += vexp(gap);
     if (TEMPERED) gap = gap * heat;
@@ -132,30 +140,42 @@ DI4C_INLINE void sum_block(C columns, bool ahead, i64 v, int vectors, float shif
   if (MORE && TEMPERED) blocks.raw[g] = quick_sum(raw);
 }
 
+// The largest logit of strip s.
+template <class C>
+DI4C_INLINE float peak_of(const Row& row, C columns, i64 s) {
+  if (!C::IN_MEMORY) return row.bins.shift;
+  i64 begin = s * STRIP, end = begin + STRIP < row.V ? begin + STRIP : row.V;
+  i64 hole = row.mask >= begin && row.mask < end ? row.mask : end;
+  vf best = max_of(columns, begin, hole, all(-INF));
+  return largest(max_of(columns, hole + 1, end, best));
+}
+
 // Fill `blocks`, and with STORE the exponentials of all columns, relative to those of their strip.
+// While a strip is summed, the next one comes from memory for its largest logit.
 template <bool TEMPERED, bool MORE, bool STORE>
 void sum_blocks(const Row& row, float heat, Blocks& blocks, float* out) {
   row.with_columns([&](auto columns) {
+    float peak = peak_of(row, columns, 0);
     for (i64 s = 0; s < blocks.strips; ++s) {
-      i64 begin = s * STRIP, end = begin + STRIP < row.V ? begin + STRIP : row.V;
-      float peak = row.bins.shift;
-      if (columns.IN_MEMORY) {
-        i64 hole = row.mask >= begin && row.mask < end ? row.mask : end;
-        vf best = max_of(columns, begin, hole, all(-INF));
-        peak = largest(max_of(columns, hole + 1, end, best));
-      }
+      i64 begin = s * STRIP, next = begin + STRIP, end = next + STRIP;
+      bool ahead = columns.IN_MEMORY && end <= row.V && (row.mask < begin || row.mask >= end);
       blocks.peak[s] = peak;
       float shift = peak == -INF ? 0.0f : peak;
-      for (i64 v = begin; v < end; v += BLOCK) {
+      vf best = all(-INF);
+      for (i64 v = begin; v < next && v < row.V; v += BLOCK) {
         float part[BLOCK], *to = STORE ? out + v : nullptr;
-        if (is_whole(row, v)) {
-          sum_block<TEMPERED, MORE, STORE>(columns, true, v, FULL, shift, heat, blocks, v / BLOCK, to);
-          continue;
+        i64 g = v / BLOCK;
+        if (ahead) {
+          sum_block<TEMPERED, MORE, STORE, true>(columns, v, FULL, shift, heat, blocks, g, to, best);
+        } else if (is_whole(row, v)) {
+          sum_block<TEMPERED, MORE, STORE, false>(columns, v, FULL, shift, heat, blocks, g, to, best);
+        } else {
+          int vectors = read_block(row, v, part);
+          Memory<Fp32> copy = {part};
+          sum_block<TEMPERED, MORE, STORE, false>(copy, 0, vectors, shift, heat, blocks, g, to, best);
         }
-        int vectors = read_block(row, v, part);
-        Memory<Fp32> copy = {part};
-        sum_block<TEMPERED, MORE, STORE>(copy, false, 0, vectors, shift, heat, blocks, v / BLOCK, to);
       }
+      if (next < row.V) peak = ahead ? largest(best) : peak_of(row, columns, s + 1);
     }
   });
 }
@@ -166,8 +186,10 @@ struct Sample {
   double total, raw, weighted;  // the sums of the row, relative to `shift`
 };
 
-// The token of a row whose blocks are summed; greedy: its statistics alone.
-Sample choose(const Row& row, Law law, i64 key, float heat, bool greedy, Blocks& blocks) {
+// The token of a row whose blocks are summed, with its exponentials where they are stored; greedy:
+// its statistics alone.
+Sample choose(const Row& row, Law law, i64 key, float heat, bool greedy, Blocks& blocks,
+              const float* stored) {
   i64 G = blocks.count, chosen = 0;
   float peak = -INF;
   for (i64 i = 0; i < blocks.strips; ++i) peak = blocks.peak[i] > peak ? blocks.peak[i] : peak;
@@ -188,21 +210,19 @@ Sample choose(const Row& row, Law law, i64 key, float heat, bool greedy, Blocks&
   float part[BLOCK];
   i64 first_column = chosen * BLOCK;
   int vectors = FULL;
-  if (heat == 1.0f && is_whole(row, first_column)) {  // of bins without a logarithm
-    row.with_columns([&](auto columns) {
-      auto exponentials = columns.exponentials(s.shift);
-      for (int i = 0; i < FULL; ++i) store(part + i * W, exponentials.whole(first_column + i * W));
-    });
-  } else {
+  if (!stored) {
     vectors = read_block(row, first_column, part);
     for (int i = 0; i < vectors; ++i)
       store(part + i * W, vexp((load(part + i * W) - s.shift) * heat));
+  } else if (row.V - first_column < BLOCK) {
+    vectors = (int)((row.V - first_column + W - 1) / W);
   }
+  const float* weights = stored ? stored + first_column : part;
   uniforms(law, key, TOKENS, first_column / 4, vectors * W / 4, random);
   vf lead = all(-1.0f);
   vi at{};
   for (int i = 0; i < vectors; ++i) {
-    vf x = load(part + i * W) / exponential(load(random + i * W));
+    vf x = arrival(load(weights + i * W), load(random + i * W));
     vi better = x > lead;
     lead = select(better, x, lead), at = better ? vi{} + i : at;
   }
@@ -248,7 +268,7 @@ void draw_row(const DrawPass& a, i64 r, const Row& row, Blocks& blocks) {
   auto sum = tempered ? (more ? sum_blocks<true, true, false> : sum_blocks<true, false, false>)
                       : (more ? sum_blocks<false, true, false> : sum_blocks<false, false, false>);
   sum(row, heat, blocks, nullptr);
-  Sample s = choose(row, {a.seed, a.step}, a.keys[r], heat, greedy, blocks);
+  Sample s = choose(row, {a.seed, a.step}, a.keys[r], heat, greedy, blocks, nullptr);
   double raw = 0, weighted = 0;
   for (i64 g = 0; more && g < blocks.count; ++g) {
     i64 strip = g / (STRIP / BLOCK);

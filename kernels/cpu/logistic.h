@@ -67,7 +67,9 @@ struct Bins {
     return select(up, high, low) + vlog(share * (select(up, right, left) * e.inverse));
   }
 
-  // exp(logit - shift) for the shift that `factor` belongs to.
+  DI4C_INLINE void set_shift(float x) { shift = x, factor = x > -16.0f ? vexp(all(-x))[0] : 0.0f; }
+
+  // exp(logit - shift).
   DI4C_INLINE vf product(i64 v) const {
     Edges e = edges(v);
     vf above = e.above(), below = e.below();
@@ -119,7 +121,7 @@ Bins bins_of(float mu, float log_scale, float eps, bool both, i64 V, i64 mask) {
   float w = b.width;
   b.mass = w < 0.03f ? w * (1.0f - w * (0.5f - w * (1.0f / 6.0f - w * (1.0f / 24.0f))))
                      : 1.0f - b.rest;
-  b.log_mass = vlog(all(b.mass))[0];
+  b.log_mass = eps == 0.0f ? vlog(all(b.mass))[0] : 0.0f;  // else nobody asks
   // The bin of mu, its neighbours, and what else a vector holds.
   float at = (mu + 1.0f) * 0.5f * (float)V;
   b.mode = !(at > 0.0f) ? 0 : at < (float)(V - 1) ? (i64)at : V - 1;
@@ -128,8 +130,7 @@ Bins bins_of(float mu, float log_scale, float eps, bool both, i64 V, i64 mask) {
   vf x = first(V - v, b.logits(v), -INF);
   for (int i = 0; i < W; ++i) x[i] = v + i == mask ? -INF : x[i];
   float best = any(x != x) ? __builtin_nanf("") : largest(x);
-  b.shift = best == -INF ? 0.0f : best;
-  b.factor = 0.0f;
+  b.set_shift(best == -INF ? 0.0f : best);
   return b;
 }
 

@@ -37,7 +37,7 @@ struct Slot {
   i64 N, V, columns, stride;
   float *shift, *total, *log_total, *log_weight, *weight, *parts;  // [N]; parts [N, W]
   double *mass, *slopes;                                          // [N], [N, 2]
-  Row* rows;                                                      // [N] of the student
+  Row *rows, *others;  // [N] of the student, [K or M] of what q is the mean of
   float *q_teacher, *q_draws, *row;                               // [V]
   float *mix, *q;                                                 // [columns]
   float* e;  // [N, stride]: of all columns or of one block
@@ -57,7 +57,7 @@ struct Slot {
     shift = arena.floats(N), total = arena.floats(N), log_total = arena.floats(N);
     log_weight = arena.floats(N), weight = arena.floats(N), parts = arena.floats(N * W);
     mass = (double*)arena.floats(2 * N), slopes = (double*)arena.floats(4 * N);
-    rows = (Row*)arena.floats(N * sizeof(Row) / 4);
+    rows = new_rows(N, arena), others = new_rows(a.t.components + a.u.components, arena);
     mix = arena.floats(columns), q = arena.floats(columns);
     i64 width = a.gradient.data ? columns : V;  // backward forms q block by block
     q_teacher = arena.floats(width), q_draws = arena.floats(width), row = arena.floats(width);
@@ -65,6 +65,8 @@ struct Slot {
     end = arena.next;
   }
   char* end;  // of the scratch memory
+
+  static Row* new_rows(i64 count, Arena& arena) { return (Row*)arena.floats(count * sizeof(Row) / 4); }
 
   static i64 scratch_bytes(const MixturePass& a, bool whole) {
     return Slot(a, 0, {(char*)64}, whole).end - (char*)64;
@@ -164,6 +166,8 @@ struct Slot {
                     i64 end, float* q) {
     i64 C = o.components, count = end - begin, mask = a.mixture.mask_id, D = a.visit.positions;
     bool first = true;
+    // What makes a row of bins is one long chain: that of the next row starts before it ends.
+    for (i64 c = 0; o.data && c < C; ++c) others[c] = row_of(o, i, b, c, d, V, mask);
     for (i64 c = 0; o.data && c < C; ++c) {
       float &shift = sums.shift[s * C + c], &total = sums.total[s * C + c];
       i64* drawn = draws ? token(a.statistics.targets - C + c) : nullptr;
@@ -172,12 +176,12 @@ struct Slot {
         if (draws) *drawn = xu[c * D];
         continue;
       }
-      Row x = row_of(o, i, b, c, d, V, mask);
+      const Row& x = others[c];
       float* out = first ? q : row;
       if (draws) {
         sum_blocks<false, false, true>(x, 1.0f, blocks, out);
         i64 key = (b * C + c) * D + d;
-        Sample sample = choose(x, {a.mixture.seed, 0}, key, 1.0f, false, blocks);
+        Sample sample = choose(x, {a.mixture.seed, 0}, key, 1.0f, false, blocks, out);
         shift = sample.shift, total = (float)sample.total;
         *drawn = sample.token < 0 ? 0 : sample.token;
       } else {
@@ -241,7 +245,9 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   float* q_kept = s < st.q.count ? st.q.data + s * st.q.stride : nullptr;
   if (s < st.q_teacher.count)
     memcpy(st.q_teacher.data + s * st.q_teacher.stride, slot.q_teacher, V * sizeof(float));
-  double teacher_kl = 0, consistency_kl = 0;
+  double broken = 0;  // NaN where the sum of a row is: so are divergences from it, whatever q is
+  for (i64 n = 0; n < N; ++n) broken += 0.0 * slot.total[n];
+  double teacher_kl = broken, consistency_kl = broken;
   double* divergence = slot.mass;  // one of the two at a time
   for (i64 n = 0; n < N; ++n) slot.mass[n] = 0;
 
@@ -285,7 +291,7 @@ void forward_slot(const void* pass, i64 i, char* scratch) {
   }
   if (!m.component) return;
 
-  for (i64 n = 0; n < N; ++n) divergence[n] = 0;
+  for (i64 n = 0; n < N; ++n) divergence[n] = 0.0 * slot.total[n];
   for (i64 begin = 0; begin < V; begin += slot.columns) {
     i64 end = begin + slot.columns < V ? begin + slot.columns : V;
     for (i64 v = begin; v < end; v += W) store(slot.q + v - begin, vlog(load(slot.q_teacher + v)));

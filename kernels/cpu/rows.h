@@ -63,16 +63,15 @@ struct Computed {  // the same of bins
 
   struct Exponentials {
     Bins bins;
-    vf shift;
     DI4C_INLINE vf whole(i64 v) const {
-      return bins.factor > 0.0f ? bins.product(v) : vexp(bins.logits(v) - shift);
+      return bins.factor > 0.0f ? bins.product(v) : vexp(bins.logits(v) - bins.shift);
     }
     DI4C_INLINE vf tail(i64 v, i64 count) const { return first(count, whole(v), 0.0f); }
     DI4C_INLINE void prefetch(i64, i64) const {}
   };
   DI4C_INLINE Exponentials exponentials(float shift) const {
-    Exponentials e = {bins, all(shift)};
-    if (bins.shift > -16.0f) e.bins.factor = vexp(all(-shift))[0];
+    Exponentials e = {bins};
+    if (shift != bins.shift) e.bins.set_shift(shift);
     return e;
   }
 };
