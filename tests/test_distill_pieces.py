@@ -277,12 +277,26 @@ def test_no_graph_of_a_group_waits_where_the_step_goes_backward_itself():
     assert nodes_of_graph(32, False) - nodes_of_graph(8, False) >= 10 * 6
 
 
-def test_gradients_that_groups_cannot_leave_are_refused():
-    student, teacher = models()
+class TwoParts(Recorder):
+    """A logistic student, of whose two tensors each has a weight of its own."""
+
+    def __init__(self):
+        super().__init__(True)
+        self.scales = nn.ParameterList([torch.ones(1).double() for _ in range(2)])
+
+    def forward(self, *arguments, **context):
+        out = super().forward(*arguments, **context)
+        return LogisticHead(out[..., 0] * self.scales[0], out[..., 1] * self.scales[1], VOCAB)
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_gradients_that_groups_cannot_leave_are_refused(weight):
+    student, teacher = TwoParts(), Recorder(False, seed=1)
+    options = {"process": PROCESSES["gaussian"], "components_at_once": 1}
     with pytest.raises(RuntimeError, match=r"incompatible with \.grad"):
         step(
-            student, teacher, components_at_once=1,
-            backward=lambda part: torch.autograd.grad(part, list(student.parameters())),
+            student, teacher, **options,
+            backward=lambda part: torch.autograd.grad(part, student.scales[weight]),
         )  # fmt: skip
 
 

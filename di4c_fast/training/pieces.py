@@ -51,7 +51,8 @@ def call_in_pieces(
     if nested and asking:
         # Weights are no arguments, so that one is needed which asks for a gradient; where that of
         # some weight is asked for alone, the way to it leads through here, and is refused.
-        run = functools.partial(_nested, run, heads[0], asking[0][:0].sum())
+        nothing = torch.stack([tensor[:0].sum() for tensor in asking]).sum()
+        run = functools.partial(_nested, run, heads[0], nothing)
     else:
         run = functools.partial(checkpoint, run, use_reentrant=False)
     heads += [run(*piece) for piece in pieces]
