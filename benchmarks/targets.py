@@ -149,7 +149,7 @@ CPU = [
     Target("confidence", "cpu", SMALLER, 4, "naive"),
     Target("distill", "cpu", FASTER, 3.5, "plain"),
     Target("distill-many", "cpu-in-turn", SMALLER, 6, "cpu"),
-    Target("distill-many", "cpu-in-turn", SMALLER, 1, "cpu-few"),  # in the memory of √N
+    Target("distill-many", "cpu-in-memory", SMALLER, 1, "cpu-few"),  # in the memory of √N
     Target("cached", "cpu-suffix", FASTER, 1.7, "cpu"),
     Target("cached", "cpu-block", FASTER, 1.7, "cpu"),
     Target("cached", "cpu-block", SHARE, 0.1),

@@ -283,8 +283,8 @@ KERNELS = [
     Mutation(
         "weight gradient of the last chunk only",
         "di4c_fast/heads/linear.py",
-        "total.addmm_(left.t(), right.to(total.dtype))",
-        "total.copy_(left.t() @ right.to(total.dtype))",
+        "if first:",
+        "if True:",
         "test_loss_conformance.py",
         "torch and several_chunks",
     ),

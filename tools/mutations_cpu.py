@@ -237,7 +237,7 @@ CPU = [
     _draw(
         "race without its exponentials", "select(none, u, -vlog(rest) * u)", "1.0f", "torch_backend"
     ),
-    _draw("1 - u rounded", "-vlog(rest) * (u / taken)", "-vlog(rest)", "precision"),
+    _draw("1 - u rounded", "weight * taken)", "weight * u)", "precision"),
     _draw("step left out", "c3 = vq{} + (law.step & low)", "c3 = vq{}", "torch_backend"),
     _draw(
         "upper half of the key left out",
@@ -400,10 +400,12 @@ CPU = [
         PASSES,
         "large_gradients",
     ),
-    _draw(
-        "whole blocks raced relative to 0",
-        "columns.exponentials(s.shift);\n      for",
-        "columns.exponentials(0.0f);\n      for",
-        "large_logits or torch_backend",
+    Mutation(
+        "draw: of stored blocks the first one raced",
+        "kernels/cpu/draw.h",
+        "stored + first_column",
+        "stored",
+        PASSES,
+        "draw_their_targets",
     ),
 ]
