@@ -117,10 +117,10 @@ def as_usual(line: str) -> str:
 
 def rehearse(lines: list[str], target: str) -> tuple[list[str], dict[str, Any]]:
     """Compile the launches. Returns what failed and why, and a summary: numbers of launches and
-    failures, and kernels that spill on NVIDIA."""
+    failures, and the most bytes that each kernel spills on NVIDIA."""
     from .compile_report import TARGETS, compile_only, cuda_usage
 
-    failures, spilling = [], set()
+    failures, spills = [], dict[str, int]()
     with compile_only(target) as compiled:
         for line in lines:
             launch = json.loads(line)
@@ -132,9 +132,13 @@ def rehearse(lines: list[str], target: str) -> tuple[list[str], dict[str, Any]]:
             except Exception as error:
                 failures.append(f"{launch['kernel']}: {type(error).__name__}: {error}\n  {line}")
                 continue
-            if TARGETS[target][0] == "cuda" and cuda_usage(compiled[-1].compiled.asm["cubin"])[1]:
-                spilling.add(name)
-    summary = {"launches": len(lines), "failures": len(failures), "spills": sorted(spilling)}
+            if TARGETS[target][0] != "cuda":
+                continue
+            spilled = cuda_usage(compiled[-1].compiled.asm["cubin"])[1]
+            if spilled:
+                print(f"{target}: spills {spilled} bytes: {line}", flush=True)
+                spills[name] = max(spilled, spills.get(name, 0))
+    summary = {"launches": len(lines), "failures": len(failures), "spills": spills}
     return failures, summary
 
 

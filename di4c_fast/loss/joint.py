@@ -39,7 +39,8 @@ def joint_terms(swept: Swept, out: Joint) -> Values:
     rows = _joint_rows(statistics.log_prob[part], alive, mixture, places, out)
 
     def total(values: Tensor) -> Tensor:
-        return places.sum(torch.where(alive, values[part], 0.0)).to(rows.dtype)
+        values = values[part] + _broken(swept).sum(-1)
+        return places.sum(torch.where(alive, values, 0.0)).to(rows.dtype)
 
     def nothing() -> Tensor:  # an op returns no tensor twice
         return mixture.log_weights.new_zeros(len(mixture.log_weights))
@@ -100,7 +101,13 @@ def counted_divergence(swept: Swept) -> Tensor:
     part = slice(0, places.slots)
     counted = places.alive(statistics.student.total[part]).unsqueeze(-1)
     present = places.spread(mixture.log_weights != NEG_INF)
-    return torch.where(counted & present, statistics.divergence[part], 0.0)
+    return torch.where(counted & present, statistics.divergence[part] + _broken(swept), 0.0)
+
+
+def _broken(swept: Swept) -> Tensor:
+    """NaN where the sum of a row of the student is NaN, else 0 (A, N): divergences from such a row
+    are NaN even where q is 0."""
+    return 0.0 * swept.statistics.student.total[: swept.places.slots]
 
 
 # The loss -----------------------------------------------------------------------------------------

@@ -51,17 +51,15 @@ def forward(chunk: Chunk) -> None:
         return
     alive = (total != 0).any(-1, keepdim=True)
     q_teacher, q_consistency, q = _distributions(chunk, alive, statistics.all_known)
-    broken = 0.0 * total  # NaN where the sum of a row is: so are divergences from it, whatever q is
     if mixture.component:
         divergence = _divergence(q_teacher.unsqueeze(1), log_prob)
-        statistics.divergence[part] = divergence + broken
+        statistics.divergence[part] = divergence
     if mixture.marginal:
         marginal, responsibility = _responsibility(log_prob, mixture.log_weights[b])
         statistics.mass[part] = torch.linalg.vecdot(responsibility, q.unsqueeze(1))
-        broken = broken.sum(-1)
-        statistics.teacher_kl[part] = _divergence(q_teacher, marginal) + broken
+        statistics.teacher_kl[part] = _divergence(q_teacher, marginal)
         if q_consistency is not None:
-            statistics.consistency_kl[part] = _divergence(q_consistency, marginal) + broken
+            statistics.consistency_kl[part] = _divergence(q_consistency, marginal)
     for rows, values in ((statistics.q, q), (statistics.q_teacher, q_teacher)):
         kept = statistics.kept(rows, visit)
         if kept is not None:

@@ -114,14 +114,20 @@ def _joint_kernel(
                 rows_ptr, count_ptr, total_ptr, begin, stop, b, N, D,
                 HAS_ROWS, HAS_COUNT, BLOCK_N, W,
             )  # fmt: skip
+            # Divergences from a row whose sum is NaN are NaN even where q is 0.
+            entry = slot[:, None] * N + n[None, :]
+            keep = alive[:, None] & (n < N)[None, :]
+            broken = 0.0 * tl.load(total_ptr + entry, mask=keep, other=0.0)
             if MARGINAL:
                 teacher += tl.load(teacher_kl_ptr + slot, mask=alive, other=0.0)
+                teacher += tl.sum(broken, axis=1)
             if HAS_U:
                 consistency += tl.load(consistency_kl_ptr + slot, mask=alive, other=0.0)
+                consistency += tl.sum(broken, axis=1)
             if COMPONENT:
-                entry = slot[:, None] * N + n[None, :]
                 keep = alive[:, None] & (a > float("-inf"))[None, :]
                 divergence = tl.load(divergence_ptr + entry, mask=keep, other=0.0)
+                divergence += tl.where(keep, broken, 0.0)
                 joint += tl.sum(divergence.to(tl.float64), axis=0)
         # However small its weight, a component that excludes a class of q_T is infinitely far.
         joint = tl.where(joint == float("inf"), joint, joint * tl.exp2(a * LOG2_E))

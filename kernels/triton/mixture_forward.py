@@ -66,15 +66,6 @@ def _divergence(q, log2_q, log2_p):
     return tl.where(q == 0.0, 0.0, q * (log2_q - log2_p))
 
 
-@triton.jit
-def _broken(total, inside):
-    """NaN where the sum of a row is, else 0: then the divergences are NaN, too, whatever q is.
-
-    Loaded again behind the loop: a number that waits through it costs instructions there.
-    """
-    return 0.0 * tl.load(total, mask=inside, other=0.0)
-
-
 @triton.jit(do_not_specialize=["first", "slots"])
 def _mixture_forward_kernel(
     z_ptr,  # student logits, or mu of its bins, in
@@ -263,23 +254,21 @@ def _mixture_forward_kernel(
                             log2_prob += tl.log2(factor)
                         gap = _divergence(qt[None, :], log2_qt[None, :], log2_prob)
                         gap = tl.where(inside[:, None], gap, 0.0)
-                        sums = tl.sum(gap, axis=1) * LN_2
-                        sums += _broken(total_ptr + place * N + c, inside)
-                        tl.store(divergence_ptr + part_of * N + c, sums, mask=inside)
+                        tl.store(
+                            divergence_ptr + part_of * N + c,
+                            tl.sum(gap, axis=1) * LN_2,
+                            mask=inside,
+                        )
 
     if HAS_Q:
-        broken = 0.0
-        for n0 in range(0, N, BLOCK_N):
-            broken += tl.sum(_broken(total_ptr + place * N + n0 + n, n0 + n < N), axis=0)
-        tl.store(kl_t_ptr + part_of, tl.sum(kl_t, axis=0) * LN_2 + broken)
+        tl.store(kl_t_ptr + part_of, tl.sum(kl_t, axis=0) * LN_2)
         if HAS_U:
-            tl.store(kl_u_ptr + part_of, tl.sum(kl_u, axis=0) * LN_2 + broken)
+            tl.store(kl_u_ptr + part_of, tl.sum(kl_u, axis=0) * LN_2)
     if ONE_TILE:
         if HAS_Q:
             tl.store(mass_ptr + part_of * N + n, tl.sum(mass, axis=1), mask=n < N)
         if HAS_C:
             sums = tl.sum(divergence, axis=1) * LN_2
-            sums += _broken(total_ptr + place * N + n, n < N)
             tl.store(divergence_ptr + part_of * N + n, sums, mask=n < N)
 
 
