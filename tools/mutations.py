@@ -283,8 +283,8 @@ KERNELS = [
     Mutation(
         "weight gradient of the last chunk only",
         "di4c_fast/heads/linear.py",
-        "if first:",
-        "if True:",
+        "if not first:",
+        "if False:",
         "test_loss_conformance.py",
         "torch and several_chunks",
     ),

@@ -18,6 +18,7 @@ from ..checks import (
     check_within,
 )
 from ..groups import make_shard, unwrap
+from ..memory import empty
 from .base import BuiltInHead, set_leading, take_leading
 
 
@@ -231,9 +232,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
         options = {"out_dtype": total.dtype}
     else:
         left, right = left.to(total.dtype), right.to(total.dtype)
-    if first:
-        return torch.mm(left.t(), right, **options)
-    return torch.addmm(total, left.t(), right, **options, out=total)
+    if not first:
+        return torch.addmm(total, left.t(), right, **options, out=total)
+    if not options:
+        options["out"] = empty(total.shape, dtype=total.dtype, device=total.device)
+    return torch.mm(left.t(), right, **options)
 
 
 def _check(
