@@ -119,8 +119,9 @@ template <bool TEMPERED, bool MORE, bool STORE, bool NEXT, class C>
 DI4C_INLINE void sum_block(C columns, i64 v, int vectors, float shift, float heat, Blocks& blocks,
                            i64 g, float* out, vf& best) {
   auto exponentials = columns.exponentials(shift);
-  vf totals[2] = {}, raw{}, weighted{};
-  for (int i = 0; i < vectors; ++i) {
+  vf total{}, other{}, raw{}, weighted{};
+  int i = 0;
+  auto add = [&](vf& total) __attribute__((always_inline)) {
     asm volatile("");  // GCC would make one loop for the sums and one for the stores of it
     vf gap{}, e;
     if (NEXT) {
@@ -131,11 +132,14 @@ DI4C_INLINE void sum_block(C columns, i64 v, int vectors, float shift, float hea
     if (MORE && TEMPERED) raw += vexp(gap);
     if (TEMPERED) gap = gap * heat;
     e = TEMPERED || MORE ? vexp(gap) : exponentials.whole(v + i * W);
-    totals[i % 2] += e;
+    total += e;
     if (STORE) store(out + i * W, e);
     if (MORE) weighted += vmax(gap, all(-1e5f)) * e;
-  }
-  blocks.total[g] = quick_sum(totals[0] + totals[1]);
+    ++i;
+  };
+  while (i + 2 <= vectors) add(total), add(other);
+  if (i < vectors) add(total);
+  blocks.total[g] = quick_sum(total + other);
   if (MORE) blocks.weighted[g] = quick_sum(weighted);
   if (MORE && TEMPERED) blocks.raw[g] = quick_sum(raw);
 }
