@@ -426,6 +426,18 @@ def test_inactive_positions_have_zero_gradient_in_poisoned_memory(backend, poiso
     assert (by_position > 0).equal(active)
 
 
+def test_gradients_of_no_active_position_can_be_written_to(backend):
+    problem = single(make_problem(21, batch=2, components=3, vocabulary=8, **FULL))
+    problem["xt"] = problem["x0"].clamp(max=problem["mask_id"] - 1)
+    leaves = head_tensors("linear", (2, 3, problem["x0"].shape[1]), 8)
+    leaves = {name: tensor.float().requires_grad_() for name, tensor in leaves.items()}
+    loss = run_loss(problem | {"student": LinearHead(**leaves)}, backend=backend)
+    for gradient in torch.autograd.grad(loss, [*leaves.values()]):
+        assert torch.count_nonzero(gradient) == 0
+        gradient.add_(torch.ones_like(gradient))  # which zeros without memory refuse
+        assert gradient.is_contiguous()
+
+
 @pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("function", [di4c_fast.mixture_log_prob, di4c_fast.correlation])
 def test_no_rows_at_all(backend, function):
