@@ -466,6 +466,19 @@ def test_a_head_of_ones_own_streams_a_few_rows_at_a_time(backend):
     assert rows <= sum(asked) <= 3 * rows  # each sweep, and the gradient's own
 
 
+@pytest.mark.parametrize("backend", HOST)
+def test_kept_logits_of_a_head_of_ones_own_are_computed_within_the_budget(backend):
+    tensors = {n: t.float() for n, t in head_tensors("user", (2, 4, 400), 8).items()}
+    head = Tanh(**{n: t.requires_grad_() for n, t in tensors.items()})
+    row = 64 * 4  # bytes; rows are padded
+    head.budget_bytes = 2 * 4 * 400 * row * 5 // 4  # all logits are kept
+    x = torch.randint(8, (2, 1, 400), generator=torch.Generator().manual_seed(0))
+    di4c_fast.correlation(head, x, backend=backend).sum().backward()
+    asked = [taken.numel() for taken in head.taken]
+    # What such a head computes is in memory of its own beside that of the logits which are kept.
+    assert max(asked) * row <= head.budget_bytes // 2
+
+
 def test_built_in_heads_are_final():
     for kind in (TensorHead, LinearHead, LogisticHead):
         with pytest.raises(
