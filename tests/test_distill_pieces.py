@@ -277,6 +277,42 @@ def test_no_graph_of_a_group_waits_where_the_step_goes_backward_itself():
     assert nodes_of_graph(32, False) - nodes_of_graph(8, False) >= 10 * 6
 
 
+def clamped(student):
+    """The gradient of every weight is clamped, by a hook."""
+    for weight in student.parameters():
+        weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    return student
+
+
+def stepping(student):
+    """Every weight makes its step of the optimiser within the backward pass."""
+
+    def descend(weight):
+        weight.data.sub_(weight.grad)
+
+    for weight in student.parameters():
+        weight.register_post_accumulate_grad_hook(descend)
+    return student
+
+
+def merged(student):
+    """Called with weights that are computed from others before the step."""
+    weights = {name: 1.1 * (weight * weight) for name, weight in student.named_parameters()}
+    return lambda *tensors: torch.func.functional_call(student, weights, tensors)
+
+
+@pytest.mark.parametrize("change", [clamped, stepping, merged])
+def test_what_counts_on_one_backward_pass_gets_one(change):
+    found = []
+    for at_once in (1, None):
+        student = Recorder(True)
+        options = {"components_at_once": at_once, "backward": Tensor.backward}
+        step(change(student), Recorder(False, seed=1), HIGH, **options)
+        weights = list(student.parameters())
+        found.append([*(w.grad for w in weights), *(w.detach() for w in weights)])
+    assert_close(*found)
+
+
 class TwoParts(Recorder):
     """A logistic student, of whose two tensors each has a weight of its own."""
 

@@ -426,6 +426,18 @@ def test_inactive_positions_have_zero_gradient_in_poisoned_memory(backend, poiso
     assert (by_position > 0).equal(active)
 
 
+def test_gradients_of_no_active_position_can_be_written_to(backend):
+    problem = single(make_problem(21, batch=2, components=3, vocabulary=8, **FULL))
+    problem["xt"] = problem["x0"].clamp(max=problem["mask_id"] - 1)
+    leaves = head_tensors("linear", (2, 3, problem["x0"].shape[1]), 8)
+    leaves = {name: tensor.float().requires_grad_() for name, tensor in leaves.items()}
+    loss = run_loss(problem | {"student": LinearHead(**leaves)}, backend=backend)
+    for gradient in torch.autograd.grad(loss, [*leaves.values()]):
+        assert torch.count_nonzero(gradient) == 0
+        gradient.add_(torch.ones_like(gradient))  # which zeros without memory refuse
+        assert gradient.is_contiguous()
+
+
 @pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("function", [di4c_fast.mixture_log_prob, di4c_fast.correlation])
 def test_no_rows_at_all(backend, function):
@@ -452,6 +464,19 @@ def test_a_head_of_ones_own_streams_a_few_rows_at_a_time(backend):
     asked = [taken.numel() for taken in head.taken]
     assert max(asked) <= 64  # of 320: a matrix product of fewer is not worth its call
     assert rows <= sum(asked) <= 3 * rows  # each sweep, and the gradient's own
+
+
+@pytest.mark.parametrize("backend", HOST)
+def test_kept_logits_of_a_head_of_ones_own_are_computed_within_the_budget(backend):
+    tensors = {n: t.float() for n, t in head_tensors("user", (2, 4, 400), 8).items()}
+    head = Tanh(**{n: t.requires_grad_() for n, t in tensors.items()})
+    row = 64 * 4  # bytes; rows are padded
+    head.budget_bytes = 2 * 4 * 400 * row * 5 // 4  # all logits are kept
+    x = torch.randint(8, (2, 1, 400), generator=torch.Generator().manual_seed(0))
+    di4c_fast.correlation(head, x, backend=backend).sum().backward()
+    asked = [taken.numel() for taken in head.taken]
+    # What such a head computes is in memory of its own beside that of the logits which are kept.
+    assert max(asked) * row <= head.budget_bytes // 2
 
 
 def test_built_in_heads_are_final():

@@ -31,6 +31,9 @@ class Head(abc.ABC):
     budget_bytes: int | None = None
     """How much memory the logits of a chunk may take; None: what the backend finds best."""
 
+    loads_in_place: bool = False
+    """Whether `load` takes no memory of the size of the logits beside `out`."""
+
     shard: Shard | None = None
     """Which columns of the vocabulary these are, where other ranks hold the others."""
 
@@ -297,6 +300,7 @@ class ExcludingHead(Head):
         check_int64(columns, "columns")
         self.inner, self.columns = inner, columns
         self.budget_bytes, self.shard = inner.budget_bytes, inner.shard
+        self.loads_in_place = inner.loads_in_place
 
     def facts(self) -> dict[str, Any]:
         return self.inner.facts()

@@ -60,6 +60,7 @@ class LinearHead(BuiltInHead):
     """
 
     options = ("softcap", "budget_bytes", "reduce_hidden_grad")
+    loads_in_place = True
 
     def __init__(
         self,
@@ -172,7 +173,8 @@ class LinearHead(BuiltInHead):
         elif self.bias.ndim == 1:
             torch.addmm(self.bias.to(hidden.dtype), hidden, weight, out=flat)
         else:
-            flat.copy_(self.bias[self.positions(rows.flatten())])
+            at = self.positions(rows.flatten())
+            torch.index_select(self.bias.to(hidden.dtype), 0, at, out=flat)
             flat.addmm_(hidden, weight)
         if self.softcap is not None:
             flat.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -335,8 +335,10 @@ def _student_gradients(
     sums = head.share_gradients(sums)
     if target is not None and not sums:
         return [target.logits]
-    return [
-        total.to(tensor.dtype) if need and total is not None and tensor is not None else None
+    return [  # contiguous: zeros to which nothing was added may have no memory of their own
+        total.to(tensor.dtype).contiguous()
+        if need and total is not None and tensor is not None
+        else None
         for total, tensor, need in zip(sums, head.tensors(), needs, strict=True)
     ]
 

@@ -54,20 +54,21 @@ class Source:
         has the chunk's slots.
 
         A product reads the whole weight, so that one of few rows takes later chunks along: all
-        that are kept, otherwise what `Plan.ahead` has room for.
+        that are kept, if it takes no memory beside them, otherwise what `Plan.ahead` has room for.
         """
         if self.whole is not None:
             return self.whole
         end = visit.first + visit.slots
+        row = self.components * padded(self.head.shape[-1]) * self.head.chunk_dtype.itemsize
+        stop = max(end, min(self.stop, visit.first + self.ahead // row))
         if kept is not None and end <= kept.shape[0]:
             if end > self._kept:
-                self._kept = min(self.stop, kept.shape[0])
+                stop = self.stop if self.head.loads_in_place else stop
+                self._kept = min(stop, kept.shape[0])
                 self._compute(visit, self._kept, kept[visit.first : self._kept])
             return self._operand(kept[visit.part])
         if visit.first not in self._computed or end > self._computed.stop:
-            row = self.components * padded(self.head.shape[-1]) * self.head.chunk_dtype.itemsize
-            stop = min(self.stop, visit.first + self.ahead // row)
-            self._computed = range(visit.first, max(end, stop))
+            self._computed = range(visit.first, stop)
             if self._buffer is None or self._buffer.shape[0] < len(self._computed):
                 self._buffer = self.new_chunk(len(self._computed))
             self._compute(visit, self._computed.stop, self._buffer[: len(self._computed)])

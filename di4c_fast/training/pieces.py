@@ -34,8 +34,9 @@ def call_in_pieces(
         at_once: None for all.
         nested: the graph is for `Tensor.backward` without `inputs`, in which each piece but the
             first makes its graph, goes backward itself, and lets it go: of those calls of the
-            model, no graph waits. Hooks on weights fire once for each piece. False: a graph for
-            `torch.autograd.grad`, too, and for the hooks of data parallelism.
+            model, no graph waits. Not so where weights have hooks, which are for the gradient of
+            all pieces, or come from a graph made before, through which one can go but once.
+            False: a graph for `torch.autograd.grad`, too, and for data parallelism.
     """
     rows = next(len(tensor) for tensor in tensors if tensor is not None)
     if at_once is None or rows <= at_once:
@@ -46,9 +47,10 @@ def call_in_pieces(
     pieces = ([t if t is None else t[i:j] for t in tensors] for i, j in itertools.pairwise(ends))
     if not torch.is_grad_enabled():
         return _joined([run(*piece) for piece in pieces])
+    start = torch.ones((), requires_grad=True).clone().grad_fn
     heads: list[Any] = [checkpoint(run, *next(pieces), use_reentrant=False)]
     asking = [tensor for tensor in _row_tensors(heads[0]) if tensor.requires_grad]
-    if nested and asking:
+    if nested and asking and _can_be_parted(asking, tensors, start):
         # Weights are no arguments, so that one is needed which asks for a gradient; where that of
         # some weight is asked for alone, the way to it leads through here, and is refused.
         nothing = torch.stack([tensor[:0].sum() for tensor in asking]).sum()
@@ -62,6 +64,29 @@ def call_in_pieces(
 def _built_in(call: Callable[..., Head], *tensors: Any) -> BuiltInHead:
     head = call(*tensors)
     return head if isinstance(head, BuiltInHead) else TensorHead(head.logits())
+
+
+def _can_be_parted(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], start: Any) -> bool:
+    """Whether the graph of `outputs` ends at `inputs` and at weights without hooks, and no part of
+    it was there before the node `start`."""
+    seen = {tensor.grad_fn for tensor in inputs if tensor is not None}
+    given = {id(tensor) for tensor in inputs}
+    todo = [tensor.grad_fn for tensor in outputs]
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+        weight = None if node.next_functions else getattr(node, "variable", None)
+        if weight is None:
+            refused = node._sequence_nr() < start._sequence_nr()
+        else:
+            hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+            refused = bool(hooks) and id(weight) not in given
+        if refused:
+            return False
+    return True
 
 
 def _nested(run: Callable[..., Any], like: BuiltInHead, asking: Tensor, *piece: Any) -> Head:
