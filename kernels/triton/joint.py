@@ -116,8 +116,8 @@ def _joint_kernel(
                 rows_ptr, count_ptr, total_ptr, begin, stop, b, N, D,
                 HAS_ROWS, HAS_COUNT, BLOCK_N, W,
             )  # fmt: skip
-            undefined += tl.sum((alive & (total != total)).to(tl.int32), axis=0)
             if MARGINAL:
+                undefined += tl.sum((alive & (total != total)).to(tl.int32), axis=0)
                 teacher += tl.load(teacher_kl_ptr + slot, mask=alive, other=0.0)
             if HAS_U:
                 consistency += tl.load(consistency_kl_ptr + slot, mask=alive, other=0.0)
@@ -131,9 +131,11 @@ def _joint_kernel(
         joint = tl.where(joint == float("inf"), joint, joint * tl.exp2(a * LOG2_E))
         # Divergences from a row whose sum is NaN are NaN even where q is 0.
         broken = tl.where(undefined > 0, float("nan"), 0.0)
+        if HAS_U:
+            consistency += broken
         tl.store(component_ptr + b, tl.sum(joint, axis=0).to(tl.float32))
         tl.store(teacher_ptr + b, tl.sum(teacher, axis=0).to(tl.float32) + broken)
-        tl.store(consistency_ptr + b, tl.sum(consistency, axis=0).to(tl.float32) + broken)
+        tl.store(consistency_ptr + b, tl.sum(consistency, axis=0).to(tl.float32))
     else:
         # Of a component of weight 0 the share is -inf already.
         present = tl.where((a == float("-inf")) | (not CORRELATION), 0.0, a)
