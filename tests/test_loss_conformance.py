@@ -292,6 +292,11 @@ def test_no_distribution_hides_a_student_without_a_sum(value, components, backen
         term = getattr(terms, name)
         assert term[:2].isnan().all(), name
         assert term[2].isfinite(), name
+    less = single(problem) | {"consistency": None, "consistency_x": None, "backend": backend}
+    _, terms = run_loss(less, return_terms=True)
+    assert terms.consistency_marginal.eq(0).all()
+    _, terms = run_loss(less, control_variate=False, return_terms=True)
+    assert terms.teacher_marginal.eq(0).all()
 
 
 @pytest.mark.parametrize("backend", EVERY)

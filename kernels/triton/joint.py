@@ -30,7 +30,7 @@ def _slots_of(
     HAS_ROWS: tl.constexpr, HAS_COUNT: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Slots begin .. begin + W - 1, which are of example b, and at which of those some row of the
-    student counts and has a class."""
+    student counts and has a class; and the sums of their rows, over components."""
     slot = begin + tl.arange(0, W).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     own = slot < stop
@@ -41,7 +41,8 @@ def _slots_of(
         alive = alive & (slot < tl.load(count_ptr))
     keep = alive[:, None] & (n < N)[None, :]
     total = tl.load(total_ptr + slot[:, None] * N + n[None, :], mask=keep, other=0.0)
-    return slot, own, alive & (tl.sum(total, axis=1) != 0.0)
+    total = tl.sum(total, axis=1)
+    return slot, own, alive & (total != 0.0), total
 
 
 @triton.jit
@@ -106,33 +107,34 @@ def _joint_kernel(
         start = b * D
         stop = start + D
     if j == J:
+        undefined = 0
         teacher = tl.zeros([W], tl.float64)
         consistency = tl.zeros([W], tl.float64)
         joint = tl.zeros([BLOCK_N], tl.float64)
         for begin in range(start, stop, W):
-            slot, _, alive = _slots_of(
+            slot, _, alive, total = _slots_of(
                 rows_ptr, count_ptr, total_ptr, begin, stop, b, N, D,
                 HAS_ROWS, HAS_COUNT, BLOCK_N, W,
             )  # fmt: skip
-            # Divergences from a row whose sum is NaN are NaN even where q is 0.
-            entry = slot[:, None] * N + n[None, :]
-            keep = alive[:, None] & (n < N)[None, :]
-            broken = 0.0 * tl.load(total_ptr + entry, mask=keep, other=0.0)
             if MARGINAL:
+                undefined += tl.sum((alive & (total != total)).to(tl.int32), axis=0)
                 teacher += tl.load(teacher_kl_ptr + slot, mask=alive, other=0.0)
-                teacher += tl.sum(broken, axis=1)
             if HAS_U:
                 consistency += tl.load(consistency_kl_ptr + slot, mask=alive, other=0.0)
-                consistency += tl.sum(broken, axis=1)
             if COMPONENT:
+                entry = slot[:, None] * N + n[None, :]
                 keep = alive[:, None] & (a > float("-inf"))[None, :]
                 divergence = tl.load(divergence_ptr + entry, mask=keep, other=0.0)
-                divergence += tl.where(keep, broken, 0.0)
+                divergence += 0.0 * tl.load(total_ptr + entry, mask=keep, other=0.0)
                 joint += tl.sum(divergence.to(tl.float64), axis=0)
         # However small its weight, a component that excludes a class of q_T is infinitely far.
         joint = tl.where(joint == float("inf"), joint, joint * tl.exp2(a * LOG2_E))
+        # Divergences from a row whose sum is NaN are NaN even where q is 0.
+        broken = tl.where(undefined > 0, float("nan"), 0.0)
+        if HAS_U:
+            consistency += broken
         tl.store(component_ptr + b, tl.sum(joint, axis=0).to(tl.float32))
-        tl.store(teacher_ptr + b, tl.sum(teacher, axis=0).to(tl.float32))
+        tl.store(teacher_ptr + b, tl.sum(teacher, axis=0).to(tl.float32) + broken)
         tl.store(consistency_ptr + b, tl.sum(consistency, axis=0).to(tl.float32))
     else:
         # Of a component of weight 0 the share is -inf already.
@@ -141,7 +143,7 @@ def _joint_kernel(
         occupied = 0
         number = 0
         for begin in range(start, stop, W):
-            slot, _, alive = _slots_of(
+            slot, _, alive, _ = _slots_of(
                 rows_ptr, count_ptr, total_ptr, begin, stop, b, N, D,
                 HAS_ROWS, HAS_COUNT, BLOCK_N, W,
             )  # fmt: skip
@@ -165,7 +167,7 @@ def _joint_kernel(
         tl.store(weights_ptr + row * N + n, weights, mask=n < N)
         tl.store(counted_ptr + row, tl.where(defined, number, 0).to(tl.float32))
         for begin in range(start, stop, W):
-            slot, own, alive = _slots_of(
+            slot, own, alive, _ = _slots_of(
                 rows_ptr, count_ptr, total_ptr, begin, stop, b, N, D,
                 HAS_ROWS, HAS_COUNT, BLOCK_N, W,
             )  # fmt: skip
@@ -341,7 +343,7 @@ def joint_values(statistics: Any, mixture: Any, places: Any, out: Any) -> tuple[
         HAS_U=m.marginal and s.consistency is not None,
         BLOCK_N=block_n,
         # More would spill 8 to 16 bytes with 64 components on sm_90.
-        W=max(1, (2048 if block_n <= 32 else 1024) // block_n),
+        W=max(1, (2048 if block_n <= 32 else 512) // block_n),
         num_warps=4,
     )
     if m.data_weight is None:
