@@ -45,6 +45,25 @@ def test_narrow_bins_are_within_the_bound(components, narrower, kind, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
+def test_small_bins_of_two_components_add_up(backend):
+    # Their exponentials, e^-61 and e^-60, are numbers of fp32; e^-l is none, of which e^-r is made.
+    mu, log_scale = torch.tensor([[-0.6259, -0.4069], [-3.507, -2.8533]]).view(2, 1, 2, 1)
+    teacher = torch.full((1, 1, 16), -3e3)
+    teacher[..., 0] = 0.0
+
+    def divergence(backend: str, dtype: torch.dtype) -> Tensor:
+        head = LogisticHead(mu.to(dtype), log_scale.to(dtype), 16)
+        problem = {"student": head, "teacher": teacher.to(dtype), "x0": torch.tensor([[2]])}
+        return run_loss(problem, backend=backend, return_terms=True)[1].teacher_marginal
+
+    truth = divergence("reference", torch.float64)
+    # Distances of 92 and 61 from the edges, and the constants of the rows, round to 2^-24 each.
+    torch.testing.assert_close(
+        divergence(backend, torch.float32).double(), truth, rtol=0.0, atol=92 * 2.0**-22
+    )
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("clamp", ["left", "min"])
 def test_all_heads_may_be_bins(clamp, backend):
     problem = make_problem(25, components=3, teacher_components=2, vocabulary=8, **FULL)

@@ -18,6 +18,7 @@ struct Bins {
   float factor;  // e^-shift, or 0 where exponentials are taken from logarithms
   i64 V, mode;   // a column near mu
   bool both;
+  bool narrow;  // whether e^-r is e^-l e^-width; F(r) is then lost below e^width denormal numbers
 
   // F(-l), F(l), F(r) and F(-r), none by a difference, as fractions of sums of two positive parts.
   struct Edges {
@@ -40,7 +41,7 @@ struct Bins {
     vf one = all(1.0f), tail = vexp(-magnitude(e.left));
     vi positive = e.left >= 0.0f;
     e.above_part = select(positive, tail, one), e.not_above_part = select(positive, one, tail);
-    if (width < 40.0f) {  // e^-r = e^-l e^-width saves an exponential
+    if (narrow) {  // saves an exponential
       e.below_part = e.not_above_part, e.not_below_part = e.above_part * rest;
       e.log_below = vmin(e.left, vf{});
     } else {
@@ -67,7 +68,10 @@ struct Bins {
     return select(up, high, low) + vlog(share * (select(up, right, left) * e.inverse));
   }
 
-  DI4C_INLINE void set_shift(float x) { shift = x, factor = x > -16.0f ? vexp(all(-x))[0] : 0.0f; }
+  // What is lost of an exponential must stay below TINY, times what the factor makes of it.
+  DI4C_INLINE void set_shift(float x) {
+    shift = x, factor = x > -16.0f ? vexp(all(-x))[0] : 0.0f, narrow = width - x < 8.0f;
+  }
 
   // exp(logit - shift).
   DI4C_INLINE vf product(i64 v) const {
@@ -118,6 +122,7 @@ Bins bins_of(float mu, float log_scale, float eps, bool both, i64 V, i64 mask) {
   b.inverse = vexp_any(all(2.0f - log_scale))[0];
   b.width = 2.0f * b.inverse * b.unit;
   b.rest = vexp(all(-b.width))[0];
+  b.narrow = b.width < 40.0f;  // of logarithms nothing is lost
   float w = b.width;
   b.mass = w < 0.03f ? w * (1.0f - w * (0.5f - w * (1.0f / 6.0f - w * (1.0f / 24.0f))))
                      : 1.0f - b.rest;
