@@ -279,3 +279,11 @@ def test_waiting_memory_is_bounded(monkeypatch):
         del blocks[0]
     kept = [memory.empty((2 << 20,), **sizes) for _ in range(2)]
     assert sorted(block.data_ptr() for block in kept) == sorted(newest)
+
+
+def test_gradient_of_a_weight_takes_no_memory_before_its_first_product():
+    head = LinearHead(torch.randn(2, 3, 4), torch.randn(5000, 4))
+    with Allocations() as watch:
+        sums = head.new_gradients([True, True, False])
+    assert sums[1].shape == (5000, 4)
+    assert watch.peak < head.weight.nbytes // 10

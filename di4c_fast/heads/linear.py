@@ -189,10 +189,12 @@ class LinearHead(BuiltInHead):
         return self._capped(logits).to(hidden.dtype)
 
     def new_gradients(self, needs: Sequence[bool]) -> list[Tensor | None]:
-        sums = super().new_gradients(needs)
-        if needs[0] and self.shard is None:  # written once, so in its own dtype
+        hidden, weight, *others = needs
+        whole = self.shard is None
+        sums = super().new_gradients([hidden and not whole, False, *others])
+        if hidden and whole:  # written once, so in its own dtype
             sums[0] = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
-        if sums[1] is not None:  # zeros without memory: the first product takes their place
+        if weight:  # zeros without memory: the first product takes their place
             sums[1] = self.weight.new_zeros((), dtype=self.work_dtype).expand(self.weight.shape)
         return sums
 
