@@ -37,7 +37,7 @@ struct Slot {
   i64 N, V, columns, stride;
   float *shift, *total, *log_total, *log_weight, *weight, *parts;  // [N]; parts [N, W]
   double *mass, *slopes;                                          // [N], [N, 2]
-  Row *rows, *others;  // [N] of the student, [K or M] of what q is the mean of
+  Row* rows;                                                      // [N] of the student
   float *q_teacher, *q_draws, *row;                               // [V]
   float *mix, *q;                                                 // [columns]
   float* e;  // [N, stride]: of all columns or of one block
@@ -57,7 +57,7 @@ struct Slot {
     shift = arena.floats(N), total = arena.floats(N), log_total = arena.floats(N);
     log_weight = arena.floats(N), weight = arena.floats(N), parts = arena.floats(N * W);
     mass = (double*)arena.floats(2 * N), slopes = (double*)arena.floats(4 * N);
-    rows = new_rows(N, arena), others = new_rows(a.t.components + a.u.components, arena);
+    rows = (Row*)arena.floats(N * sizeof(Row) / 4);
     mix = arena.floats(columns), q = arena.floats(columns);
     i64 width = a.gradient.data ? columns : V;  // backward forms q block by block
     q_teacher = arena.floats(width), q_draws = arena.floats(width), row = arena.floats(width);
@@ -65,8 +65,6 @@ struct Slot {
     end = arena.next;
   }
   char* end;  // of the scratch memory
-
-  static Row* new_rows(i64 count, Arena& arena) { return (Row*)arena.floats(count * sizeof(Row) / 4); }
 
   static i64 scratch_bytes(const MixturePass& a, bool whole) {
     return Slot(a, 0, {(char*)64}, whole).end - (char*)64;
@@ -166,8 +164,6 @@ struct Slot {
                     i64 end, float* q) {
     i64 C = o.components, count = end - begin, mask = a.mixture.mask_id, D = a.visit.positions;
     bool first = true;
-    // What makes a row of bins is one long chain: that of the next row starts before it ends.
-    for (i64 c = 0; o.data && c < C; ++c) others[c] = row_of(o, i, b, c, d, V, mask);
     for (i64 c = 0; o.data && c < C; ++c) {
       float &shift = sums.shift[s * C + c], &total = sums.total[s * C + c];
       i64* drawn = draws ? token(a.statistics.targets - C + c) : nullptr;
@@ -176,7 +172,7 @@ struct Slot {
         if (draws) *drawn = xu[c * D];
         continue;
       }
-      const Row& x = others[c];
+      Row x = row_of(o, i, b, c, d, V, mask);
       float* out = first ? q : row;
       if (draws) {
         sum_blocks<false, false, true>(x, 1.0f, blocks, out);
