@@ -34,8 +34,8 @@ STYLES = {
     "triton": ("#009e73", "o"),
 }
 # other markers, the same colour
-SUFFIXES = {"-compiled": "^", "-all": "P", "-in-place": "X", "-few": "v", "-in-turn": "d"}
-SUFFIXES["-in-memory"] = "D"
+SUFFIXES = {"-compiled": "^", "-all": "P", "-in-place": "X"}
+SUFFIXES |= {"-few": "v", "-in-turn": "d", "-in-memory": "D"}
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "di4c_fast",

@@ -35,7 +35,7 @@ class Plan:
     kept: int  # slots whose rows of q, and of q_T, are kept
     kept_logits: int  # slots whose computed logits of the student are kept
     computes: bool  # logits of some head
-    ahead: int = 0  # bytes of a head's logits that may be computed before their chunk
+    ahead: int  # bytes of a head's logits that may be computed before their chunk
 
 
 def make_plan(problem: Problem, passes: Any, needs_grad: bool) -> Plan:

@@ -32,11 +32,11 @@ def call_in_pieces(
     Args:
         tensors: (R, ...) each, None where absent.
         at_once: None for all.
-        nested: the graph is for `Tensor.backward` without `inputs`, in which each piece but the
-            first makes its graph, goes backward itself, and lets it go: of those calls of the
-            model, no graph waits. Not so where weights have hooks, which are for the gradient of
-            all pieces, or come from a graph made before, through which one can go but once.
-            False: a graph for `torch.autograd.grad`, too, and for data parallelism.
+        nested: build the graph of each piece but the first only within `Tensor.backward`, go
+            backward through it there, and free it. Such a graph cannot be used with `inputs` or
+            `torch.autograd.grad`. Ignored where weights have hooks, which expect the gradient of
+            all pieces, or come from an older graph, which allows one backward pass. False: a
+            graph for any use, data parallelism included.
     """
     rows = next(len(tensor) for tensor in tensors if tensor is not None)
     if at_once is None or rows <= at_once:
@@ -50,9 +50,9 @@ def call_in_pieces(
     start = torch.ones((), requires_grad=True).clone().grad_fn
     heads: list[Any] = [checkpoint(run, *next(pieces), use_reentrant=False)]
     asking = [tensor for tensor in _row_tensors(heads[0]) if tensor.requires_grad]
-    if nested and asking and _can_be_parted(asking, tensors, start):
-        # Weights are no arguments, so that one is needed which asks for a gradient; where that of
-        # some weight is asked for alone, the way to it leads through here, and is refused.
+    if nested and asking and _allows_several_passes(asking, tensors, start):
+        # Weights are not arguments, so a reentrant checkpoint needs one that requires a gradient.
+        # It depends on every output: `autograd.grad` of a single weight then raises, too.
         nothing = torch.stack([tensor[:0].sum() for tensor in asking]).sum()
         run = functools.partial(_nested, run, heads[0], nothing)
     else:
@@ -66,7 +66,9 @@ def _built_in(call: Callable[..., Head], *tensors: Any) -> BuiltInHead:
     return head if isinstance(head, BuiltInHead) else TensorHead(head.logits())
 
 
-def _can_be_parted(outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], start: Any) -> bool:
+def _allows_several_passes(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor | None], start: Any
+) -> bool:
     """Whether the graph of `outputs` ends at `inputs` and at weights without hooks, and no part of
     it was there before the node `start`."""
     seen = {tensor.grad_fn for tensor in inputs if tensor is not None}

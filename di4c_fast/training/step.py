@@ -141,10 +141,10 @@ def distill_step(
             joint weights of all: only the tensors behind the heads (logits, or the hidden states
             of a `LinearHead`) are kept for all N, and every piece of rows runs once more, with
             the same dropout. For models whose rows do not depend on each other. None for N.
-            With `backward`, and without torch.distributed, the pieces but one are called without
-            a graph first; each then makes its graph within `Tensor.backward`, which alone can
-            go through it (`torch.autograd.grad` raises). Not so for a student whose weights have
-            hooks, or are computed before the step from others that ask for a gradient.
+            With `backward`, and without torch.distributed, all pieces but one are called without
+            a graph first, and build theirs within `Tensor.backward`; `torch.autograd.grad`
+            raises. Exceptions: a student whose weights have hooks, or are computed before the
+            step from others that require a gradient.
         position_group: process group whose ranks have other positions of the same examples, as for
             `di4c_fast.loss`: x0 (B, D of this rank), models that are called with them and see the
             others by exchanges of their own. `generator` has the same state on every rank; times

@@ -111,7 +111,7 @@ struct Blocks {
   }
 };
 
-constexpr i64 AHEAD = 6 * STRIP;
+constexpr i64 AHEAD = 6 * STRIP;  // columns between what is read and what is prefetched
 
 // The sums of block g, whose columns stand from v on; with NEXT, `best` takes in the logits one
 // strip further.
@@ -122,7 +122,7 @@ DI4C_INLINE void sum_block(C columns, i64 v, int vectors, float shift, float hea
   vf total{}, other{}, raw{}, weighted{};
   int i = 0;
   auto add = [&](vf& total) __attribute__((always_inline)) {
-    asm volatile("");  // GCC would make one loop for the sums and one for the stores of it
+    asm volatile("");  // keeps GCC from two loops, for sums and stores, each with all exponentials
     vf gap{}, e;
     if (NEXT) {
       if (i * W % 16 == 0) columns.prefetch(v + i * W + AHEAD);

@@ -18,7 +18,7 @@ struct Bins {
   float factor;  // e^-shift, or 0 where exponentials are taken from logarithms
   i64 V, mode;   // a column near mu
   bool both;
-  bool narrow;  // whether e^-r is e^-l e^-width; F(r) is then lost below e^width denormal numbers
+  bool narrow;  // whether e^-r is formed as e^-l e^-width, which underflows where e^-l does
 
   // F(-l), F(l), F(r) and F(-r), none by a difference, as fractions of sums of two positive parts.
   struct Edges {
@@ -68,7 +68,7 @@ struct Bins {
     return select(up, high, low) + vlog(share * (select(up, right, left) * e.inverse));
   }
 
-  // What is lost of an exponential must stay below TINY, times what the factor makes of it.
+  // Bins are narrow only where what underflows stays below TINY after the product with `factor`.
   DI4C_INLINE void set_shift(float x) {
     shift = x, factor = x > -16.0f ? vexp(all(-x))[0] : 0.0f, narrow = width - x < 8.0f;
   }
@@ -126,7 +126,7 @@ Bins bins_of(float mu, float log_scale, float eps, bool both, i64 V, i64 mask) {
   float w = b.width;
   b.mass = w < 0.03f ? w * (1.0f - w * (0.5f - w * (1.0f / 6.0f - w * (1.0f / 24.0f))))
                      : 1.0f - b.rest;
-  b.log_mass = eps == 0.0f ? vlog(all(b.mass))[0] : 0.0f;  // else nobody asks
+  b.log_mass = eps == 0.0f ? vlog(all(b.mass))[0] : 0.0f;  // unused otherwise
   // The bin of mu, its neighbours, and what else a vector holds.
   float at = (mu + 1.0f) * 0.5f * (float)V;
   b.mode = !(at > 0.0f) ? 0 : at < (float)(V - 1) ? (i64)at : V - 1;

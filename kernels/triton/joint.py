@@ -342,7 +342,7 @@ def joint_values(statistics: Any, mixture: Any, places: Any, out: Any) -> tuple[
         CORRELATION=m.correlation,
         HAS_U=m.marginal and s.consistency is not None,
         BLOCK_N=block_n,
-        # More would spill 8 to 16 bytes with 64 components on sm_90.
+        # More would spill 8 to 16 bytes with 64 components.
         W=max(1, (2048 if block_n <= 32 else 512) // block_n),
         num_warps=4,
     )
