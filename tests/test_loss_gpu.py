@@ -310,12 +310,13 @@ def test_linear_head_stays_within_a_gibibyte():
     assert peak_above_inputs(step) <= GIB
 
 
-def test_linear_head_agrees_with_its_logits():
+@pytest.mark.parametrize("budget", [None, 8 << 20])  # one chunk; several, whose dW add up in place
+def test_linear_head_agrees_with_its_logits(budget):
     case = linear_language((True, True))
     for name in ("student", "teacher", "consistency"):
         head = case[name]
         hidden = head.hidden.detach()[..., :24, :].clone()
-        case[name] = LinearHead(hidden, head.weight.detach())
+        case[name] = LinearHead(hidden, head.weight.detach(), budget_bytes=budget)
     case["x0"], case["xt"] = case["x0"][:, :24], case["xt"][:, :24]
     case["consistency_x"] = case["x0"].unsqueeze(1).expand(-1, 16, -1)
     ours, eager = evaluate(case, "triton")[1], evaluate(case, "reference")[1]
